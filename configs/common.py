@@ -1,0 +1,111 @@
+"""The fields that every config has, with their defaults: the published recipe's common part.
+
+A config file is a Python module with `get_config(arg=None)` that starts from `common.get_config()`,
+sets what is different, and returns it. Every field can be overridden on the command line, for
+example `--config.train.batch_size=8`.
+"""
+
+import ml_collections
+
+
+def get_config() -> ml_collections.ConfigDict:
+    """Returns the defaults (DeepLabV3 + feature memory, ResNet-50, 512x512 crops)."""
+    config = ml_collections.ConfigDict()
+    config.seed = 0
+    # The numbers of the PyTorch reference depend on how many processes ran it: cross entropy is
+    # a mean of per-process means, and the memory is updated per process and then averaged. The
+    # global batch is split into this many equal groups and both are computed per group. 1 is
+    # the plain form; the published models were trained with 8.
+    config.replica_groups = 1
+
+    config.data = data = ml_collections.ConfigDict()
+    data.name = "folder"  # the module memseg_jax/data/<name>.py
+    data.root = ""
+    data.train_split = "train"
+    data.eval_split = "val"
+    data.class_names = ("",)  # a tuple of strings; its length is the number of classes
+    data.palette = ()  # one (red, green, blue) a class; empty: generated colours
+    data.ignore_label = 255  # the value in label files that means "not labelled"; -1: there is none
+    data.image_dir = "images/{split}"
+    data.label_dir = "labels/{split}"
+    data.list_file = ""  # such as "{split}.txt"; empty: every file of the folders
+    data.image_size = (96, 96)  # of generated images (data.name = "shapes"): height, width
+    data.num_train = 0  # number of generated training images (data.name = "shapes")
+    data.num_val = 0
+    data.workers = 0  # worker processes; 0: threads of the main process
+    data.threads = 4
+    data.prefetch = 4  # batches (threads) or samples (workers) that are prepared ahead
+
+    config.augment = augment = ml_collections.ConfigDict()
+    augment.base_size = (2048, 512)  # long and short side that scale 1 means; empty: image's own
+    augment.keep_ratio = True
+    augment.scale_range = (0.5, 2.0)
+    augment.crop = (512, 512)  # height, width
+    augment.max_category_share = 0.75  # a crop in which one class covers more is drawn again
+    augment.flip = 0.5  # probability
+    augment.flip_pairs = ()  # pairs of classes that a mirror exchanges, e.g. ((14, 15),)
+    augment.rotation = 0.0  # probability
+    augment.rotation_degrees = 30
+    augment.photometric = True
+
+    config.eval = evaluate = ml_collections.ConfigDict()
+    evaluate.base_size = (2048, 512)
+    evaluate.keep_ratio = True
+    evaluate.mode = "whole"  # or "slide"
+    evaluate.window = (512, 512)  # height, width of a sliding window
+    evaluate.stride = (341, 341)
+    evaluate.softmax_before_resize = False
+    evaluate.batch_size = 1  # images (whole) or windows (slide) in one forward, per device
+    # Images of many sizes: the first `exact_sizes` sizes get a compiled program each, all others
+    # are padded to a multiple of `size_multiple` with the padding masked out in every layer.
+    evaluate.exact_sizes = 4
+    evaluate.size_multiple = 128
+
+    config.model = model = ml_collections.ConfigDict()
+    model.backbone = "resnet50"  # resnet18, resnet50 or resnet101
+    model.backbone_width = 1.0  # multiplies the backbone's channels; 1.0: as published
+    model.feature_dim = 512  # channels of the bottleneck, the memory and the decoders
+    model.aspp_dim = 512
+    model.aspp_dilations = (1, 12, 24, 36)
+    model.dropout = 0.1
+    model.activation = "relu"  # of the head; or "leaky_relu" (slope 0.01)
+    model.auxiliary = True
+    model.compute_dtype = "float32"  # or "bfloat16"; parameters and statistics stay float32
+
+    model.memory = memory = ml_collections.ConfigDict()
+    memory.enabled = True  # False: the plain DeepLabV3 baseline
+    memory.attention_dim = 256
+    memory.slots = 1  # rows a class
+    memory.hard = False  # read by the arg-max class instead of the class probabilities
+    memory.within_image_context = True
+    memory.strategy = "cosine"  # weights of a class's pixels: 1 - cosine; or "mean"
+    memory.momentum = 0.9
+    memory.base_lr = 0.01  # momentum at learning rate lr is momentum / base_lr * lr; 0: fixed
+
+    config.loss = loss = ml_collections.ConfigDict()
+    loss.stage2 = 1.0
+    loss.stage1 = 0.4
+    loss.auxiliary = 0.4
+    loss.consistency = 0.0  # representation-consistency loss on the memory rows
+    loss.consistency_from_epoch = 2  # epochs count from 1
+    loss.class_weights = ()  # one a class; empty: all 1
+
+    config.optimizer = optimizer = ml_collections.ConfigDict()
+    optimizer.lr = 0.01
+    optimizer.min_lr = 1e-4
+    optimizer.power = 0.9
+    optimizer.momentum = 0.9
+    optimizer.weight_decay = 5e-4
+    # Module -> (learning-rate factor, weight-decay factor), e.g. {"backbone": (0.1, 0.1)}.
+    optimizer.multipliers = ml_collections.ConfigDict()
+
+    config.train = train = ml_collections.ConfigDict()
+    train.batch_size = 16
+    train.epochs = 130
+    train.log_every = 50  # steps
+    train.eval_every = 10  # epochs; 0: only at the end
+
+    config.checkpoint = checkpoint = ml_collections.ConfigDict()
+    checkpoint.every = 1000  # steps; also at every evaluation and at the end
+    checkpoint.keep = 2  # the last ones; the best by mIoU is kept besides
+    return config

@@ -1,0 +1,1 @@
+"""Ways between PyTorch checkpoints of the reference and this project's checkpoints."""

@@ -1,0 +1,115 @@
+"""The names and layouts of the PyTorch reference's tensors, as functions of ours.
+
+Our variables are nested dicts; a path is their keys joined by "/", for example
+"params/backbone/layer1_0/conv1/conv/kernel". The reference calls the same tensor
+"backbone_net.layer1.0.conv1.weight".
+"""
+
+import re
+
+import numpy as np
+
+MEMORY_KEY = "memory_module.memory"
+
+# Path of a module -> prefix in the reference. First match wins. A convolution with normalisation
+# is a sequence in the reference, whose members are numbered: {conv} and {norm} stand for them.
+_MODULES = [
+    (r"backbone/stem_0", "backbone_net.stem.", ("0", "1")),
+    (r"backbone/stem_1", "backbone_net.stem.", ("3", "4")),
+    (r"backbone/stem_2", "backbone_net.stem.", ("6", "7")),
+    (r"backbone/layer(\d)_(\d+)/downsample", r"backbone_net.layer\1.\2.downsample.", ("0", "1")),
+    (r"backbone/layer(\d)_(\d+)/conv(\d)", r"backbone_net.layer\1.\2.", (r"conv\3", r"bn\3")),
+    (r"context/branch_(\d)", r"context_within_image_module.parallel_branches.\1.", ("0", "1")),
+    (r"context/global", "context_within_image_module.global_branch.", ("1", "2")),
+    (r"context/bottleneck", "context_within_image_module.bottleneck.", ("0", "1")),
+    (r"bottleneck", "bottleneck.", ("0", "1")),
+    (r"memory_module/(bottleneck|bottleneck_ms|fuse_memory_conv)", r"memory_module.\1.", ("0", "1")),
+    (
+        r"memory_module/(self_attention|self_attention_ms)/(query|key)_project_(\d)",
+        r"memory_module.\1.\2_project.\3.",
+        ("0", "1"),
+    ),
+    (
+        r"memory_module/(self_attention|self_attention_ms)/(value|out)_project",
+        r"memory_module.\1.\2_project.",
+        ("0", "1"),
+    ),
+    (
+        r"memory_module/self_attentions_(\d+)/(query|key)_project_(\d)",
+        r"memory_module.self_attentions.\1.\2_project.\3.",
+        ("0", "1"),
+    ),
+    (
+        r"memory_module/self_attentions_(\d+)/(value|out)_project",
+        r"memory_module.self_attentions.\1.\2_project.",
+        ("0", "1"),
+    ),
+    (r"decoder_stage(\d)/project", r"decoder_stage\1.", ("0", "1")),
+    (r"decoder_stage(\d)/classifier", r"decoder_stage\1.", ("4", None)),
+    (r"auxiliary_decoders_0/project", "auxiliary_decoder.", ("0", "1")),
+    (r"auxiliary_decoders_0/classifier", "auxiliary_decoder.", ("4", None)),
+]
+
+_LEAVES = {
+    "kernel": "weight",
+    "scale": "weight",
+    "bias": "bias",
+    "mean": "running_mean",
+    "var": "running_var",
+}
+
+
+def torch_key(path: str) -> str:
+    """Returns the reference's name of the tensor at `path`.
+
+    Args:
+        path: "params/...", "batch_stats/..." or "memory".
+
+    Returns:
+        The state-dict key.
+
+    Raises:
+        KeyError: the reference has no such tensor.
+    """
+    if path == "memory":
+        return MEMORY_KEY
+    _, _, inner = path.partition("/")
+    module, _, leaf = inner.rpartition("/")
+    module, _, member = module.rpartition("/")
+    for pattern, prefix, members in _MODULES:
+        match = re.fullmatch(pattern, module)
+        if match and member in ("conv", "norm"):
+            name = members[("conv", "norm").index(member)]
+            return match.expand(prefix + name) + "." + _LEAVES[leaf]
+    raise KeyError(f"the PyTorch reference has no tensor for {path}")
+
+
+def flatten(tree: dict, prefix: str = "") -> dict[str, object]:
+    """Flattens nested dicts to {path: leaf} with "/" between the keys."""
+    flat = {}
+    for name, value in tree.items():
+        path = f"{prefix}/{name}" if prefix else name
+        flat.update(flatten(value, path) if isinstance(value, dict) else {path: value})
+    return flat
+
+
+def unflatten(flat: dict[str, object]) -> dict:
+    """The inverse of `flatten`."""
+    tree: dict = {}
+    for path, value in flat.items():
+        *parents, name = path.split("/")
+        node = tree
+        for parent in parents:
+            node = node.setdefault(parent, {})
+        node[name] = value
+    return tree
+
+
+def from_torch_layout(array: np.ndarray) -> np.ndarray:
+    """Convolution weights (out, in, kh, kw) -> HWIO; everything else stays."""
+    return array.transpose(2, 3, 1, 0) if array.ndim == 4 else array
+
+
+def torch_shape(shape: tuple[int, ...]) -> tuple[int, ...]:
+    """Shape of the reference's tensor for one of ours (HWIO -> out, in, kh, kw)."""
+    return (shape[3], shape[2], shape[0], shape[1]) if len(shape) == 4 else tuple(shape)

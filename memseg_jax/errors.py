@@ -1,0 +1,9 @@
+"""The one exception that means "the user can fix this"."""
+
+
+class UserError(ValueError):
+    """Bad input of any kind: a file, a folder, a config field, a flag.
+
+    The message names the file or field, what was found, what was expected and what to do.
+    `memseg_jax.main` prints it without a traceback and exits with status 1.
+    """

@@ -1,0 +1,289 @@
+"""The layers that every model is made of, with PyTorch's conventions.
+
+Layout is NHWC, kernels are HWIO. Paddings are explicit and symmetric, never "SAME" (which pads
+differently at stride 2). Parameters and statistics are float32 whatever the compute type.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import struct
+from jax import lax
+
+Array = jax.Array
+Activation = Callable[[Array], Array]
+
+BATCH_NORM_MOMENTUM = 0.9  # share of the old running statistic that is kept
+BATCH_NORM_EPSILON = 1e-5
+
+
+def activation(name: str) -> Activation:
+    """Returns the activation function of that name: "relu", "leaky_relu" (0.01) or "none"."""
+    functions = {
+        "relu": nn.relu,
+        "leaky_relu": lambda x: nn.leaky_relu(x, 0.01),
+        "none": lambda x: x,
+    }
+    if name not in functions:
+        raise ValueError(f"activation is {name!r}; expected one of {sorted(functions)}")
+    return functions[name]
+
+
+@struct.dataclass
+class Extent:
+    """How much of each padded image is real, so that padding changes no number.
+
+    Every layer of these networks keeps `ceil(size / stride)` positions of an input of `size`, so
+    the real part of any feature map follows from the sizes of the input alone.
+
+    Attributes:
+        valid: int32 [batch, 2], height and width of the real image in its upper left corner.
+        padded: height and width of the padded input; multiples of the network's output stride.
+    """
+
+    valid: Array
+    padded: tuple[int, int] = struct.field(pytree_node=False)
+
+    def mask(self, x: Array) -> Array:
+        """Returns bool [batch, height, width, 1]: where the feature map `x` is real."""
+        inside = []
+        for axis in (0, 1):
+            size = x.shape[1 + axis]
+            stride = self.padded[axis] // size
+            valid = -(-self.valid[:, axis] // stride)
+            inside.append(jnp.arange(size)[None, :] < valid[:, None])
+        return (inside[0][:, :, None] & inside[1][:, None, :])[..., None]
+
+
+def apply_extent(x: Array, extent: Extent | None) -> Array:
+    """Sets the padded positions of `x` [batch, height, width, channels] to 0, as padding has it."""
+    return x if extent is None else jnp.where(extent.mask(x), x, 0)
+
+
+def spatial_mean(x: Array, extent: Extent | None = None) -> Array:
+    """Mean over the real positions, in float32: [batch, h, w, channels] -> [batch, 1, 1, channels]."""
+    x32 = x.astype(jnp.float32)
+    if extent is None:
+        return jnp.mean(x32, axis=(1, 2), keepdims=True)
+    mask = extent.mask(x)
+    return jnp.sum(jnp.where(mask, x32, 0), axis=(1, 2), keepdims=True) / jnp.sum(
+        mask, axis=(1, 2), keepdims=True
+    )
+
+
+def convolve(
+    x: Array, kernel: Array, *, stride: int = 1, dilation: int = 1, groups: int = 1
+) -> Array:
+    """Convolution with PyTorch's padding `dilation * (k - 1) / 2` on both sides.
+
+    Args:
+        x: [batch, height, width, in channels].
+        kernel: [k, k, in channels / groups, out channels], k odd.
+        stride: step between output positions.
+        dilation: step between kernel taps.
+        groups: number of channel groups.
+
+    Returns:
+        [batch, ceil(height / stride), ceil(width / stride), out channels].
+    """
+    padding = [((k - 1) * dilation // 2,) * 2 for k in kernel.shape[:2]]
+    return lax.conv_general_dilated(
+        x,
+        kernel,
+        window_strides=(stride, stride),
+        padding=padding,
+        rhs_dilation=(dilation, dilation),
+        dimension_numbers=("NHWC", "HWIO", "NHWC"),
+        feature_group_count=groups,
+    )
+
+
+def torch_uniform(key: Array, shape: tuple[int, ...], dtype: Any = jnp.float32) -> Array:
+    """PyTorch's default kernel initialisation: uniform in +-1/sqrt(fan in)."""
+    bound = 1.0 / np.sqrt(np.prod(shape[:-1]))
+    return jax.random.uniform(key, shape, dtype, -bound, bound)
+
+
+class Conv(nn.Module):
+    """2-D convolution; see `convolve` for the padding.
+
+    Attributes:
+        features: output channels.
+        kernel_size: side of the square kernel, odd.
+        use_bias: adds a bias, initialised uniformly in +-1/sqrt(fan in) as in PyTorch.
+        dtype: compute type; the parameters are float32.
+    """
+
+    features: int
+    kernel_size: int = 1
+    stride: int = 1
+    dilation: int = 1
+    groups: int = 1
+    use_bias: bool = False
+    dtype: Any = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: Array) -> Array:
+        """[batch, height, width, channels] -> [batch, height', width', features]."""
+        shape = (self.kernel_size, self.kernel_size, x.shape[-1] // self.groups, self.features)
+        kernel = self.param("kernel", torch_uniform, shape)
+        y = convolve(
+            x.astype(self.dtype),
+            kernel.astype(self.dtype),
+            stride=self.stride,
+            dilation=self.dilation,
+            groups=self.groups,
+        )
+        if self.use_bias:
+            bound = 1.0 / np.sqrt(np.prod(shape[:-1]))
+
+            def init(key: Array, shape: tuple[int, ...]) -> Array:
+                return jax.random.uniform(key, shape, jnp.float32, -bound, bound)
+
+            y = y + self.param("bias", init, (self.features,)).astype(self.dtype)
+        return y
+
+
+class BatchNorm(nn.Module):
+    """Batch normalisation as PyTorch's SyncBatchNorm does it.
+
+    Normalises with the biased batch variance; the running variance receives the unbiased one.
+    Under `jit` the batch is the global batch, so the statistics are those of all devices.
+    Statistics are computed in float32, in two passes (a one-pass variance loses digits).
+    """
+
+    dtype: Any = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: Array, *, train: bool) -> Array:
+        """Normalises [batch, height, width, channels] over all axes but the last."""
+        channels = x.shape[-1]
+        scale = self.param("scale", nn.initializers.ones, (channels,))
+        bias = self.param("bias", nn.initializers.zeros, (channels,))
+        running_mean = self.variable("batch_stats", "mean", jnp.zeros, (channels,))
+        running_var = self.variable("batch_stats", "var", jnp.ones, (channels,))
+        x32 = x.astype(jnp.promote_types(x.dtype, jnp.float32))
+        if train:
+            count = x.size // channels
+            mean = jnp.mean(x32, axis=(0, 1, 2))
+            var = jnp.mean(jnp.square(x32 - mean), axis=(0, 1, 2))
+            if not self.is_initializing():
+                keep = BATCH_NORM_MOMENTUM
+                unbiased = var * (count / max(count - 1, 1))
+                running_mean.value = keep * running_mean.value + (1 - keep) * mean
+                running_var.value = keep * running_var.value + (1 - keep) * unbiased
+        else:
+            mean, var = running_mean.value, running_var.value
+        y = (x32 - mean) * (scale * lax.rsqrt(var + BATCH_NORM_EPSILON)) + bias
+        return y.astype(self.dtype)
+
+
+class ConvNorm(nn.Module):
+    """Convolution without bias, batch normalisation, activation."""
+
+    features: int
+    kernel_size: int = 1
+    stride: int = 1
+    dilation: int = 1
+    groups: int = 1
+    activation: str = "relu"
+    dtype: Any = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: Array, *, train: bool, extent: Extent | None = None) -> Array:
+        """[batch, height, width, channels] -> [batch, height', width', features]."""
+        x = Conv(
+            self.features,
+            self.kernel_size,
+            self.stride,
+            self.dilation,
+            self.groups,
+            dtype=self.dtype,
+            name="conv",
+        )(x)
+        x = BatchNorm(dtype=self.dtype, name="norm")(x, train=train)
+        return apply_extent(activation(self.activation)(x), extent)
+
+
+class Classifier(nn.Module):
+    """Dropout of whole channels, then a 1x1 convolution with bias to class logits (float32)."""
+
+    num_classes: int
+    dropout: float
+    dtype: Any = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: Array, *, train: bool) -> Array:
+        """[batch, height, width, channels] -> float32 [batch, height, width, classes]."""
+        x = nn.Dropout(self.dropout, broadcast_dims=(1, 2))(x, deterministic=not train)
+        x = Conv(self.num_classes, use_bias=True, dtype=self.dtype, name="conv")(x)
+        return x.astype(jnp.promote_types(x.dtype, jnp.float32))
+
+
+def max_pool(x: Array) -> Array:
+    """3x3 maximum at stride 2, padded by one with -inf on every side."""
+    return nn.max_pool(x, (3, 3), strides=(2, 2), padding=((1, 1), (1, 1)))
+
+
+def bilinear_matrix(source: int, target: int, scale: float | None = None) -> np.ndarray:
+    """The matrix of a 1-D bilinear resize: half-pixel centres, edge clamp, no antialias.
+
+    Args:
+        source: number of input positions.
+        target: number of output positions.
+        scale: output positions per input position. None: target / source. PyTorch uses the given
+            factor rather than the ratio of the sizes when a resize is asked for by factor.
+
+    Returns:
+        float64 [target, source]; every row has at most two entries and sums to 1.
+    """
+    step = source / target if scale is None else 1.0 / scale
+    lower, upper, fraction = bilinear_taps(source, target, step)
+    matrix = np.zeros((target, source))
+    rows = np.arange(target)
+    np.add.at(matrix, (rows, lower), 1.0 - fraction)
+    np.add.at(matrix, (rows, upper), fraction)
+    return matrix
+
+
+def bilinear_taps(
+    source: int, target: int, step: float | None = None
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """The two input positions behind every output position, and the weight of the second.
+
+    Args:
+        source: number of input positions.
+        target: number of output positions.
+        step: input positions per output position. None: source / target.
+
+    Returns:
+        lower int [target], upper int [target], fraction float64 [target].
+    """
+    step = source / target if step is None else step
+    position = np.maximum((np.arange(target) + 0.5) * step - 0.5, 0.0)
+    lower = np.minimum(np.floor(position).astype(np.int64), source - 1)
+    upper = np.minimum(lower + 1, source - 1)
+    return lower, upper, np.clip(position - lower, 0.0, 1.0)
+
+
+def resize_bilinear(x: Array, size: tuple[int, int]) -> Array:
+    """Resizes [batch, h, w, channels] to `size` (height, width); the identity at equal size.
+
+    Two small matrix products in at least float32: exact, differentiable, and without gathers.
+    """
+    if x.shape[1:3] == tuple(size):
+        return x
+    dtype = jnp.promote_types(x.dtype, jnp.float32)
+    rows = jnp.asarray(bilinear_matrix(x.shape[1], size[0]), dtype)
+    columns = jnp.asarray(bilinear_matrix(x.shape[2], size[1]), dtype)
+    y = jnp.einsum("bhwc,Ww->bhWc", x.astype(dtype), columns, precision="highest")
+    return jnp.einsum("bhWc,Hh->bHWc", y, rows, precision="highest").astype(x.dtype)
+
+
+def tap(module: nn.Module, name: str, value: Array) -> None:
+    """Offers a named intermediate value to whoever applies with `mutable=["taps"]`."""
+    module.sow("taps", name, value, reduce_fn=lambda _, new: new, init_fn=lambda: None)

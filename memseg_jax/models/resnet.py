@@ -1,0 +1,140 @@
+"""ResNet-18, -50 and -101 with the "v1c" stem (three 3x3 convolutions) at output stride 8."""
+
+from typing import Any
+
+import flax.linen as nn
+import jax.numpy as jnp
+
+from memseg_jax.models.layers import Array, ConvNorm, Extent, max_pool, tap
+
+VARIANTS = {
+    "resnet18": ("basic", (2, 2, 2, 2)),
+    "resnet50": ("bottleneck", (3, 4, 6, 3)),
+    "resnet101": ("bottleneck", (3, 4, 23, 3)),
+}
+STRIDES = (1, 2, 1, 1)
+DILATIONS = (1, 1, 2, 4)
+
+
+class BasicBlock(nn.Module):
+    """Two 3x3 convolutions and a shortcut; the first one carries stride and dilation."""
+
+    planes: int
+    stride: int
+    dilation: int
+    project: bool
+    dtype: Any
+
+    expansion = 1
+
+    @nn.compact
+    def __call__(self, x: Array, *, train: bool, extent: Extent | None) -> Array:
+        """[batch, height, width, channels] -> [batch, height', width', planes]."""
+        kw = {"train": train, "extent": extent}
+        shortcut = x
+        y = ConvNorm(
+            self.planes, 3, self.stride, self.dilation, dtype=self.dtype, name="conv1"
+        )(x, **kw)
+        y = ConvNorm(self.planes, 3, activation="none", dtype=self.dtype, name="conv2")(y, **kw)
+        if self.project:
+            shortcut = ConvNorm(
+                self.planes,
+                stride=self.stride,
+                activation="none",
+                dtype=self.dtype,
+                name="downsample",
+            )(x, **kw)
+        return nn.relu(y + shortcut)
+
+
+class Bottleneck(nn.Module):
+    """1x1 reduce, 3x3 with stride and dilation, 1x1 expand by 4, and a shortcut."""
+
+    planes: int
+    stride: int
+    dilation: int
+    project: bool
+    dtype: Any
+
+    expansion = 4
+
+    @nn.compact
+    def __call__(self, x: Array, *, train: bool, extent: Extent | None) -> Array:
+        """[batch, height, width, channels] -> [batch, height', width', 4 * planes]."""
+        kw = {"train": train, "extent": extent}
+        width = self.planes * self.expansion
+        shortcut = x
+        y = ConvNorm(self.planes, dtype=self.dtype, name="conv1")(x, **kw)
+        y = ConvNorm(
+            self.planes, 3, self.stride, self.dilation, dtype=self.dtype, name="conv2"
+        )(y, **kw)
+        y = ConvNorm(width, activation="none", dtype=self.dtype, name="conv3")(y, **kw)
+        if self.project:
+            shortcut = ConvNorm(
+                width, stride=self.stride, activation="none", dtype=self.dtype, name="downsample"
+            )(x, **kw)
+        return nn.relu(y + shortcut)
+
+
+class ResNet(nn.Module):
+    """ResNet whose last two stages are dilated instead of strided.
+
+    Attributes:
+        variant: a key of `VARIANTS`.
+        width: multiplies the number of channels; 1.0 is the published network.
+        dtype: compute type.
+    """
+
+    variant: str
+    width: float = 1.0
+    dtype: Any = jnp.float32
+
+    output_stride = 8
+    auxiliary_levels = (2,)  # the maps that get an auxiliary head
+
+    @nn.compact
+    def __call__(
+        self, x: Array, *, train: bool, extent: Extent | None = None
+    ) -> tuple[Array, Array, Array, Array]:
+        """Returns four feature maps at strides 4, 8, 8, 8.
+
+        Args:
+            x: normalised images [batch, height, width, 3].
+            train: use and update batch statistics.
+            extent: the real part of padded images.
+        """
+        block_name, depths = VARIANTS[self.variant]
+        block = {"basic": BasicBlock, "bottleneck": Bottleneck}[block_name]
+        kw = {"train": train, "extent": extent}
+        stem = [max(int(c * self.width), 1) for c in (32, 32, 64)]
+        x = ConvNorm(stem[0], 3, 2, dtype=self.dtype, name="stem_0")(x, **kw)
+        x = ConvNorm(stem[1], 3, dtype=self.dtype, name="stem_1")(x, **kw)
+        x = ConvNorm(stem[2], 3, dtype=self.dtype, name="stem_2")(x, **kw)
+        tap(self, "stem", x)
+        # Activations are never negative here, so masked padding (0) loses every maximum.
+        x = max_pool(x)
+        tap(self, "maxpool", x)
+        maps = []
+        for stage, depth in enumerate(depths):
+            planes = max(int(64 * 2**stage * self.width), 1)
+            for index in range(depth):
+                first = index == 0
+                stride = STRIDES[stage] if first else 1
+                # The first block of a dilated stage has half the dilation ("contract dilation").
+                dilation = DILATIONS[stage]
+                if first and dilation > 1:
+                    dilation //= 2
+                project = first and (stride > 1 or x.shape[-1] != planes * block.expansion)
+                x = block(
+                    planes, stride, dilation, project, self.dtype, name=f"layer{stage + 1}_{index}"
+                )(x, **kw)
+                if first and stage in (0, 2):
+                    tap(self, f"layer{stage + 1}_block0", x)
+            tap(self, f"backbone.{stage}", x)
+            maps.append(x)
+        return tuple(maps)
+
+
+def build(variant: str, width: float = 1.0, dtype: Any = jnp.float32) -> ResNet:
+    """Returns the backbone called `variant`; see `memseg_jax.models.segmentor.build_backbone`."""
+    return ResNet(variant, width, dtype)

@@ -1,0 +1,212 @@
+"""The segmentor: backbone, ASPP, bottleneck, two decoders, feature memory, auxiliary head."""
+
+import importlib
+import importlib.util
+import pkgutil
+import re
+from typing import Any
+
+import flax.linen as nn
+import jax.numpy as jnp
+import ml_collections
+
+import memseg_jax.models
+from memseg_jax.errors import UserError
+from memseg_jax.models.aspp import ASPP
+from memseg_jax.models.layers import Array, Classifier, ConvNorm, Extent, tap
+from memseg_jax.models.memory import MemoryModule
+
+
+class Decoder(nn.Module):
+    """Convolution, normalisation, activation, dropout of channels, 1x1 classifier."""
+
+    features: int
+    num_classes: int
+    kernel_size: int
+    dropout: float
+    activation: str
+    dtype: Any
+
+    @nn.compact
+    def __call__(self, x: Array, *, train: bool, extent: Extent | None = None) -> Array:
+        """[batch, height, width, channels] -> float32 logits [batch, height, width, classes]."""
+        x = ConvNorm(
+            self.features,
+            self.kernel_size,
+            activation=self.activation,
+            dtype=self.dtype,
+            name="project",
+        )(x, train=train, extent=extent)
+        classifier = Classifier(self.num_classes, self.dropout, self.dtype, name="classifier")
+        return classifier(x, train=train)
+
+
+class Segmentor(nn.Module):
+    """DeepLabV3 with a dataset-level feature memory, or without one (`memory_enabled=False`).
+
+    Without memory it is plain DeepLabV3: ASPP, dropout, classifier, auxiliary head.
+    """
+
+    backbone: nn.Module
+    num_classes: int
+    feature_dim: int
+    aspp_dim: int
+    aspp_dilations: tuple[int, ...]
+    dropout: float
+    activation: str
+    auxiliary: bool
+    memory_enabled: bool
+    attention_dim: int
+    slots: int
+    hard: bool
+    within_image_context: bool
+    dtype: Any = jnp.float32
+
+    def setup(self) -> None:
+        """Names the parts as the PyTorch reference does, where it has them."""
+        kw = {"activation": self.activation, "dtype": self.dtype}
+        # The baseline has no use for the context's own width: its classifier sits right on it.
+        self.context = ASPP(self.aspp_dim, self.aspp_dilations, **kw)
+        if self.memory_enabled:
+            self.bottleneck = ConvNorm(self.feature_dim, 3, **kw)
+            self.memory_module = MemoryModule(
+                self.feature_dim, self.attention_dim, self.hard, self.within_image_context, **kw
+            )
+            decoder = [self.feature_dim, self.num_classes, 1, self.dropout]
+            self.decoder_stage1 = Decoder(*decoder, **kw)
+            self.decoder_stage2 = Decoder(*decoder, **kw)
+        else:
+            self.classifier = Classifier(self.num_classes, self.dropout, self.dtype)
+        if self.auxiliary:
+            self.auxiliary_decoders = [
+                Decoder(self.feature_dim, self.num_classes, 3, self.dropout, **kw)
+                for _ in self.backbone.auxiliary_levels
+            ]
+
+    def memory_shape(self) -> tuple[int, int, int]:
+        """Shape of the memory: classes, slots, channels. Without memory it has no rows."""
+        rows = self.num_classes if self.memory_enabled else 0
+        return (rows, self.slots, self.feature_dim)
+
+    def __call__(
+        self, images: Array, memory: Array, *, train: bool = False, extent: Extent | None = None
+    ) -> dict[str, Any]:
+        """Runs the network; what the caller does not use costs nothing under `jit`.
+
+        Args:
+            images: normalised images [batch, height, width, 3].
+            memory: [classes, slots, channels].
+            train: use and update batch statistics, drop channels.
+            extent: the real part of padded images (evaluation only).
+
+        Returns:
+            "logits": the prediction, float32 [batch, h, w, classes] at the backbone's stride;
+            "stage1": the coarse prediction behind the memory read, the same shape (with memory);
+            "auxiliary": a list of auxiliary logits;
+            "memory_input": the features that the memory stores [batch, h, w, channels].
+        """
+        on = {"train": train, "extent": extent}
+        maps = self.backbone(images, **on)
+        context = self.context(maps[-1], **on)
+        out: dict[str, Any] = {"auxiliary": []}
+        if self.memory_enabled:
+            pixels = self.bottleneck(maps[-1], **on)
+            stage1 = self.decoder_stage1(pixels, **on)
+            tap(self, "memory_input", pixels)
+            tap(self, "stage1_logits", stage1)
+            augmented = self.memory_module(pixels, stage1, context, memory, **on)
+            out["logits"] = self.decoder_stage2(augmented, **on)
+            out |= {"stage1": stage1, "memory_input": pixels}
+        else:
+            out["logits"] = self.classifier(context, train=train)
+        tap(self, "stage2_logits", out["logits"])
+        if self.auxiliary:
+            levels = [maps[level] for level in self.backbone.auxiliary_levels]
+            out["auxiliary"] = [
+                decoder(x, **on) for decoder, x in zip(self.auxiliary_decoders, levels)
+            ]
+            for index, logits in enumerate(out["auxiliary"]):
+                tap(self, f"aux_logits.{index}" if len(levels) > 1 else "aux_logits", logits)
+        return out
+
+    def classify_rows(self, rows: Array, *, train: bool) -> Array:
+        """Puts memory rows through decoder stage 2, as images of one pixel.
+
+        In training this is a second use of that decoder in the step: the rows are normalised with
+        their own batch statistics, and the running statistics move a second time.
+
+        Args:
+            rows: [rows, channels].
+            train: use and update batch statistics, drop channels.
+
+        Returns:
+            float32 logits [rows, classes].
+        """
+        return self.decoder_stage2(rows[:, None, None, :], train=train)[:, 0, 0]
+
+
+def build_backbone(name: str, width: float, dtype: Any) -> nn.Module:
+    """Returns the backbone `name`: the leading letters name its module in `memseg_jax.models`.
+
+    A backbone module has `VARIANTS` (by name) and `build(name, width, dtype)`, which returns a
+    Linen module with `output_stride`, `auxiliary_levels` and
+    `__call__(images, *, train, extent) -> feature maps`.
+
+    Raises:
+        UserError: there is no such backbone; the message lists those there are.
+    """
+    family = re.match(r"[a-z]*", name).group()
+    if family and importlib.util.find_spec(f"memseg_jax.models.{family}"):
+        module = importlib.import_module(f"memseg_jax.models.{family}")
+        if name in getattr(module, "VARIANTS", {}):
+            return module.build(name, width, dtype)
+    names = []
+    for info in pkgutil.iter_modules(memseg_jax.models.__path__):
+        module = importlib.import_module(f"memseg_jax.models.{info.name}")
+        names += getattr(module, "VARIANTS", {})
+    raise UserError(
+        f"config.model.backbone is {name!r}; expected one of {', '.join(sorted(names))}"
+    )
+
+
+def build_segmentor(config: ml_collections.ConfigDict) -> Segmentor:
+    """Returns the model that `config` describes; the number of classes is that of class_names.
+
+    Raises:
+        UserError: a field has a value that no model has.
+    """
+    model, memory = config.model, config.model.memory
+    if model.compute_dtype not in ("float32", "bfloat16"):
+        raise UserError(
+            f"config.model.compute_dtype is {model.compute_dtype!r}; "
+            "expected 'float32' or 'bfloat16'"
+        )
+    if model.activation not in ("relu", "leaky_relu"):
+        raise UserError(
+            f"config.model.activation is {model.activation!r}; expected 'relu' or 'leaky_relu'"
+        )
+    if memory.slots < 1:
+        raise UserError(f"config.model.memory.slots is {memory.slots}; expected 1 or more")
+    num_classes = len(config.data.class_names)
+    if not 2 <= num_classes <= 254:
+        raise UserError(
+            f"config.data.class_names has {num_classes} names; expected 2 to 254. "
+            "A background class counts, 'not labelled' does not."
+        )
+    dtype = jnp.dtype(model.compute_dtype)
+    return Segmentor(
+        backbone=build_backbone(model.backbone, model.backbone_width, dtype),
+        num_classes=num_classes,
+        feature_dim=model.feature_dim,
+        aspp_dim=model.aspp_dim,
+        aspp_dilations=tuple(model.aspp_dilations),
+        dropout=model.dropout,
+        activation=model.activation,
+        auxiliary=model.auxiliary,
+        memory_enabled=memory.enabled,
+        attention_dim=memory.attention_dim,
+        slots=memory.slots,
+        hard=memory.hard,
+        within_image_context=memory.within_image_context,
+        dtype=dtype,
+    )

@@ -1,0 +1,127 @@
+"""One training step as a pure function: state, batch -> state, metrics."""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import ml_collections
+import optax
+
+from memseg_jax.losses import consistency_loss, cross_entropy
+from memseg_jax.models.memory import memory_momentum, update_memory_groups
+from memseg_jax.models.segmentor import Segmentor
+from memseg_jax.state import TrainState
+
+Metrics = dict[str, jax.Array]
+
+
+def make_train_step(
+    model: Segmentor,
+    config: ml_collections.ConfigDict,
+    tx: optax.GradientTransformation,
+    schedule: Callable[[jax.Array], jax.Array],
+    steps_per_epoch: int,
+) -> Callable[[TrainState, dict[str, jax.Array]], tuple[TrainState, Metrics]]:
+    """Returns the step function, to be compiled with `jax.jit`.
+
+    The order inside matters: forward with the memory of the step before -> memory update from
+    the features and the labels -> losses (the consistency loss sees the updated memory) ->
+    gradients -> SGD.
+
+    Args:
+        model: the segmentor.
+        config: the whole config.
+        tx: the optimiser, from `optimizer.sgd`.
+        schedule: learning rate by step; the memory's momentum follows it.
+        steps_per_epoch: the consistency loss starts with an epoch.
+
+    Returns:
+        step(state, batch) -> (state, metrics), where batch has "image" float32
+        [batch, height, width, 3] and "label" integer [batch, height, width]; metrics are scalars:
+        the losses by name (weighted), "loss" their sum, "lr", and "grad_norm".
+    """
+    groups = config.replica_groups
+    weights = config.loss
+    first_consistency_step = (weights.consistency_from_epoch - 1) * steps_per_epoch
+    class_weights = jnp.asarray(weights.class_weights) if weights.class_weights else None
+    memory_config = config.model.memory
+    use_consistency = model.memory_enabled and weights.consistency > 0
+
+    def entropy(logits: jax.Array, labels: jax.Array) -> jax.Array:
+        return cross_entropy(logits, labels, groups=groups, class_weights=class_weights)
+
+    def consistency(
+        params: Any, batch_stats: Any, rows: jax.Array, rng: jax.Array
+    ) -> tuple[jax.Array, Any]:
+        """Loss of the decoder on the memory rows, and the statistics that this moves."""
+        logits, mutated = model.apply(
+            {"params": params, "batch_stats": batch_stats},
+            rows.reshape(-1, rows.shape[-1]),
+            train=True,
+            mutable=["batch_stats"],
+            rngs={"dropout": rng},
+            method=Segmentor.classify_rows,
+        )
+        return consistency_loss(logits.reshape(*rows.shape[:-1], -1)), mutated["batch_stats"]
+
+    def loss_fn(
+        params: Any, state: TrainState, batch: dict[str, jax.Array], lr: jax.Array, rng: jax.Array
+    ) -> tuple[jax.Array, tuple[Metrics, Any, jax.Array]]:
+        dropout, row_dropout = jax.random.split(rng)
+        out, mutated = model.apply(
+            {"params": params, "batch_stats": state.batch_stats},
+            batch["image"],
+            state.memory,
+            train=True,
+            mutable=["batch_stats"],
+            rngs={"dropout": dropout},
+        )
+        batch_stats, memory, labels = mutated["batch_stats"], state.memory, batch["label"]
+
+        losses = {"loss_stage2": weights.stage2 * entropy(out["logits"], labels)}
+        if model.memory_enabled:
+            memory, local = update_memory_groups(
+                memory,
+                jax.lax.stop_gradient(out["memory_input"]),
+                labels,
+                memory_momentum(lr, memory_config.momentum, memory_config.base_lr),
+                groups=groups,
+                strategy=memory_config.strategy,
+            )
+            losses["loss_stage1"] = weights.stage1 * entropy(out["stage1"], labels)
+        for index, logits in enumerate(out["auxiliary"]):
+            name = "loss_aux" if len(out["auxiliary"]) == 1 else f"loss_aux{index + 1}"
+            losses[name] = weights.auxiliary * entropy(logits, labels)
+        if use_consistency:
+            # The second pass through the decoder moves its statistics only when it counts.
+            loss, batch_stats = jax.lax.cond(
+                state.step >= first_consistency_step,
+                consistency,
+                lambda params, batch_stats, rows, rng: (jnp.zeros((), rows.dtype), batch_stats),
+                params,
+                batch_stats,
+                local,
+                row_dropout,
+            )
+            losses["loss_memory"] = weights.consistency * loss
+        losses["loss"] = sum(losses.values())
+        return losses["loss"], (losses, batch_stats, memory)
+
+    def step(state: TrainState, batch: dict[str, jax.Array]) -> tuple[TrainState, Metrics]:
+        lr = schedule(state.step)
+        rng = jax.random.fold_in(jax.random.key(config.seed), state.step)
+        grads, (metrics, batch_stats, memory) = jax.grad(loss_fn, has_aux=True)(
+            state.params, state, batch, lr, rng
+        )
+        updates, opt_state = tx.update(grads, state.opt_state, state.params)
+        new_state = TrainState(
+            step=state.step + 1,
+            params=optax.apply_updates(state.params, updates),
+            batch_stats=batch_stats,
+            memory=memory,
+            opt_state=opt_state,
+        )
+        return new_state, metrics | {"lr": lr, "grad_norm": optax.global_norm(grads)}
+
+    return step

@@ -1,0 +1,13 @@
+"""Settings that all tests share: CPU, full float32, eight devices, one compilation cache."""
+
+import os
+
+# Before jax is imported: forced devices let one process test what many devices do.
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
+os.environ["XLA_FLAGS"] = (
+    os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
+)
+
+import jax
+
+jax.config.update("jax_default_matmul_precision", "highest")
