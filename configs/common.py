@@ -34,7 +34,7 @@ def get_config() -> ml_collections.ConfigDict:
     data.num_val = 0
     data.workers = 0  # worker processes; 0: threads of the main process
     data.threads = 4
-    data.prefetch = 4  # batches (threads) or samples (workers) that are prepared ahead
+    data.prefetch = 4  # batches that are prepared ahead
 
     config.augment = augment = ml_collections.ConfigDict()
     augment.base_size = (2048, 512)  # long and short side that scale 1 means; empty: image's own

@@ -23,7 +23,11 @@ _MODULES = [
     (r"context/global", "context_within_image_module.global_branch.", ("1", "2")),
     (r"context/bottleneck", "context_within_image_module.bottleneck.", ("0", "1")),
     (r"bottleneck", "bottleneck.", ("0", "1")),
-    (r"memory_module/(bottleneck|bottleneck_ms|fuse_memory_conv)", r"memory_module.\1.", ("0", "1")),
+    (
+        r"memory_module/(bottleneck|bottleneck_ms|fuse_memory_conv)",
+        r"memory_module.\1.",
+        ("0", "1"),
+    ),
     (
         r"memory_module/(self_attention|self_attention_ms)/(query|key)_project_(\d)",
         r"memory_module.\1.\2_project.\3.",

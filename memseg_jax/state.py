@@ -117,9 +117,7 @@ def init_variables(model: Segmentor, seed: int) -> dict[str, Any]:
                 filled[name] = fill(value, path)
             else:
                 entropy = [seed % 2**63, *path.encode()]
-                filled[name] = init_array(
-                    path, value.shape, fan_in, np.random.default_rng(entropy)
-                )
+                filled[name] = init_array(path, value.shape, fan_in, np.random.default_rng(entropy))
         return filled
 
     return {

@@ -65,7 +65,7 @@ def apply_extent(x: Array, extent: Extent | None) -> Array:
 
 
 def spatial_mean(x: Array, extent: Extent | None = None) -> Array:
-    """Mean over the real positions, in float32: [batch, h, w, channels] -> [batch, 1, 1, channels]."""
+    """Mean over the real positions: [batch, h, w, channels] -> float32 [batch, 1, 1, channels]."""
     x32 = x.astype(jnp.float32)
     if extent is None:
         return jnp.mean(x32, axis=(1, 2), keepdims=True)

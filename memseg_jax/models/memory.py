@@ -139,7 +139,7 @@ def update_memory(
     """
     if strategy not in ("cosine", "mean"):
         raise ValueError(f"memory update strategy is {strategy!r}; expected 'cosine' or 'mean'")
-    classes, slots, channels = memory.shape
+    classes, slots, _ = memory.shape
     dtype = memory.dtype
     batch, height, width = features.shape[:3]
     features = features.astype(dtype)

@@ -32,9 +32,9 @@ class BasicBlock(nn.Module):
         """[batch, height, width, channels] -> [batch, height', width', planes]."""
         kw = {"train": train, "extent": extent}
         shortcut = x
-        y = ConvNorm(
-            self.planes, 3, self.stride, self.dilation, dtype=self.dtype, name="conv1"
-        )(x, **kw)
+        y = ConvNorm(self.planes, 3, self.stride, self.dilation, dtype=self.dtype, name="conv1")(
+            x, **kw
+        )
         y = ConvNorm(self.planes, 3, activation="none", dtype=self.dtype, name="conv2")(y, **kw)
         if self.project:
             shortcut = ConvNorm(
@@ -65,9 +65,9 @@ class Bottleneck(nn.Module):
         width = self.planes * self.expansion
         shortcut = x
         y = ConvNorm(self.planes, dtype=self.dtype, name="conv1")(x, **kw)
-        y = ConvNorm(
-            self.planes, 3, self.stride, self.dilation, dtype=self.dtype, name="conv2"
-        )(y, **kw)
+        y = ConvNorm(self.planes, 3, self.stride, self.dilation, dtype=self.dtype, name="conv2")(
+            y, **kw
+        )
         y = ConvNorm(width, activation="none", dtype=self.dtype, name="conv3")(y, **kw)
         if self.project:
             shortcut = ConvNorm(

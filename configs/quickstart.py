@@ -1,0 +1,47 @@
+"""Six minutes on two CPU cores, without any download: textured shapes, a small ResNet-18.
+
+    python -m memseg_jax.main --config configs/quickstart.py
+
+trains from random weights and ends at an mIoU of about 0.9 on images never trained on. Everything
+else is as in the large models: ASPP, feature memory, two attentions, consistency loss, schedule,
+checkpoints, evaluation.
+"""
+
+import ml_collections
+
+from configs import common
+from memseg_jax.data import shapes
+
+
+def get_config() -> ml_collections.ConfigDict:
+    """Returns the config of the quickstart."""
+    config = common.get_config()
+    config.data.name = "shapes"
+    config.data.class_names = shapes.CLASS_NAMES
+    config.data.palette = shapes.PALETTE
+    config.data.image_size = (96, 96)
+    config.data.num_train = 1600
+    config.data.num_val = 100
+    config.augment.base_size = ()
+    config.augment.scale_range = (0.75, 1.25)
+    config.augment.crop = (96, 96)
+    config.eval.base_size = ()
+    config.eval.batch_size = 10
+
+    config.model.backbone = "resnet18"
+    config.model.backbone_width = 0.5
+    config.model.feature_dim = 64
+    config.model.aspp_dim = 64
+    config.model.aspp_dilations = (1, 2, 4, 6)
+    config.model.memory.attention_dim = 32
+    config.loss.consistency = 1.0
+
+    config.optimizer.lr = 0.05
+    config.optimizer.min_lr = 5e-4
+    config.model.memory.base_lr = 0.05
+    config.train.batch_size = 16
+    config.train.epochs = 4
+    config.train.eval_every = 2
+    config.train.log_every = 20
+    config.checkpoint.every = 100
+    return config

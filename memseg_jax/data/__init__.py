@@ -1,0 +1,62 @@
+"""Data sets: where samples come from, how they are augmented, and how they are batched.
+
+A data set is a module of this package with a function `open_split(data_config, split)` that
+returns a source; `config.data.name` is the name of the module, and nothing is registered. A
+source is a picklable object with
+
+* `len(source)`;
+* `source[index]`: `dict(image, label, name)` with `image` uint8 `[height, width, 3]` (RGB),
+  `label` uint8 `[height, width]` (0..K-1, or `IGNORE_LABEL`) and `name`, a short unique id;
+* `source.describe(index)`: the files behind a sample, for messages;
+* `source.fingerprint()`: a short hash of the ordered names.
+"""
+
+import importlib
+import pkgutil
+from pathlib import Path
+
+from memseg_jax.errors import UserError
+from memseg_jax.suggest import nearest
+
+IGNORE_LABEL = 255  # the value in memory that means "not labelled", whatever the files use
+
+
+def open_split(data_config, split: str):
+    """Opens one split of the data set that `data_config.name` names.
+
+    Args:
+      data_config: `config.data`.
+      split: name of the split, such as "train".
+
+    Returns:
+      The source (see the module's text).
+
+    Raises:
+      UserError: there is no such data set, or its module cannot open the split.
+    """
+    name = str(data_config.name)
+    known = {module.name for module in pkgutil.iter_modules(__path__)}
+    open_function = None
+    if name in known:
+        module = importlib.import_module(f"{__name__}.{name}")
+        open_function = getattr(module, "open_split", None)
+    if open_function is None:
+        raise UserError(_unknown_data_set(name))
+    return open_function(data_config, split)
+
+
+def _unknown_data_set(name: str) -> str:
+    """The message for a `config.data.name` that is not a data set."""
+    # The text is searched because importing all modules could fail for reasons of their own.
+    available = sorted(
+        path.stem
+        for folder in __path__
+        for path in Path(folder).glob("*.py")
+        if path.stem != "__init__" and "\ndef open_split(" in path.read_text(encoding="utf-8")
+    )
+    meant = nearest(name, available, count=1)
+    question = f" Did you mean {meant[0]!r}?" if meant else ""
+    return (
+        f"config.data.name = {name!r} is not a data set.{question} "
+        f"Available: {', '.join(available)} (the modules of memseg_jax/data with an open_split)."
+    )

@@ -1,0 +1,316 @@
+"""Reads image and label files of any common kind into arrays, or says by name why it cannot.
+
+Pillow decodes everything: it raises on damaged files where OpenCV returns grey bars, and it keeps
+the indices of palette PNGs where OpenCV turns them into colours.
+"""
+
+import contextlib
+import os
+from collections.abc import Iterator, Mapping
+
+import numpy as np
+from PIL import Image, ImageOps
+
+from memseg_jax.data import IGNORE_LABEL
+from memseg_jax.errors import UserError
+
+MAX_CLASSES = 254  # 255 means "not labelled"; 254 marks values that are not allowed
+_NOT_ALLOWED = 254
+# Only these decoders may run: some others of Pillow's start external programs.
+_FORMATS = ("JPEG", "PNG", "BMP", "WEBP", "TIFF", "GIF", "PPM")
+_ORIENTATION_TAG = 0x0112
+_COLOUR_EXAMPLES = 3
+_SHOWN_VALUES = 5
+_KEPT_VALUES = 1000  # of a label's distinct values in an error
+
+
+class LabelValueError(UserError):
+    """A label file holds values that the config does not allow.
+
+    Attributes:
+      values: pixels per value in the file, allowed ones too (the first 1000 values at most).
+    """
+
+    def __init__(self, message: str, values: Mapping[int, int] | None = None):
+        super().__init__(message)
+        self.values = dict(values or {})
+
+
+def read_image(path: str | os.PathLike) -> np.ndarray:
+    """Reads an image as 8-bit RGB, the way a viewer shows it.
+
+    The EXIF orientation is applied. Greyscale gives three equal channels, palette and CMYK are
+    converted, 16-bit values are divided by 256, transparency is dropped (not composited), and of
+    a file with several frames the first is taken.
+
+    Args:
+      path: the file.
+
+    Returns:
+      uint8 `[height, width, 3]`, RGB.
+
+    Raises:
+      UserError: the file is missing, empty, damaged, far too large, or of an unsuitable kind.
+    """
+    with _opened(path) as image:
+        image = _upright(image)
+        mode = image.mode
+        if mode.startswith("I;16") or (mode == "I" and image.format in ("PNG", "PPM")):
+            grey = (np.asarray(image) >> 8).astype(np.uint8)
+            return np.repeat(grey[:, :, None], 3, axis=2)
+        if mode in ("I", "F"):
+            raise UserError(
+                f"{path}: the image has 32-bit values (Pillow mode {mode}), whose range is not "
+                "known. Expected 8 or 16 bits a channel: convert the file."
+            )
+        return np.array(image.convert("RGB"))
+
+
+def read_label(path: str | os.PathLike) -> np.ndarray:
+    """Reads the values that are stored in a label file, unchanged.
+
+    Palette files give the indices, never the colours; bilevel, 2-bit and 4-bit greyscale files
+    give the stored numbers 0, 1, 2, ... and not their brightness. An EXIF orientation is applied
+    as it is to images.
+
+    Args:
+      path: the file: one channel of integers (greyscale or palette; 1 to 32 bits).
+
+    Returns:
+      uint8, uint16 or int32 `[height, width]`.
+
+    Raises:
+      UserError: the file is missing, damaged, lossy, or holds colours instead of class ids.
+    """
+    with _opened(path) as image:
+        if image.format in ("JPEG", "MPO"):
+            raise UserError(
+                f"{path}: the label is a JPEG file. JPEG changes pixel values, and with them the "
+                "class ids. Expected a PNG file whose pixel values are class ids."
+            )
+        image = _upright(image)
+        mode = image.mode
+        if mode == "1":
+            return np.array(image).astype(np.uint8)
+        if mode == "L":
+            # Pillow stretches 2- and 4-bit greyscale to 0..255; class ids must not be stretched.
+            levels = 2 ** _png_bit_depth(path) if image.format == "PNG" else 256
+            label = np.array(image)
+            return label if levels == 256 else label // (255 // (levels - 1))
+        if mode == "P":
+            return np.array(image)
+        if mode.startswith("I;16"):
+            return np.asarray(image).astype(np.uint16)
+        if mode == "I":
+            return np.array(image)
+        raise UserError(_not_an_index_image(path, image))
+
+
+def image_size(path: str | os.PathLike) -> tuple[int, int]:
+    """Returns (height, width) in pixels as `read_image` would give, from the header alone.
+
+    Args:
+      path: the file.
+
+    Raises:
+      UserError: the file is missing, empty, or its header cannot be read.
+    """
+    with _opened(path) as image:
+        width, height = image.size
+        # Pillow's TIFF reader has swapped the sides already.
+        if image.format != "TIFF" and _orientation(image) in (5, 6, 7, 8):
+            width, height = height, width
+        return height, width
+
+
+def exif_orientation(path: str | os.PathLike) -> int:
+    """Returns the EXIF orientation of an image file, 1 (upright) to 8; 1 if it has none.
+
+    Args:
+      path: the file.
+
+    Raises:
+      UserError: the file is missing, empty, or its header cannot be read.
+    """
+    with _opened(path) as image:
+        return _orientation(image)
+
+
+def map_ids(
+    label: np.ndarray, num_classes: int, ignore_label: int, path: str | os.PathLike
+) -> np.ndarray:
+    """Checks the values of a label file and maps its ignore value to `IGNORE_LABEL`.
+
+    Args:
+      label: integers `[height, width]` as `read_label` gives them.
+      num_classes: K, at most 254; 0..K-1 are allowed.
+      ignore_label: the value in the file that means "not labelled" (it wins over a class of the
+        same id); -1 if there is none.
+      path: the label file, for the message.
+
+    Returns:
+      uint8 `[height, width]`: 0..K-1 or `IGNORE_LABEL`.
+
+    Raises:
+      LabelValueError: other values occur; the message names them.
+    """
+    if label.dtype == np.uint8:
+        table = np.full(256, _NOT_ALLOWED, np.uint8)
+        table[:num_classes] = np.arange(num_classes)
+        if 0 <= ignore_label < 256:
+            table[ignore_label] = IGNORE_LABEL
+        mapped = table[label]
+    else:
+        inside = (label >= 0) & (label < num_classes)
+        mapped = np.where(inside, label, _NOT_ALLOWED).astype(np.uint8)
+        if ignore_label >= 0:
+            mapped[label == ignore_label] = IGNORE_LABEL
+    if (mapped == _NOT_ALLOWED).any():
+        raise _label_value_error(label, num_classes, ignore_label, path)
+    return mapped
+
+
+def value_advice(values: Mapping[int, int], num_classes: int, ignore_label: int) -> str:
+    """Says what is probably wrong with label files that hold values which are not allowed.
+
+    Args:
+      values: pixels per value in the file or files, allowed and not allowed ones.
+      num_classes: K of the config.
+      ignore_label: ignore value of the config, or -1.
+
+    Returns:
+      One or two sentences: the likely cause and what to do.
+    """
+    seen = sorted(values)
+    bad = _values_not_allowed(seen, num_classes, ignore_label)
+    if 255 in bad and set(seen) <= {0, 255}:
+        return (
+            "The files hold 0 and 255 only, like masks of one object: save the object's pixels "
+            "as 1 and name 2 classes; or set config.data.ignore_label=255 if 255 means "
+            "'not labelled'."
+        )
+    if bad == [255]:
+        return "If 255 means 'not labelled', set config.data.ignore_label=255."
+    if bad == [num_classes]:
+        if ignore_label == 0 or 0 not in seen:
+            return (
+                "The class ids of the files seem to count from 1. They must count from 0: subtract "
+                "1 in the files, or put a name for id 0 in front in config.data.class_names (and "
+                "set config.data.ignore_label=0 if 0 means 'not labelled')."
+            )
+        return (
+            f"If {num_classes} means 'not labelled', set config.data.ignore_label={num_classes}; "
+            f"if it is a class, add its name to config.data.class_names, which has {num_classes}."
+        )
+    if bad and bad[-1] > 255:
+        return (
+            "Values above 255 are often instance ids or class id times 1000: save plain class ids."
+        )
+    if len(bad) > 20:
+        return (
+            "So many different values look like a grey picture of a colour mask, or like a label "
+            "that was resized with interpolation: save class ids, and resize with nearest "
+            "neighbour only."
+        )
+    return (
+        "Correct the files, name every class in config.data.class_names, or set "
+        "config.data.ignore_label to the value that means 'not labelled'."
+    )
+
+
+@contextlib.contextmanager
+def _opened(path: str | os.PathLike) -> Iterator[Image.Image]:
+    """Opens a file with Pillow and turns everything its decoders raise into a UserError."""
+    try:
+        if os.path.isfile(path) and os.path.getsize(path) == 0:
+            raise UserError(f"{path}: the file is empty (0 bytes). Replace or remove it.")
+        with Image.open(path, formats=_FORMATS) as image:
+            yield image
+    except (UserError, MemoryError):
+        raise
+    except FileNotFoundError:
+        raise UserError(f"{path}: there is no such file.") from None
+    except (PermissionError, IsADirectoryError) as error:
+        raise UserError(f"{path}: the file cannot be opened ({error.strerror}).") from None
+    except Image.UnidentifiedImageError:
+        raise UserError(
+            f"{path}: not an image file, or damaged at its start. Expected one of "
+            f"{', '.join(_FORMATS)}. Replace or remove it."
+        ) from None
+    except Image.DecompressionBombError as error:
+        raise UserError(f"{path}: refused as far too large ({error}). Scale it down.") from None
+    except Exception as error:
+        # Decoders raise OSError, SyntaxError, ValueError, struct.error, zlib.error and others.
+        raise UserError(
+            f"{path}: the image cannot be decoded ({error}). The file is truncated or damaged: "
+            "replace or remove it."
+        ) from error
+
+
+def _orientation(image: Image.Image) -> int:
+    """The EXIF orientation in the header of an opened file that was not decoded yet."""
+    # For a PNG without EXIF, Pillow would decode the pixels to look behind them.
+    if image.format == "PNG" and not {"exif", "Raw profile type exif"} & image.info.keys():
+        return 1
+    orientation = image.getexif().get(_ORIENTATION_TAG, 1)
+    return orientation if orientation in range(1, 9) else 1
+
+
+def _upright(image: Image.Image) -> Image.Image:
+    """Decodes and applies the EXIF orientation, in place."""
+    turned = _orientation(image) != 1
+    image.load()
+    if turned:
+        ImageOps.exif_transpose(image, in_place=True)
+    return image
+
+
+def _png_bit_depth(path: str | os.PathLike) -> int:
+    """Bits a sample, from the header of a PNG file (byte 24 by the PNG specification)."""
+    with open(path, "rb") as file:
+        return file.read(25)[24]
+
+
+def _not_an_index_image(path: str | os.PathLike, image: Image.Image) -> str:
+    """The message for a label file with several channels."""
+    expected = (
+        "Expected one channel (greyscale or palette PNG) whose pixel values are class ids 0, 1, "
+        "2, ..."
+    )
+    if image.mode == "F":
+        return f"{path}: the label holds floating-point values. {expected}"
+    colours = np.asarray(image.convert("RGB")).reshape(-1, 3)
+    if (colours == colours[:, :1]).all():
+        return (
+            f"{path}: the label has mode {image.mode} instead of one channel; its colour channels "
+            f"are equal. {expected} Save one of the channels alone."
+        )
+    distinct = np.unique(colours, axis=0)
+    examples = ", ".join(str(tuple(c.tolist())) for c in distinct[:_COLOUR_EXAMPLES])
+    return (
+        f"{path}: the label is a colour mask (mode {image.mode}, {len(distinct)} colours such as "
+        f"{examples}). {expected} Convert each colour to its class id."
+    )
+
+
+def _values_not_allowed(values: list[int], num_classes: int, ignore_label: int) -> list[int]:
+    return [v for v in values if not 0 <= v < num_classes and (v != ignore_label or v < 0)]
+
+
+def _label_value_error(
+    label: np.ndarray, num_classes: int, ignore_label: int, path: str | os.PathLike
+) -> LabelValueError:
+    """The error for a label with values that are not allowed."""
+    unique, pixels = np.unique(label, return_counts=True)
+    values = dict(zip(unique.tolist(), pixels.tolist()))
+    bad = _values_not_allowed(list(values), num_classes, ignore_label)
+    found = ", ".join(f"{v} ({values[v]} pixels)" for v in bad[:_SHOWN_VALUES])
+    if len(bad) > _SHOWN_VALUES:
+        found += f" and {len(bad) - _SHOWN_VALUES} more values"
+    allowed = f"0..{num_classes - 1} ({num_classes} classes)"
+    allowed += f" and {ignore_label} (not labelled)" if ignore_label >= 0 else ", no ignore value"
+    return LabelValueError(
+        f"{path}: label values that are not allowed: {found}. Allowed: {allowed}. "
+        + value_advice(values, num_classes, ignore_label),
+        dict(list(values.items())[:_KEPT_VALUES]),
+    )

@@ -1,0 +1,332 @@
+"""A generated set of textured shapes that needs no download: the quickstart's data.
+
+Sample `index` of a split is a pure function of the split's name, the index and the image size.
+Only the outline tells the class: colours, textures, sizes, angles and lighting are drawn
+independently of it, shapes cover each other, and the background wears the same textures.
+"""
+
+import hashlib
+import math
+from typing import Any
+
+import cv2
+import numpy as np
+
+from memseg_jax.data import IGNORE_LABEL
+from memseg_jax.errors import UserError
+
+CLASS_NAMES = ("background", "circle", "square", "triangle", "star", "ring")
+PALETTE = (
+    (44, 50, 64),
+    (239, 83, 80),
+    (66, 165, 245),
+    (255, 202, 40),
+    (171, 71, 188),
+    (38, 198, 158),
+)
+
+# Change it with anything that changes the pixels, so that a resumed run notices.
+_VERSION = 1
+_SMALLEST_SIDE = 16
+_SHAPES = (2, 5)  # how many in an image: at least, less than
+_RADIUS = (0.19, 0.32)  # of the shorter image side
+_IGNORED = 0.75  # pixels on both sides of an outline that do not count
+_TRIES = 12  # places tried for one shape
+
+# RGB colours that look well next to each other; any of them can be on any class.
+_COLOURS = np.array(
+    [
+        (226, 88, 62), (241, 143, 1), (249, 199, 79), (144, 190, 109), (67, 170, 139),
+        (39, 125, 161), (87, 117, 144), (131, 96, 195), (214, 93, 177), (240, 113, 120),
+        (94, 84, 142), (230, 221, 196), (60, 64, 91), (129, 178, 154), (200, 214, 229),
+        (141, 85, 66),
+    ],
+    np.float32,
+)  # fmt: skip
+
+
+def open_split(data_config: Any, split: str) -> "Shapes":
+    """Opens a split of generated images.
+
+    Args:
+      data_config: The config section `data`; `image_size`, `train_split`, `eval_split`,
+        `num_train`, `num_val` and `class_names` are read.
+      split: `data_config.train_split` or `data_config.eval_split`.
+
+    Returns:
+      The source.
+
+    Raises:
+      UserError: If a field does not fit.
+    """
+    lengths = {
+        data_config.train_split: ("num_train", data_config.num_train),
+        data_config.eval_split: ("num_val", data_config.num_val),
+    }
+    if split not in lengths:
+        raise UserError(
+            f"config.data.name = 'shapes' has the splits {', '.join(map(repr, lengths))}, "
+            f"not {split!r}"
+        )
+    field, length = lengths[split]
+    if length < 1:
+        raise UserError(
+            f"config.data.{field} is {length}: the number of images of split {split!r} to "
+            "generate must be at least 1"
+        )
+    size = tuple(data_config.image_size)
+    if len(size) != 2 or min(size) < _SMALLEST_SIDE:
+        raise UserError(
+            f"config.data.image_size is {size}: expected (height, width), each at least "
+            f"{_SMALLEST_SIDE}"
+        )
+    if len(data_config.class_names) != len(CLASS_NAMES):
+        raise UserError(
+            f"config.data.class_names has {len(data_config.class_names)} names, but config.data."
+            f"name = 'shapes' generates {len(CLASS_NAMES)} classes; set it to {CLASS_NAMES}"
+        )
+    return Shapes(split, length, size)
+
+
+class Shapes:
+    """One split of the generated set: random access, the same everywhere and every time."""
+
+    def __init__(self, split: str, length: int, image_size: tuple[int, int]):
+        self._split = split
+        self._length = int(length)
+        self._size = (int(image_size[0]), int(image_size[1]))
+
+    def __len__(self) -> int:
+        return self._length
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        index = int(index)
+        if not 0 <= index < self._length:
+            raise IndexError(f"index {index} of a split with {self._length} images")
+        image, label = generate(_generator(self._split, index), self._size)
+        return {"image": image, "label": label, "name": f"{self._split}_{index:06d}"}
+
+    def describe(self, index: int) -> str:
+        """Returns what a message should call a sample."""
+        return f"generated image {index} of split {self._split!r} (config.data.name = 'shapes')"
+
+    def fingerprint(self) -> str:
+        """Returns a short hash of everything that determines the samples."""
+        text = f"shapes {_VERSION} {self._split} {self._length} {self._size}"
+        return hashlib.blake2b(text.encode(), digest_size=8).hexdigest()
+
+
+def _generator(split: str, index: int) -> np.random.Generator:
+    # Python's own hash differs from process to process.
+    digest = hashlib.blake2b(f"shapes {split} {index}".encode(), digest_size=16).digest()
+    return np.random.Generator(np.random.Philox(key=int.from_bytes(digest, "little")))
+
+
+def generate(rng: np.random.Generator, size: tuple[int, int]) -> tuple[np.ndarray, np.ndarray]:
+    """Draws one image and its label.
+
+    Args:
+      rng: All randomness comes from it.
+      size: (height, width) in pixels.
+
+    Returns:
+      (image RGB uint8 `[height, width, 3]`, label uint8 `[height, width]`); a thin line of
+      `IGNORE_LABEL` runs along the outlines.
+    """
+    height, width = size
+    image, background = _background(rng, size)
+    label = np.zeros(size, np.uint8)
+    angle = rng.uniform(0, 2 * math.pi)
+    light = math.cos(angle), math.sin(angle)  # from where: one lamp for the whole image
+
+    placed: list[tuple[float, float, float]] = []
+    for _ in range(int(rng.integers(*_SHAPES))):
+        kind = int(rng.integers(1, len(CLASS_NAMES)))
+        radius = rng.uniform(*_RADIUS) * min(size)
+        place = _free_place(rng, size, radius, placed)
+        if place is None:
+            continue
+        placed.append((*place, radius))
+        _draw(rng, image, label, kind, place, radius, light, background)
+
+    image += rng.uniform(1.0, 6.0) * rng.standard_normal((height, width, 1), np.float32)
+    return np.clip(np.rint(image), 0, 255).astype(np.uint8), label
+
+
+def _free_place(
+    rng: np.random.Generator,
+    size: tuple[int, int],
+    radius: float,
+    placed: list[tuple[float, float, float]],
+) -> tuple[float, float] | None:
+    """Returns a centre (y, x) that leaves most of the earlier shapes visible, if one is found."""
+    for _ in range(_TRIES):
+        # A shape may reach over the edge of the image by up to 30 % of its radius.
+        y, x = (rng.uniform(0.7 * radius, side - 0.7 * radius) for side in size)
+        if all(math.hypot(y - v, x - u) > 0.8 * (radius + r) for v, u, r in placed):
+            return y, x
+    return None
+
+
+def _background(rng: np.random.Generator, size: tuple[int, int]) -> tuple[np.ndarray, np.ndarray]:
+    """Returns a textured float32 `[height, width, 3]` and its mean colour."""
+    height, width = size
+    y, x = np.mgrid[:height, :width].astype(np.float32)
+    first, second = _COLOURS[rng.choice(len(_COLOURS), 2, replace=False)]
+    grey = np.float32(rng.uniform(60, 190))
+    first, second = 0.6 * first + 0.4 * grey, 0.75 * first + 0.25 * second  # calm: close colours
+    image = _textured(rng, y, x, first, second, 0.5 * min(size))
+    slope = rng.uniform(-1, 1, 2) * 30 / max(size)
+    image += (slope[0] * (y - height / 2) + slope[1] * (x - width / 2)).astype(np.float32)[
+        ..., None
+    ]
+    return image, image.mean((0, 1))
+
+
+def _textured(
+    rng: np.random.Generator,
+    y: np.ndarray,
+    x: np.ndarray,
+    first: np.ndarray,
+    second: np.ndarray,
+    scale: float,
+) -> np.ndarray:
+    """Mixes two colours by a random texture: gradient, stripes, checks, dots or clouds.
+
+    Args:
+      rng: All randomness comes from it.
+      y: float32 `[height, width]`, coordinates in pixels.
+      x: The same for columns.
+      first: Colour, `[3]`.
+      second: Colour, `[3]`.
+      scale: Size in pixels that the texture is drawn for.
+
+    Returns:
+      float32 `[height, width, 3]`.
+    """
+    kind = int(rng.integers(5))
+    angle = rng.uniform(0, math.pi)
+    cos, sin = math.cos(angle), math.sin(angle)
+    u, v = cos * x + sin * y, cos * y - sin * x
+    period = rng.uniform(0.25, 0.5) * scale
+    if kind == 0:
+        mix = 0.5 + u / (2 * scale) - np.float32((u[0, 0] + u[-1, -1]) / (4 * scale))
+    elif kind == 1:
+        mix = 0.5 + 3 * _wave(u, period)
+    elif kind == 2:
+        mix = 0.5 + 6 * _wave(u, 1.5 * period) * _wave(v, 1.5 * period)
+    elif kind == 3:
+        mix = 4 * (_wave(u, period) + _wave(v, period)) - 3
+    else:
+        cells = rng.random((5, 5), np.float32)
+        mix = cv2.resize(cells, x.shape[::-1], interpolation=cv2.INTER_CUBIC) * 1.6 - 0.3
+    mix = np.clip(mix, 0, 1)[..., None]
+    return first.astype(np.float32) * (1 - mix) + second.astype(np.float32) * mix
+
+
+def _wave(t: np.ndarray, period: float) -> np.ndarray:
+    """A smooth wave between -1 and 1, of parabolas rather than of the platform's own sine."""
+    phase = t * np.float32(2 / period)
+    phase -= 2 * np.floor(phase / 2) + 1  # -1..1
+    return 4 * phase * (1 - np.abs(phase))
+
+
+def _draw(
+    rng: np.random.Generator,
+    image: np.ndarray,
+    label: np.ndarray,
+    kind: int,
+    place: tuple[float, float],
+    radius: float,
+    light: tuple[float, float],
+    background: np.ndarray,
+) -> None:
+    """Draws one shape with its shadow into `image` and `label`, in place."""
+    height, width = label.shape
+    shadow_length = 0.22 * radius
+    reach = radius + 2 * shadow_length + 2
+    top, left = (max(0, math.floor(centre - reach)) for centre in place)
+    bottom = min(height, math.ceil(place[0] + reach))
+    right = min(width, math.ceil(place[1] + reach))
+    window = np.s_[top:bottom, left:right]
+    y, x = np.mgrid[top:bottom, left:right].astype(np.float32)
+    y -= np.float32(place[0])
+    x -= np.float32(place[1])
+
+    angle = rng.uniform(0, 2 * math.pi)
+    distance = _outline_distance(kind, y, x, radius, angle)
+    offset = shadow_length * light[0], shadow_length * light[1]
+    shadow = _outline_distance(
+        kind, y + np.float32(offset[0]), x + np.float32(offset[1]), radius, angle
+    )
+
+    colour, other = _shape_colours(rng, background)
+    surface = _textured(rng, y, x, colour, other, radius)
+    # Brighter towards the lamp and darker at the rim, as if the shape were slightly curved.
+    shade = 1 + (y * light[0] + x * light[1]) * np.float32(0.22 / radius)
+    shade *= 1 - 0.25 * np.clip(1 + distance / np.float32(0.12 * radius), 0, 1)
+
+    darkness = 0.45 * np.clip(0.5 - shadow / np.float32(0.3 * radius), 0, 1)
+    cover = np.clip(0.5 - distance, 0, 1)[..., None]
+    below = image[window] * (1 - darkness)[..., None]
+    image[window] = below + cover * (surface * shade[..., None] - below)
+
+    part = label[window]
+    part[distance < 0] = kind
+    part[np.abs(distance) < _IGNORED] = IGNORE_LABEL
+
+
+def _shape_colours(
+    rng: np.random.Generator, background: np.ndarray
+) -> tuple[np.ndarray, np.ndarray]:
+    """Returns two similar colours that stand out from the background."""
+    colours = _COLOURS[rng.permutation(len(_COLOURS))] + rng.uniform(-12, 12, 3)
+    contrast = np.abs(colours - background).sum(1)
+    colour = colours[int(np.argmax(contrast > 150))]  # the first, if none stands out
+    other = colour + (0.35 if colour.mean() < 120 else -0.35) * np.abs(colour)
+    return colour, other
+
+
+def _outline_distance(
+    kind: int, y: np.ndarray, x: np.ndarray, radius: float, angle: float
+) -> np.ndarray:
+    """Computes the signed distance to the outline of a shape around the origin.
+
+    Args:
+      kind: The class, 1 to 5.
+      y: float32 `[height, width]`, coordinates in pixels.
+      x: The same for columns.
+      radius: Of the circle around the shape, in pixels.
+      angle: By which the shape is turned, in radians.
+
+    Returns:
+      float32 `[height, width]` in pixels: negative inside. Exact near the outline.
+    """
+    name = CLASS_NAMES[kind]
+    if name in ("circle", "ring"):
+        from_centre = np.sqrt(x * x + y * y)
+        if name == "circle":
+            return from_centre - np.float32(0.92 * radius)
+        return np.abs(from_centre - np.float32(0.78 * radius)) - np.float32(0.22 * radius)
+
+    cos, sin = np.float32(math.cos(angle)), np.float32(math.sin(angle))
+    u, v = np.abs(cos * x + sin * y), cos * y - sin * x  # every other shape has a mirror line
+    if name == "square":
+        return np.maximum(u, np.abs(v)) - np.float32(0.78 * radius)
+    if name == "triangle":  # corners at a distance of one radius, sides at half of that
+        return np.maximum(np.float32(math.sqrt(0.75)) * u - 0.5 * v, v) - np.float32(0.5 * radius)
+    return _star_distance(u, v, radius)
+
+
+def _star_distance(u: np.ndarray, v: np.ndarray, radius: float) -> np.ndarray:
+    """Signed distance to a five-pointed star with a point at +v, for u >= 0."""
+    # Fold the plane into the tenth between a point and the notch next to it.
+    point = np.float32(2 * math.pi / 5)
+    turn = np.arctan2(u, v)
+    turn = np.abs(turn - point * np.rint(turn / point))
+    from_centre = np.sqrt(u * u + v * v)
+    notch = 0.46 * math.sin(math.pi / 5), 0.46 * math.cos(math.pi / 5)
+    normal = np.array([1 - notch[1], notch[0]]) / math.hypot(1 - notch[1], notch[0])
+    along_u, along_v = (np.float32(part) for part in normal)
+    aside, forward = np.sin(turn) * from_centre, np.cos(turn) * from_centre
+    return along_u * aside + along_v * (forward - np.float32(radius))

@@ -1,0 +1,163 @@
+"""The evaluate mode: segments the evaluation split and scores it."""
+
+import collections
+import concurrent.futures
+import dataclasses
+import logging
+import pathlib
+import time
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+import jax
+import ml_collections
+import numpy as np
+
+from memseg_jax import checkpoint, metrics, visualize
+from memseg_jax.data import open_split
+from memseg_jax.inference import Predictor
+from memseg_jax.models.segmentor import build_segmentor
+from memseg_jax.sharding import make_mesh
+from memseg_jax.state import abstract_variables
+
+log = logging.getLogger(__name__)
+
+PICTURE = "examples.png"
+_EXAMPLES = 4  # images in the picture
+_REPORT_EVERY = 30.0  # seconds between lines of progress
+
+
+@dataclasses.dataclass(frozen=True)
+class Evaluation:
+    """The result over a split.
+
+    Attributes:
+        matrix: int64 [classes, classes + 1], see `metrics.confusion_matrix`.
+        scores: see `metrics.scores`.
+        examples: (image, truth, prediction) of a few images spread over the split.
+        seconds: how long it took.
+    """
+
+    matrix: np.ndarray
+    scores: dict
+    examples: list[tuple[np.ndarray, np.ndarray, np.ndarray]]
+    seconds: float
+
+
+def evaluate_source(predictor: Predictor, source: Any, num_classes: int, threads: int = 4):
+    """Segments every image of a source and compares with its label.
+
+    One confusion matrix is all that is kept, besides a few examples: memory does not grow with
+    the number of images.
+
+    Args:
+        predictor: holds the model and its weights.
+        source: images and labels, see `memseg_jax.data`.
+        num_classes: number of classes.
+        threads: number of images that are read ahead.
+
+    Returns:
+        An `Evaluation`.
+    """
+    start = reported = time.monotonic()
+    count = len(source)
+    shown = set(np.linspace(0, count - 1, min(_EXAMPLES, count)).astype(int).tolist())
+    matrix = np.zeros((num_classes, num_classes + 1), np.int64)
+    waiting: dict[int, dict[str, np.ndarray]] = {}
+    examples: dict[int, tuple[np.ndarray, np.ndarray, np.ndarray]] = {}
+
+    def images() -> Iterator[tuple[int, np.ndarray]]:
+        for index, sample in enumerate(read_ahead(source, range(count), threads)):
+            waiting[index] = sample
+            yield index, sample["image"]
+
+    for done, prediction in enumerate(predictor.predict(images()), 1):
+        sample = waiting.pop(prediction.key)
+        matrix += metrics.confusion_matrix(prediction.label, sample["label"], num_classes)
+        if prediction.key in shown:
+            examples[prediction.key] = (sample["image"], sample["label"], prediction.label)
+        if time.monotonic() - reported > _REPORT_EVERY:
+            reported = time.monotonic()
+            rate = done / (reported - start)
+            log.info("evaluated %d of %d images, %.2f images/s", done, count, rate)
+    return Evaluation(
+        matrix,
+        metrics.scores(matrix),
+        [examples[index] for index in sorted(examples)],
+        time.monotonic() - start,
+    )
+
+
+def read_ahead(source: Any, indices: Iterable[int], threads: int) -> Iterator[dict]:
+    """Yields `source[index]` in order while threads read the next ones."""
+    with concurrent.futures.ThreadPoolExecutor(max(threads, 1)) as pool:
+        pending: collections.deque = collections.deque()
+        try:
+            for index in indices:
+                pending.append(pool.submit(source.__getitem__, index))
+                if len(pending) > threads:
+                    yield pending.popleft().result()
+            while pending:
+                yield pending.popleft().result()
+        finally:
+            for future in pending:
+                future.cancel()
+
+
+def report(
+    evaluation: Evaluation,
+    workdir: pathlib.Path,
+    class_names: tuple[str, ...],
+    palette: np.ndarray,
+    extra: dict[str, Any],
+) -> None:
+    """Prints the table and writes metrics.json, per_class.csv and the picture of examples.
+
+    Args:
+        evaluation: the result.
+        workdir: folder of the run.
+        class_names: one a class.
+        palette: uint8 [classes, 3].
+        extra: further entries for metrics.json, such as the step.
+    """
+    print(metrics.format_table(evaluation.scores, class_names), flush=True)
+    metrics.write_results(workdir, evaluation.scores, evaluation.matrix, class_names, extra)
+    sheet = visualize.comparison_sheet(evaluation.examples, class_names, palette)
+    visualize.save_png(workdir / PICTURE, sheet)
+    log.info("wrote metrics.json, per_class.csv and %s in %s", PICTURE, workdir)
+
+
+def run(config: ml_collections.ConfigDict, workdir: str, which: str | int = "best") -> dict:
+    """Evaluates a checkpoint of `workdir` on `config.data.eval_split`.
+
+    Args:
+        config: the whole config; `config.eval` decides how images are segmented.
+        workdir: folder of a run.
+        which: "best", "last" or a step.
+
+    Returns:
+        The scores.
+
+    Raises:
+        UserError: there is no such checkpoint, it is of another model, or the data are bad.
+    """
+    folder = checkpoint.prepare_workdir(workdir)
+    source = open_split(config.data, config.data.eval_split)
+    model = build_segmentor(config)
+    class_names = tuple(config.data.class_names)
+    palette = visualize.resolve_palette(config.data.palette, len(class_names))
+    variables, meta = checkpoint.restore_for_inference(folder, abstract_variables(model), which)
+    log.info(
+        "evaluating step %d on %d images (%s)", meta["step"], len(source), config.data.eval_split
+    )
+    predictor = Predictor(model, variables, config.eval, make_mesh(jax.local_devices()))
+    result = evaluate_source(predictor, source, len(class_names), config.data.threads)
+    extra = {
+        "step": meta["step"],
+        "split": config.data.eval_split,
+        "images": len(source),
+        "mode": config.eval.mode,
+        "seconds": round(result.seconds, 3),
+    }
+    report(result, folder, class_names, palette, extra)
+    return result.scores

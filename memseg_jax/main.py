@@ -1,0 +1,167 @@
+"""Command line: python -m memseg_jax.main --config FILE [--workdir DIR] [--mode MODE]."""
+
+import importlib
+import os
+import re
+import sys
+import textwrap
+from logging import WARNING, Formatter
+from pathlib import Path
+
+from absl import flags, logging
+from ml_collections import config_flags
+
+from memseg_jax import suggest
+from memseg_jax.errors import UserError
+
+# Only light imports: `--help` must be quick, and every worker process imports this module.
+MODES = ("train", "evaluate", "predict", "check_data")
+USAGE = """\
+Semantic segmentation in JAX: train a model, evaluate it, and segment your own images.
+
+usage: python -m memseg_jax.main --config FILE [--config.FIELD=VALUE ...] [flags]
+examples:
+  python -m memseg_jax.main --config configs/quickstart.py --config.train.batch_size=8
+  python -m memseg_jax.main --config configs/quickstart.py --mode evaluate
+  python -m memseg_jax.main --config configs/quickstart.py --mode predict --input photos/
+
+flags:"""
+FLAGS = {  # name -> (default, the modes that read it, help)
+    "config": (None, MODES, "config file (required); FILE.py:ARG passes ARG to its get_config"),
+    "workdir": (None, MODES, "folder of the run; a run there is continued (default: runs/CONFIG)"),
+    "mode": ("train", MODES, f"{', '.join(MODES[:-1])} or {MODES[-1]} (default: train)"),
+    "checkpoint": ("best", ("evaluate", "predict"), "best, last or a step (default: best)"),
+    "input": (None, ("predict",), "an image, a folder, or a quoted pattern such as '*.jpg'"),
+    "output": (None, ("predict",), "folder for the results (default: <workdir>/predictions)"),
+    "save_confidence": (False, ("predict",), "also write how sure the model is of each pixel"),
+    "save_ids": (False, ("predict",), "also write the raw class ids"),
+}
+
+
+def main(argv: list[str]) -> int:
+    """Runs one mode.
+
+    Args:
+      argv: the program's name and its arguments.
+
+    Returns:
+      The exit status. What the user can fix is explained on stderr without a traceback.
+    """
+    try:
+        return _run(argv)
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return 130
+
+
+def enable_compilation_cache() -> None:
+    """Keeps compiled programs between runs, in $MEMSEG_CACHE or ~/.cache/memseg_jax/xla.
+
+    JAX's own JAX_COMPILATION_CACHE_DIR goes first; without a writable folder there is no cache.
+    """
+    import jax
+
+    if not os.environ.get("JAX_COMPILATION_CACHE_DIR"):
+        folder = Path(os.environ.get("MEMSEG_CACHE") or "~/.cache/memseg_jax/xla").expanduser()
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+        except OSError:
+            return
+        jax.config.update("jax_compilation_cache_dir", str(folder))
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 1.0)
+
+
+def set_up_logging() -> None:
+    """Shows our own messages as plain lines on stderr, and of the libraries only warnings."""
+    package = os.path.dirname(os.path.abspath(__file__))
+    if flags.FLAGS["verbosity"].using_default_value:
+        logging.set_verbosity(logging.INFO)
+    logging.use_absl_handler()
+    handler = logging.get_absl_handler().python_handler
+    handler.setFormatter(Formatter("%(message)s"))
+    handler.filters = [lambda record: record.levelno >= WARNING or package in record.pathname]
+
+
+def _run(argv: list[str]) -> int:
+    asked = {argument.lstrip("-") for argument in argv[1:] if argument.startswith("-")}
+    if asked & {"help", "h", "helpshort", "helpfull"}:
+        print(_help_text() + (flags.FLAGS.get_help() if "helpfull" in asked else ""))
+        return 0
+    values = _parse(argv)
+    set_up_logging()
+    module = importlib.import_module(f"memseg_jax.{values.mode}")
+    if values.mode == "check_data":
+        return module.run(values.config)
+    enable_compilation_cache()
+    workdir = values.workdir or os.path.join("runs", _run_name(values["config"].config_filename))
+    arguments = [values.config, workdir]
+    if values.mode != "train":
+        arguments.append(int(which) if (which := values.checkpoint).isdecimal() else which)
+    if values.mode == "predict":
+        output = values.output or os.path.join(workdir, "predictions")
+        arguments += [values.input, output, values.save_confidence, values.save_ids]
+    module.run(*arguments)
+    return 0
+
+
+def _help_text() -> str:
+    lines = [USAGE]
+    for name, (_, modes, text) in FLAGS.items():
+        text = text if modes == MODES else f"{', '.join(modes)}: {text}"
+        lines.append(textwrap.fill(f"  --{name:<17}{text}", 99, subsequent_indent=" " * 21))
+    return "\n".join([*lines, "  --helpfull         also the flags of absl", ""])
+
+
+def _run_name(config_flag: str) -> str:
+    """Returns "camvid_small" for "configs/camvid.py:small"."""
+    path, _, argument = config_flag.partition(":")
+    return re.sub(r"[^\w.-]+", "_", Path(path).stem + (f"_{argument}" if argument else ""))
+
+
+def _parse(argv: list[str]) -> flags.FlagValues:
+    """Parses and checks the command line; everything that is wrong becomes a `UserError`."""
+    config_flag, rest = suggest.take_config_flag(argv[1:])
+    config = suggest.load_config(config_flag, rest) if config_flag else None
+    if config_flag:  # the parser wants --config before its overrides; people need not
+        argv = [argv[0], f"--config={config_flag}", *rest]
+    # Our own registry beside absl's global one, so that `main` can be called repeatedly.
+    values = flags.FlagValues()
+    config_flags.DEFINE_config_file("config", flag_values=values, sys_argv=argv)
+    for name, (default, _, text) in list(FLAGS.items())[1:]:
+        define = flags.DEFINE_boolean if default is False else flags.DEFINE_string
+        define(name, default, text, flag_values=values)
+    values.append_flag_values(flags.FLAGS)
+    try:
+        rest = values(argv)[1:]
+    except flags.UnrecognizedFlagError as error:
+        if config is None and error.flagname.startswith(("config.", "noconfig.")):
+            raise suggest.config_required() from error
+        hint = suggest.did_you_mean(error.flagname, FLAGS, "--")
+        raise UserError(f"there is no flag --{error.flagname}. {hint}") from error
+    except flags.Error as error:
+        raise UserError(suggest.explain_flag_error(str(error), config)) from error
+    flags.FLAGS.mark_as_parsed()  # grain's worker processes ask for it
+
+    mode = values.mode
+    if rest:
+        raise UserError(f"unexpected argument {rest[0]!r}: flags are --name=value or --name value")
+    if mode not in MODES:
+        raise UserError(f"there is no mode {mode!r}. {suggest.did_you_mean(mode, MODES)}")
+    if config is None:
+        raise suggest.config_required()
+    suggest.check_override_values(config, values["config"].override_values)
+    for name, (_, modes, _) in FLAGS.items():
+        if values[name].present and mode not in modes:
+            raise UserError(f"--{name} is only for --mode {' and '.join(modes)}")
+    if mode == "predict" and not values.input:
+        raise UserError(f"--mode predict needs --input: {FLAGS['input'][2]}")
+    if values.checkpoint not in ("best", "last") and not values.checkpoint.isdecimal():
+        raise UserError(f"--checkpoint {values.checkpoint}: expected best, last or a step")
+    return values
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv))

@@ -1,0 +1,225 @@
+"""The training loop, to be read from top to bottom."""
+
+import logging
+import math
+import pathlib
+import time
+
+import jax
+import ml_collections
+import numpy as np
+
+from memseg_jax import checkpoint, evaluate, optimizer, sharding, visualize
+from memseg_jax.compilation import compile_with_notice
+from memseg_jax.data import open_split
+from memseg_jax.data.pipeline import check_batch, steps_per_epoch, train_batches
+from memseg_jax.errors import UserError
+from memseg_jax.inference import Predictor
+from memseg_jax.models.segmentor import build_segmentor
+from memseg_jax.progress import MetricWriter, ProgressLine, format_duration, format_progress
+from memseg_jax.state import abstract_state, init_state
+from memseg_jax.train_step import make_train_step
+
+log = logging.getLogger(__name__)
+
+# Steps that may be under way at a time: enough to hide the host's work, few enough that batches
+# do not pile up on the device.
+_IN_FLIGHT = 2
+
+
+def run(config: ml_collections.ConfigDict, workdir: str) -> None:
+    """Trains the model of `config` in `workdir`, going on where an earlier run stopped.
+
+    Args:
+        config: the whole config, locked.
+        workdir: folder of the run; it is made. If it holds checkpoints, the run continues from
+            the last one, with the same numbers as if it had never stopped.
+
+    Raises:
+        UserError: anything in config, data or workdir that the user can mend.
+    """
+    started = time.monotonic()
+
+    # ---- Folder and data ------------------------------------------------------------------------
+    folder = checkpoint.prepare_workdir(workdir)
+    mesh = sharding.make_mesh()
+    train, batch_size = config.train, config.train.batch_size
+    sharding.check_batch_size(batch_size, mesh, config.replica_groups)
+    class_names = tuple(config.data.class_names)
+    palette = visualize.resolve_palette(config.data.palette, len(class_names))
+    train_source = open_split(config.data, config.data.train_split)
+    eval_source = open_split(config.data, config.data.eval_split)
+    epoch_steps = steps_per_epoch(len(train_source), batch_size, config.replica_groups)
+    total_steps = train.epochs * epoch_steps
+    log.info(
+        "%d training images, %d evaluation images, %d classes; %d epochs of %d steps",
+        len(train_source),
+        len(eval_source),
+        len(class_names),
+        train.epochs,
+        epoch_steps,
+    )
+
+    # ---- Model, optimiser, state ----------------------------------------------------------------
+    model = build_segmentor(config)
+    schedule = optimizer.schedule_from_config(config, total_steps)
+    tx = optimizer.sgd(config, schedule)
+    shapes = sharding.with_sharding(abstract_state(model, tx), mesh)
+    checkpointer = checkpoint.Checkpointer(folder, config.checkpoint.keep)
+    # The order of resumption: this workdir's last checkpoint, else fresh values.
+    if checkpointer.latest_step() is None:
+        state = sharding.place(init_state(model, tx, config.seed), mesh)
+    else:
+        _, meta = checkpoint.read_meta(folder, "last")
+        checkpoint.check_same_run(meta, config, train_source.fingerprint())
+        state, _ = checkpointer.restore(shapes)
+        log.info("resuming at step %d of %d", int(state.step), total_steps)
+    first_step = int(state.step)
+    parameters = sum(x.size for x in jax.tree.leaves(state.params))
+    log.info(
+        "%s parameters on %d %s device(s)",
+        f"{parameters:,}",
+        mesh.size,
+        mesh.devices.flat[0].platform,
+    )
+
+    # ---- Things that the loop uses --------------------------------------------------------------
+    writer = MetricWriter(folder, first_step)
+    progress = ProgressLine(total_steps, epoch_steps, batch_size, first_step)
+    predictor: Predictor | None = None
+    best_miou = math.nan
+
+    def save(state, scores: dict | None = None) -> None:
+        meta = checkpoint.make_meta(
+            config, int(state.step), class_names, palette, train_source.fingerprint(), scores
+        )
+        checkpointer.save(state, meta, scores["mIoU"] if scores else None)
+
+    def evaluate_now(state) -> dict:
+        nonlocal predictor
+        variables = jax.tree.map(np.asarray, state.variables)
+        if predictor is None:
+            local = sharding.make_mesh(jax.local_devices())
+            predictor = Predictor(model, variables, config.eval, local)
+        else:
+            predictor.replace_variables(variables)
+        result = evaluate.evaluate_source(
+            predictor, eval_source, len(class_names), config.data.threads
+        )
+        step = int(state.step)
+        extra = {"step": step, "split": config.data.eval_split, "images": len(eval_source)}
+        evaluate.report(result, folder, class_names, palette, extra)
+        means = {k: v for k, v in result.scores.items() if isinstance(v, float)}
+        writer.write(step, {f"eval_{name}": value for name, value in means.items()})
+        log.info("step %d: mIoU %.4f in %s", step, means["mIoU"], format_duration(result.seconds))
+        return means
+
+    # ---- Compile --------------------------------------------------------------------------------
+    step_function = jax.jit(
+        make_train_step(model, config, tx, schedule, epoch_steps), donate_argnums=0
+    )
+    height, width = config.augment.crop
+    split = sharding.split_batch(mesh)
+    batch_shapes = {
+        "image": jax.ShapeDtypeStruct((batch_size, height, width, 3), np.float32, sharding=split),
+        "label": jax.ShapeDtypeStruct((batch_size, height, width), np.uint8, sharding=split),
+    }
+    if first_step < total_steps:
+        train_step = compile_with_notice(step_function, "the training step", shapes, batch_shapes)
+
+    # ---- Loop -----------------------------------------------------------------------------------
+    batches = train_batches(
+        train_source, config, first_step, total_steps - first_step,
+        jax.process_index(), jax.process_count(),
+    )  # fmt: skip
+    pending: list[dict[str, jax.Array]] = []  # metrics since the last log, still on the device
+    try:
+        progress.restart(first_step)
+        for step in range(first_step + 1, total_steps + 1):
+            with progress.waiting_for_data():
+                batch = next(batches)
+            check_batch(batch, len(class_names), train_source.describe)
+            arrays = {name: batch[name] for name in ("image", "label")}
+            arrays = sharding.place_batch(arrays, mesh)
+            with jax.transfer_guard("disallow"):
+                state, metrics = train_step(state, arrays)
+            pending.append(metrics)
+            if len(pending) > _IN_FLIGHT:
+                jax.block_until_ready(pending[-1 - _IN_FLIGHT])
+
+            last = step == total_steps
+            if step % train.log_every == 0 or last:
+                values = _mean(jax.device_get(pending))
+                pending = []
+                rates = progress.measure(step)
+                _refuse_non_finite(values, step, train.log_every)
+                terms = {
+                    name.removeprefix("loss_"): value
+                    for name, value in values.items()
+                    if name.startswith("loss_")
+                }
+                line = format_progress(
+                    step, total_steps, train.epochs, values["loss"], terms, values["lr"], rates
+                )
+                print(line, flush=True)
+                speed = {
+                    "images_per_second": rates.images_per_second,
+                    "data_wait": rates.data_wait,
+                }
+                writer.write(step, values | {"epoch": rates.epoch} | speed)
+
+            due = train.eval_every and step % (train.eval_every * epoch_steps) == 0
+            if due or last:
+                scores = evaluate_now(state)
+                best_miou = np.fmax(best_miou, scores["mIoU"])
+                save(state, scores)
+                progress.restart(step)
+            elif step % config.checkpoint.every == 0:
+                save(state)
+    finally:
+        batches.close()
+        writer.close()
+        checkpointer.close()
+
+    # ---- End ------------------------------------------------------------------------------------
+    _print_next_steps(folder, config, first_step, total_steps, time.monotonic() - started)
+
+
+def _mean(steps: list[dict[str, np.ndarray]]) -> dict[str, float]:
+    """Mean of the metrics over steps; the learning rate is that of the last step."""
+    values = {name: float(np.mean([step[name] for step in steps])) for name in steps[0]}
+    return values | {"lr": float(steps[-1]["lr"])}
+
+
+def _refuse_non_finite(values: dict[str, float], step: int, every: int) -> None:
+    bad = [name for name, value in values.items() if not math.isfinite(value)]
+    if bad:
+        raise UserError(
+            f"{', '.join(bad)} not finite between steps {max(step - every, 0)} and {step}. "
+            "The last checkpoint is from before. A lower config.optimizer.lr is the usual cure; "
+            "--mode=check_data finds broken images."
+        )
+
+
+def _print_next_steps(
+    folder: pathlib.Path,
+    config: ml_collections.ConfigDict,
+    first_step: int,
+    total_steps: int,
+    seconds: float,
+) -> None:
+    """Says what there is to look at, and the next thing to try."""
+    if first_step >= total_steps:
+        print(f"This run is complete ({total_steps} steps); nothing to train.")
+    else:
+        print(f"Trained {total_steps - first_step} steps in {format_duration(seconds)}.")
+    print(
+        f"  picture      {folder / evaluate.PICTURE}\n"
+        f"  scores       {folder / 'metrics.json'}, {folder / 'per_class.csv'}\n"
+        f"  progress     {folder / 'metrics.csv'}\n"
+        f"  checkpoints  {folder / checkpoint.FOLDER}\n"
+        "Segment your own pictures with the same --config and --workdir:\n"
+        f"  python -m memseg_jax.main --config CONFIG --workdir {folder} "
+        "--mode predict --input PICTURES",
+        flush=True,
+    )

@@ -1,0 +1,510 @@
+"""Checkpoints: exact round trips, kills in the middle, what is kept, and clear refusals."""
+
+import gc
+import json
+import os
+import resource
+import signal
+import subprocess
+import sys
+import textwrap
+import time
+from pathlib import Path
+from typing import Any
+
+import flax.struct
+import jax
+import jax.numpy as jnp
+import ml_collections
+import numpy as np
+import optax
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from configs import common
+from memseg_jax import checkpoint
+from memseg_jax.checkpoint import Checkpointer
+from memseg_jax.errors import UserError
+
+
+@flax.struct.dataclass
+class State:
+    step: Any
+    params: Any
+    batch_stats: Any
+    memory: Any
+    opt_state: Any
+
+
+OPTIMIZER = optax.chain(
+    optax.add_decayed_weights(1e-3), optax.sgd(optax.constant_schedule(0.1), momentum=0.9)
+)
+
+
+def make_state(step, width=8, classes=5, seed=0, conv="conv1") -> State:
+    rng = np.random.default_rng([seed, step])
+
+    def draw(*shape):
+        return jnp.asarray(rng.normal(size=shape), jnp.float32)
+
+    params = {
+        "backbone": {conv: {"kernel": draw(3, 3, 4, width)}},
+        "head": {"kernel": draw(width, classes), "scale": draw(classes).astype(jnp.bfloat16)},
+    }
+    stats = {"backbone": {"bn": {"mean": draw(width), "var": draw(width) ** 2}}}
+    memory = draw(classes, 1, width)
+    opt_state = jax.tree.map(lambda leaf: leaf + 1, OPTIMIZER.init(params))
+    return State(jnp.asarray(step, jnp.int32), params, stats, memory, opt_state)
+
+
+def abstract(state):
+    sharding = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    return jax.tree.map(
+        lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding), state
+    )
+
+
+def make_meta(step, config=None, classes=5):
+    names = tuple(f"class{index}" for index in range(classes))
+    palette = np.zeros((classes, 3), np.uint8)
+    return checkpoint.make_meta(config or common.get_config(), step, names, palette, "f00d")
+
+
+def assert_same(left, right):
+    assert jax.tree.structure(left) == jax.tree.structure(right)
+    for a, b in zip(jax.tree.leaves(left), jax.tree.leaves(right)):
+        assert a.dtype == b.dtype
+        assert np.asarray(a).tobytes() == np.asarray(b).tobytes()
+
+
+def save_one(workdir, step=3, miou=None, state=None):
+    with Checkpointer(workdir, keep=5) as checkpointer:
+        checkpointer.save(state or make_state(step), make_meta(step), miou)
+
+
+def tamper(workdir, step, pattern, change):
+    folder = Path(workdir) / checkpoint.FOLDER / str(step)
+    files = [path for path in folder.glob(pattern) if path.is_file()]
+    assert files, f"nothing matches {pattern}"
+    change(max(files, key=lambda path: path.stat().st_size))
+
+
+def halve(path):
+    os.truncate(path, path.stat().st_size // 2)
+
+
+# ------------------------------------------------------------------------------- round trips
+
+
+def test_round_trip_is_bit_exact(tmp_path):
+    state = make_state(3)
+    with Checkpointer(tmp_path, keep=2) as checkpointer:
+        assert checkpointer.latest_step() is None
+        checkpointer.save(state, make_meta(3))
+    with Checkpointer(tmp_path, keep=2) as checkpointer:
+        assert checkpointer.latest_step() == 3
+        restored, meta = checkpointer.restore(abstract(state))
+    assert isinstance(restored, State)
+    assert_same(restored, state)
+    assert meta["step"] == meta["data_position"] == 3
+    assert meta["config"]["train"]["batch_size"] == 16
+    assert meta["class_names"] == [f"class{index}" for index in range(5)]
+    assert meta["fingerprint"] == "f00d"
+    assert {"memseg_jax", "jax", "flax", "optax", "orbax-checkpoint", "numpy", "python"} <= set(
+        meta["versions"]
+    )
+
+
+@pytest.mark.parametrize("memory", [None, {}])
+def test_round_trip_without_memory(tmp_path, memory):
+    state = make_state(1).replace(memory=memory)
+    save_one(tmp_path, 1, state=state)
+    with Checkpointer(tmp_path, keep=1) as checkpointer:
+        assert_same(checkpointer.restore(abstract(state))[0], state)
+    variables = {"params": state.params, "batch_stats": state.batch_stats, "memory": memory}
+    assert_same(checkpoint.restore_for_inference(tmp_path, abstract(variables))[0], variables)
+
+
+def test_files_on_disk_are_plain_nested_dicts(tmp_path):
+    save_one(tmp_path)
+    metadata = json.loads((tmp_path / "checkpoints/3/state/_METADATA").read_text())
+    names = {
+        ".".join(key["key"] for key in entry["key_metadata"])
+        for entry in metadata["tree_metadata"].values()
+    }
+    assert {
+        "step",
+        "params.backbone.conv1.kernel",
+        "batch_stats.backbone.bn.var",
+        "memory",
+    } <= names
+    assert "opt_state.1.0.trace.head.kernel" in names
+
+
+def test_saved_values_survive_donation(tmp_path):
+    # The loop donates the state to the next step while the save is still under way.
+    advance = jax.jit(lambda state: jax.tree.map(lambda leaf: leaf + 1, state), donate_argnums=0)
+    state = make_state(1, width=4096)
+    expected = jax.tree.map(lambda leaf: np.array(leaf, copy=True), state)
+    with Checkpointer(tmp_path, keep=1) as checkpointer:
+        checkpointer.save(state, make_meta(1))
+        for _ in range(5):
+            state = advance(state)
+        jax.block_until_ready(state)
+        restored, _ = checkpointer.restore(abstract(state))
+    assert_same(restored, expected)
+
+
+def test_works_under_a_transfer_guard(tmp_path):
+    state = make_state(1)
+    target = abstract(state)
+    jax.config.update("jax_transfer_guard", "disallow")
+    try:
+        with Checkpointer(tmp_path, keep=1) as checkpointer:
+            checkpointer.save(state, make_meta(1))
+            restored, _ = checkpointer.restore(target)
+    finally:
+        jax.config.update("jax_transfer_guard", "allow")
+    assert_same(restored, state)
+
+
+def test_restores_for_inference_without_the_optimizer(tmp_path):
+    state = make_state(3)
+    save_one(tmp_path, state=state)
+    variables = {
+        "params": state.params,
+        "batch_stats": state.batch_stats,
+        "memory": state.memory,
+    }
+    shapes = jax.eval_shape(lambda: variables)  # no shardings
+    restored, meta = checkpoint.restore_for_inference(tmp_path, shapes, "last")
+    assert_same(restored, variables)
+    assert meta["step"] == 3
+
+
+def test_restores_on_another_number_of_devices(tmp_path):
+    mesh = jax.make_mesh((len(jax.devices()),), ("data",))
+    split = jax.NamedSharding(mesh, jax.P("data"))
+    whole = jax.NamedSharding(mesh, jax.P())
+
+    def sharded(leaf):
+        fits = leaf.ndim and leaf.shape[0] % mesh.size == 0
+        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=split if fits else whole)
+
+    one = make_state(1)
+    many = jax.tree.map(lambda leaf: jax.device_put(leaf, sharded(leaf).sharding), one)
+    save_one(tmp_path / "many", 1, state=many)
+    save_one(tmp_path / "one", 1, state=one)
+    for workdir, target in (("many", abstract(one)), ("one", jax.tree.map(sharded, one))):
+        with Checkpointer(tmp_path / workdir, keep=1) as checkpointer:
+            restored, _ = checkpointer.restore(target)
+        assert_same(restored, one)
+        for leaf, wanted in zip(jax.tree.leaves(restored), jax.tree.leaves(target)):
+            assert leaf.sharding == wanted.sharding
+
+
+def test_scores_become_plain_json(tmp_path):
+    scores = {"mIoU": np.float64(0.5), "per_class": {"iou": np.array([0.5, np.nan])}}
+    meta = checkpoint.make_meta(common.get_config(), 1, ("a", "b"), (), "f", scores)
+    assert meta["scores"] == {"mIoU": 0.5, "per_class": {"iou": [0.5, None]}}
+    with Checkpointer(tmp_path, keep=1) as checkpointer:
+        checkpointer.save(make_state(1), meta, 0.5)
+    assert checkpoint.read_meta(tmp_path)[1] == dict(meta, miou=0.5)
+
+
+# ------------------------------------------------------------------------------ what is kept
+
+
+@given(
+    st.dictionaries(st.integers(0, 50), st.none() | st.floats(0, 1), max_size=12),
+    st.integers(1, 5),
+)
+def test_kept_steps(miou, keep):
+    kept = checkpoint.kept_steps(miou, keep)
+    assert kept <= set(miou)
+    assert set(sorted(miou)[-keep:]) <= kept
+    assert len(kept) <= keep + 1
+    scores = [value for value in miou.values() if value is not None]
+    if scores:
+        assert max(scores) in [miou[step] for step in kept]
+    else:
+        assert checkpoint.best_step(miou) is None
+
+
+def test_keeps_the_last_and_the_best(tmp_path):
+    scores = {1: 0.3, 2: 0.7, 3: None, 4: 0.7, 5: 0.2, 6: float("nan"), 7: None}
+    expected = {1: [1], 2: [1, 2], 3: [2, 3], 4: [3, 4], 5: [4, 5], 6: [4, 5, 6], 7: [4, 6, 7]}
+    with Checkpointer(tmp_path, keep=2) as checkpointer:
+        for step, miou in scores.items():
+            checkpointer.save(make_state(step), make_meta(step), miou)
+            checkpointer.wait_until_finished()
+            assert checkpoint.all_steps(tmp_path) == expected[step]
+    assert checkpoint.read_meta(tmp_path, "best")[0] == 4
+    assert checkpoint.read_meta(tmp_path, "last")[0] == 7
+    # The same rule after reopening: scores are read from disk.
+    with Checkpointer(tmp_path, keep=2) as checkpointer:
+        checkpointer.save(make_state(8), make_meta(8), 0.9)
+        checkpointer.wait_until_finished()
+        assert checkpoint.all_steps(tmp_path) == [7, 8]
+        restored, _ = checkpointer.restore(abstract(make_state(7)), step=7)
+    assert_same(restored, make_state(7))
+
+
+def test_best_without_scores_is_the_last(tmp_path):
+    save_one(tmp_path, 1)
+    save_one(tmp_path, 2)
+    assert checkpoint.read_meta(tmp_path, "best")[0] == 2
+
+
+def test_saving_a_step_again_only_adds_its_score(tmp_path):
+    with Checkpointer(tmp_path, keep=1) as checkpointer:
+        checkpointer.save(make_state(1), make_meta(1), 0.4)
+        checkpointer.save(make_state(2), make_meta(2))
+        checkpointer.save(make_state(2, seed=9), make_meta(2), 0.6)
+        restored, meta = checkpointer.restore(abstract(make_state(2)))
+        assert meta["miou"] == 0.6
+        assert_same(restored, make_state(2))
+        assert checkpoint.all_steps(tmp_path) == [2]  # step 1 is no longer the best
+        checkpointer.save(make_state(2), make_meta(2))  # no score: the old one stays
+        assert checkpointer.restore(abstract(make_state(2)))[1]["miou"] == 0.6
+        checkpointer.save(make_state(3), make_meta(3))
+    assert checkpoint.all_steps(tmp_path) == [2, 3]
+
+
+def test_removing_a_folder_by_hand_is_noticed(tmp_path):
+    with Checkpointer(tmp_path, keep=3) as checkpointer:
+        for step in (1, 2, 3):
+            checkpointer.save(make_state(step), make_meta(step))
+        checkpointer.wait_until_finished()
+        for path in sorted((tmp_path / "checkpoints/3").rglob("*"), reverse=True):
+            path.rmdir() if path.is_dir() else path.unlink()
+        (tmp_path / "checkpoints/3").rmdir()
+        assert checkpointer.latest_step() == 2
+        checkpointer.save(make_state(3), make_meta(3))
+        assert_same(checkpointer.restore(abstract(make_state(3)))[0], make_state(3))
+
+
+# ------------------------------------------------------------------------------------- kills
+
+CHILD = """
+    import sys
+    sys.path[:0] = {paths!r}
+    import test_checkpoint as t
+    with t.Checkpointer({workdir!r}, keep=2) as checkpointer:
+        step = checkpointer.latest_step() or 0
+        if step:
+            t.assert_same(checkpointer.restore(t.abstract(t.make_state(1, 20000)))[0],
+                          t.make_state(step, 20000))
+        for step in range(step + 1, step + 100):
+            checkpointer.save(t.make_state(step, 20000), t.make_meta(step))
+            print(step, flush=True)
+"""
+
+
+def test_sigkill_in_the_middle_of_a_save(tmp_path):
+    here = Path(__file__).resolve()
+    code = CHILD.format(paths=[str(here.parent), str(here.parents[1])], workdir=str(tmp_path))
+    folder = tmp_path / checkpoint.FOLDER
+    done = 0
+    for _ in range(2):
+        child = subprocess.Popen(
+            [sys.executable, "-c", textwrap.dedent(code)], stdout=subprocess.PIPE, text=True
+        )
+        try:
+            for _ in range(3):
+                assert child.stdout.readline(), "the child failed"
+            deadline = time.monotonic() + 30
+            while not any("tmp" in path.name for path in folder.iterdir()):
+                assert time.monotonic() < deadline
+        finally:
+            child.send_signal(signal.SIGKILL)
+            child.communicate()
+        # Two saves were complete when the third had started.
+        step, meta = checkpoint.read_meta(tmp_path)
+        assert step >= done + 2
+        assert meta["step"] == step
+        done = step
+    with Checkpointer(tmp_path, keep=2) as checkpointer:
+        assert not [path.name for path in folder.iterdir() if not path.name.isdecimal()]
+        restored, _ = checkpointer.restore(abstract(make_state(1, 20000)))
+        assert_same(restored, make_state(done, 20000))
+        checkpointer.save(make_state(done + 1, 20000), make_meta(done + 1))
+    assert checkpoint.all_steps(tmp_path)[-1] == done + 1
+
+
+def test_half_deleted_old_checkpoint_does_no_harm(tmp_path):
+    save_one(tmp_path, 1)
+    save_one(tmp_path, 2)
+    for path in (tmp_path / "checkpoints/1").iterdir():
+        if path.is_file():
+            path.unlink()
+    tamper(tmp_path, 1, "meta/metadata", Path.unlink)
+    with Checkpointer(tmp_path, keep=1) as checkpointer:
+        assert_same(checkpointer.restore(abstract(make_state(2)))[0], make_state(2))
+        checkpointer.save(make_state(3), make_meta(3))
+    assert checkpoint.all_steps(tmp_path) == [3]
+
+
+def test_disk_full_in_the_background_is_raised_by_the_next_save(tmp_path):
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    with Checkpointer(tmp_path, keep=2) as checkpointer:
+        checkpointer.save(make_state(1), make_meta(1))
+        checkpointer.wait_until_finished()
+        resource.setrlimit(resource.RLIMIT_FSIZE, (1_000_000, hard))
+        try:
+            checkpointer.save(make_state(2, width=40000), make_meta(2))
+            with pytest.raises(UserError, match=r"step 2 .* failed: File too large.*continues"):
+                checkpointer.save(make_state(3), make_meta(3))
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+        assert checkpointer.latest_step() == 1
+        checkpointer.save(make_state(4), make_meta(4))
+    assert checkpoint.all_steps(tmp_path) == [1, 4]
+
+
+# ------------------------------------------------------------------------------------ damage
+
+
+# A failed read leaves unfinished work inside the library, which complains when it is collected.
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+@pytest.mark.filterwarnings("ignore:coroutine:RuntimeWarning")
+@pytest.mark.parametrize(
+    ("pattern", "change", "named"),
+    [
+        ("meta/metadata", Path.unlink, "meta/metadata"),
+        ("meta/metadata", halve, "meta/metadata"),
+        ("state/_METADATA", Path.unlink, "state"),
+        ("state/_METADATA", halve, "state"),
+        ("state/**/d/*", halve, "state"),
+        ("state/**/d/*", Path.unlink, "state"),
+        ("state/manifest.ocdbt", Path.unlink, "state"),
+    ],
+)
+def test_damaged_checkpoint_is_named(tmp_path, pattern, change, named):
+    state = make_state(2, width=512)
+    save_one(tmp_path, 1, state=make_state(1, width=512))
+    save_one(tmp_path, 2, state=state)
+    tamper(tmp_path, 2, pattern, change)
+    with Checkpointer(tmp_path, keep=2) as checkpointer:
+        with pytest.raises(UserError, match="step 2 is damaged") as caught:
+            checkpointer.restore(abstract(state))
+        assert str(tmp_path / "checkpoints/2" / named) in str(caught.value)
+        assert "Other checkpoints of this run: 1. Remove the folder" in str(caught.value)
+        restored, _ = checkpointer.restore(abstract(state), step=1)
+    assert_same(restored, make_state(1, width=512))
+    del caught
+    gc.collect()
+
+
+def test_later_format_is_refused(tmp_path):
+    save_one(tmp_path)
+    path = tmp_path / "checkpoints/3/meta/metadata"
+    path.write_text(json.dumps(dict(json.loads(path.read_text()), format_version=2)))
+    with pytest.raises(UserError, match=r"format version 2.*reads up to 1"):
+        checkpoint.read_meta(tmp_path)
+
+
+def test_missing_checkpoints_are_named(tmp_path):
+    with pytest.raises(UserError, match=r"no checkpoint in .*checkpoints"):
+        checkpoint.read_meta(tmp_path / "nowhere")
+    save_one(tmp_path)
+    with pytest.raises(UserError, match=r"no checkpoint of step 8 .* There are: 3"):
+        checkpoint.read_meta(tmp_path, 8)
+
+
+# ----------------------------------------------------------------------------- another model
+
+
+@pytest.mark.parametrize(
+    ("other", "named", "cause"),
+    [
+        (
+            {"classes": 7},
+            r"memory: float32\[5,1,8\] in the checkpoint, float32\[7,1,8\] in this model",
+            "another number of classes",
+        ),
+        (
+            {"conv": "stem"},
+            r"params.backbone.conv1.kernel: float32\[3,3,4,8\] in the checkpoint, absent",
+            "another backbone",
+        ),
+        ({"width": 16}, r"batch_stats.backbone.bn.mean: float32\[8\]", "other widths"),
+    ],
+)
+def test_checkpoint_of_another_model(tmp_path, other, named, cause):
+    save_one(tmp_path)
+    with (
+        Checkpointer(tmp_path, keep=2) as checkpointer,
+        pytest.raises(UserError, match="another model") as caught,
+    ):
+        checkpointer.restore(abstract(make_state(3, **other)))
+    message = str(caught.value)
+    assert str(tmp_path / "checkpoints/3/state") in message
+    assert cause in message
+    assert '5 classes, model.backbone = "resnet50"' in message
+    state = make_state(3, **other)
+    variables = {"params": state.params, "batch_stats": state.batch_stats, "memory": state.memory}
+    with pytest.raises(UserError, match=named):
+        checkpoint.restore_for_inference(tmp_path, abstract(variables))
+
+
+# -------------------------------------------------------------------------------- same run?
+
+
+def test_same_config_is_accepted_after_json():
+    config = common.get_config()
+    meta = json.loads(json.dumps(make_meta(5, config)))
+    assert checkpoint.config_differences(meta["config"], config) == []
+    config.data.root = "/elsewhere"
+    config.data.workers = 3
+    config.eval.mode = "slide"
+    config.checkpoint.every = 7
+    config.train.log_every = 1
+    checkpoint.check_same_run(meta, config, "f00d")
+
+
+def test_other_config_is_refused_by_field():
+    meta = json.loads(json.dumps(make_meta(5)))
+    config = common.get_config()
+    config.train.batch_size = 8
+    config.augment.crop = (64, 64)
+    config.optimizer.multipliers = ml_collections.ConfigDict({"backbone": (0.1, 0.1)})
+    with pytest.raises(UserError) as caught:
+        checkpoint.check_same_run(meta, config, "beef")
+    message = str(caught.value)
+    assert "at step 5" in message
+    assert "train.batch_size: 16 in the checkpoint, 8 now" in message
+    assert "augment.crop: [512, 512] in the checkpoint, [64, 64] now" in message
+    assert "optimizer.multipliers.backbone: not set in the checkpoint, [0.1, 0.1] now" in message
+    assert "fingerprint f00d in the checkpoint, beef now" in message
+    assert "--workdir" in message
+
+
+def test_harmless_fields_exist():
+    config = common.get_config()
+    for field in checkpoint.HARMLESS_FIELDS:
+        section, name = field.split(".")
+        assert name == "*" or name in config[section]
+        assert section in config
+
+
+# ----------------------------------------------------------------------------------- workdir
+
+
+def test_prepare_workdir(tmp_path):
+    made = checkpoint.prepare_workdir(tmp_path / "a" / "b")
+    assert made.is_dir()
+    assert not list(made.iterdir())
+
+
+@pytest.mark.parametrize("workdir", ["{tmp}/file/run", "{tmp}/file", "/proc/run"])
+def test_unwritable_workdir(tmp_path, workdir):
+    (tmp_path / "file").write_text("not a folder")
+    with pytest.raises(UserError, match=r"cannot write to the workdir .*--workdir"):
+        checkpoint.prepare_workdir(workdir.format(tmp=tmp_path))
+
+
+def test_keep_must_be_positive(tmp_path):
+    with pytest.raises(UserError, match=r"checkpoint\.keep is 0"):
+        Checkpointer(tmp_path, keep=0)
