@@ -23,7 +23,8 @@ def poly_schedule(
     """
 
     def schedule(step: jax.Array) -> jax.Array:
-        left = jnp.clip(1.0 - step / total_steps, 0.0, 1.0)
+        done = jnp.asarray(step, jnp.result_type(float)) / total_steps
+        left = jnp.clip(1.0 - done, 0.0, 1.0)
         return (lr - min_lr) * left**power + min_lr
 
     return schedule

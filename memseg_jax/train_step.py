@@ -25,9 +25,9 @@ def make_train_step(
 ) -> Callable[[TrainState, dict[str, jax.Array]], tuple[TrainState, Metrics]]:
     """Returns the step function, to be compiled with `jax.jit`.
 
-    The order inside matters: forward with the memory of the step before -> memory update from
-    the features and the labels -> losses (the consistency loss sees the updated memory) ->
-    gradients -> SGD.
+    The order inside matters: the forward pass reads the memory of the step before; then the
+    memory is updated from the features and the labels; then come the losses (the consistency loss
+    sees the updated memory), the gradients, and SGD.
 
     Args:
         model: the segmentor.
@@ -51,47 +51,58 @@ def make_train_step(
     def entropy(logits: jax.Array, labels: jax.Array) -> jax.Array:
         return cross_entropy(logits, labels, groups=groups, class_weights=class_weights)
 
+    def apply(
+        method: Callable, params: Any, batch_stats: Any, rng: jax.Array, *args: Any
+    ) -> tuple[Any, Any]:
+        """Runs one part of the model in training; returns its result and the new statistics."""
+        out, mutated = model.apply(
+            {"params": params, "batch_stats": batch_stats},
+            *args,
+            train=True,
+            mutable=["batch_stats"],
+            rngs={"dropout": rng},
+            method=method,
+        )
+        return out, mutated["batch_stats"]
+
     def consistency(
         params: Any, batch_stats: Any, rows: jax.Array, rng: jax.Array
     ) -> tuple[jax.Array, Any]:
         """Loss of the decoder on the memory rows, and the statistics that this moves."""
-        logits, mutated = model.apply(
-            {"params": params, "batch_stats": batch_stats},
-            rows.reshape(-1, rows.shape[-1]),
-            train=True,
-            mutable=["batch_stats"],
-            rngs={"dropout": rng},
-            method=Segmentor.classify_rows,
-        )
-        return consistency_loss(logits.reshape(*rows.shape[:-1], -1)), mutated["batch_stats"]
+        flat = rows.reshape(-1, rows.shape[-1])
+        logits, batch_stats = apply(Segmentor.classify_rows, params, batch_stats, rng, flat)
+        return consistency_loss(logits.reshape(*rows.shape[:-1], -1)), batch_stats
 
     def loss_fn(
         params: Any, state: TrainState, batch: dict[str, jax.Array], lr: jax.Array, rng: jax.Array
     ) -> tuple[jax.Array, tuple[Metrics, Any, jax.Array]]:
-        dropout, row_dropout = jax.random.split(rng)
-        out, mutated = model.apply(
-            {"params": params, "batch_stats": state.batch_stats},
-            batch["image"],
-            state.memory,
-            train=True,
-            mutable=["batch_stats"],
-            rngs={"dropout": dropout},
-        )
-        batch_stats, memory, labels = mutated["batch_stats"], state.memory, batch["label"]
+        memory, labels = state.memory, batch["label"]
+        rngs = jax.random.split(rng, 3)
 
-        losses = {"loss_stage2": weights.stage2 * entropy(out["logits"], labels)}
+        encoded, batch_stats = apply(
+            Segmentor.encode, params, state.batch_stats, rngs[0], batch["image"]
+        )
+        # The update needs nothing that comes later, and the gradient of the memory read is to
+        # see the updated rows (`read_memory`); the value that is read is the old one.
+        local = None
         if model.memory_enabled:
             memory, local = update_memory_groups(
                 memory,
-                jax.lax.stop_gradient(out["memory_input"]),
+                jax.lax.stop_gradient(encoded["memory_input"]),
                 labels,
                 memory_momentum(lr, memory_config.momentum, memory_config.base_lr),
                 groups=groups,
                 strategy=memory_config.strategy,
             )
-            losses["loss_stage1"] = weights.stage1 * entropy(out["stage1"], labels)
-        for index, logits in enumerate(out["auxiliary"]):
-            name = "loss_aux" if len(out["auxiliary"]) == 1 else f"loss_aux{index + 1}"
+        logits, batch_stats = apply(
+            Segmentor.decode, params, batch_stats, rngs[1], encoded, state.memory, local
+        )
+
+        losses = {"loss_stage2": weights.stage2 * entropy(logits, labels)}
+        if model.memory_enabled:
+            losses["loss_stage1"] = weights.stage1 * entropy(encoded["stage1"], labels)
+        for index, logits in enumerate(encoded["auxiliary"]):
+            name = "loss_aux" if len(encoded["auxiliary"]) == 1 else f"loss_aux{index + 1}"
             losses[name] = weights.auxiliary * entropy(logits, labels)
         if use_consistency:
             # The second pass through the decoder moves its statistics only when it counts.
@@ -102,7 +113,7 @@ def make_train_step(
                 params,
                 batch_stats,
                 local,
-                row_dropout,
+                rngs[2],
             )
             losses["loss_memory"] = weights.consistency * loss
         losses["loss"] = sum(losses.values())
@@ -122,6 +133,6 @@ def make_train_step(
             memory=memory,
             opt_state=opt_state,
         )
-        return new_state, metrics | {"lr": lr, "grad_norm": optax.global_norm(grads)}
+        return new_state, metrics | {"lr": lr, "grad_norm": optax.tree.norm(grads)}
 
     return step

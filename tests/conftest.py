@@ -11,3 +11,5 @@ os.environ["XLA_FLAGS"] = (
 import jax
 
 jax.config.update("jax_default_matmul_precision", "highest")
+
+from tests.tiny import compilations, quiet_entry  # noqa: E402, F401

@@ -30,10 +30,10 @@ PALETTE = (
 # Change it with anything that changes the pixels, so that a resumed run notices.
 _VERSION = 1
 _SMALLEST_SIDE = 16
-_SHAPES = (2, 5)  # how many are tried in an image: at least, less than
-_RADIUS = (0.24, 0.36)  # of the shorter image side
+_SHAPES = (2, 6)  # how many are tried in an image: at least, less than
+_RADIUS = (0.23, 0.34)  # of the shorter image side
 _IGNORED = 0.75  # pixels on both sides of an outline that do not count
-_TRIES = 12  # places tried for one shape
+_TRIES = 30  # places tried for one shape
 
 # RGB colours that look well next to each other; any of them can be on any class.
 _COLOURS = np.array(
@@ -149,6 +149,8 @@ def generate(rng: np.random.Generator, size: tuple[int, int]) -> tuple[np.ndarra
         if place is None:
             continue
         placed.append((*place, radius))
+        if CLASS_NAMES[kind] in ("triangle", "star"):
+            radius *= 1.2  # they fill little of the circle around them
         _draw(rng, image, label, kind, place, radius, light, background)
 
     image += rng.uniform(1.0, 6.0) * rng.standard_normal((height, width, 1), np.float32)
@@ -165,7 +167,7 @@ def _free_place(
     for _ in range(_TRIES):
         # A shape may reach over the edge of the image by up to 30 % of its radius.
         y, x = (rng.uniform(0.7 * radius, side - 0.7 * radius) for side in size)
-        if all(math.hypot(y - v, x - u) > 0.85 * (radius + r) for v, u, r in placed):
+        if all(math.hypot(y - v, x - u) > 0.8 * (radius + r) for v, u, r in placed):
             return y, x
     return None
 

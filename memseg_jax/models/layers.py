@@ -66,7 +66,7 @@ def apply_extent(x: Array, extent: Extent | None) -> Array:
 
 def spatial_mean(x: Array, extent: Extent | None = None) -> Array:
     """Mean over the real positions: [batch, h, w, channels] -> float32 [batch, 1, 1, channels]."""
-    x32 = x.astype(jnp.float32)
+    x32 = x.astype(jnp.promote_types(x.dtype, jnp.float32))
     if extent is None:
         return jnp.mean(x32, axis=(1, 2), keepdims=True)
     mask = extent.mask(x)

@@ -10,7 +10,6 @@ from typing import Any
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-from jax import lax
 
 from memseg_jax.models.attention import SelfAttention
 from memseg_jax.models.layers import Array, ConvNorm, Extent, bilinear_taps, tap
@@ -19,6 +18,43 @@ COSINE_EPSILON = 1e-8  # lower bound of a norm in a cosine, as in PyTorch
 # A class whose pixels deviate less than this (mean of 1 - cosine) from its row is left alone: the
 # weights (1 - cosine) / sum(1 - cosine) are 0 / 0 there. Float32 cosines are good to about 1e-7.
 PARALLEL = 1e-6
+
+
+@jax.custom_vjp
+def read_memory(probabilities: Array, memory: Array, gradient_memory: Array) -> Array:
+    """Mean of the classes' rows, weighted by the class probabilities of every position.
+
+    The reference updates the memory in place between the forward and the backward pass, so its
+    gradient for the probabilities goes through the rows of after the update, while the value was
+    read from those of before. Training that is to equal it has to do the same; the memory itself
+    gets no gradient.
+
+    Args:
+        probabilities: [batch, height, width, classes].
+        memory: [classes, channels], the rows that are read.
+        gradient_memory: [groups, classes, channels], the rows that the gradient sees, for every
+            replica group (equal, contiguous parts of the batch) its own.
+
+    Returns:
+        [batch, height, width, channels].
+    """
+    del gradient_memory
+    return jnp.einsum("bhwk,kc->bhwc", probabilities, memory)
+
+
+def _read_forward(
+    probabilities: Array, memory: Array, gradient_memory: Array
+) -> tuple[Array, Array]:
+    return read_memory(probabilities, memory, gradient_memory), gradient_memory
+
+
+def _read_backward(gradient_memory: Array, gradient: Array) -> tuple[Array, None, None]:
+    grouped = gradient.reshape(gradient_memory.shape[0], -1, *gradient.shape[1:])
+    grouped = jnp.einsum("gbhwc,gkc->gbhwk", grouped, gradient_memory)
+    return grouped.reshape(*gradient.shape[:3], -1), None, None
+
+
+read_memory.defvjp(_read_forward, _read_backward)
 
 
 class MemoryModule(nn.Module):
@@ -47,6 +83,7 @@ class MemoryModule(nn.Module):
         logits: Array,
         context: Array,
         memory: Array,
+        gradient_memory: Array | None = None,
         *,
         train: bool,
         extent: Extent | None = None,
@@ -59,13 +96,16 @@ class MemoryModule(nn.Module):
                 the result reaches them.
             context: within-image context [batch, height, width, channels'].
             memory: [classes, slots, channels]; a constant for the gradient.
+            gradient_memory: [groups, classes, slots, channels], see `read_memory`. None: the
+                gradient sees the memory that is read.
             train: use and update batch statistics.
             extent: the real part of padded images.
         """
         kw = {"activation": self.activation, "dtype": self.dtype}
         on = {"train": train, "extent": extent}
-        memory = lax.stop_gradient(memory)
         slots = memory.shape[1]
+        if gradient_memory is None:
+            gradient_memory = memory[None]
         probabilities = jax.nn.softmax(logits, axis=-1)
         if self.hard:
             probabilities = jax.nn.one_hot(
@@ -73,10 +113,10 @@ class MemoryModule(nn.Module):
             )
         gathered = []
         for slot in range(slots):
-            selected = jnp.einsum(
-                "bhwk,kc->bhwc",
+            selected = read_memory(
                 probabilities.astype(self.dtype),
                 memory[:, slot].astype(self.dtype),
+                gradient_memory[:, :, slot].astype(self.dtype),
             )
             if slot == 0:
                 tap(self, "selected_memory", selected)

@@ -91,7 +91,7 @@ class Segmentor(nn.Module):
     def __call__(
         self, images: Array, memory: Array, *, train: bool = False, extent: Extent | None = None
     ) -> dict[str, Any]:
-        """Runs the network; what the caller does not use costs nothing under `jit`.
+        """Runs the whole network; what the caller does not use costs nothing under `jit`.
 
         Args:
             images: normalised images [batch, height, width, 3].
@@ -100,26 +100,36 @@ class Segmentor(nn.Module):
             extent: the real part of padded images (evaluation only).
 
         Returns:
-            "logits": the prediction, float32 [batch, h, w, classes] at the backbone's stride;
-            "stage1": the coarse prediction behind the memory read, the same shape (with memory);
-            "auxiliary": a list of auxiliary logits;
-            "memory_input": the features that the memory stores [batch, h, w, channels].
+            What `encode` returns, and "logits": the prediction, float32 [batch, h, w, classes]
+            at the backbone's stride.
+        """
+        encoded = self.encode(images, train=train, extent=extent)
+        logits = self.decode(encoded, memory, train=train, extent=extent)
+        return encoded | {"logits": logits}
+
+    def encode(self, images: Array, *, train: bool, extent: Extent | None = None) -> dict[str, Any]:
+        """Everything before the memory is read.
+
+        Args:
+            images: normalised images [batch, height, width, 3].
+            train: use and update batch statistics, drop channels.
+            extent: the real part of padded images.
+
+        Returns:
+            "context": within-image context [batch, h, w, channels];
+            "auxiliary": a list of auxiliary logits, float32 [batch, h', w', classes];
+            and with memory "memory_input": the features that the memory stores
+            [batch, h, w, channels], and "stage1": the coarse prediction, float32
+            [batch, h, w, classes].
         """
         on = {"train": train, "extent": extent}
         maps = self.backbone(images, **on)
-        context = self.context(maps[-1], **on)
-        out: dict[str, Any] = {"auxiliary": []}
+        out: dict[str, Any] = {"context": self.context(maps[-1], **on), "auxiliary": []}
         if self.memory_enabled:
-            pixels = self.bottleneck(maps[-1], **on)
-            stage1 = self.decoder_stage1(pixels, **on)
-            tap(self, "memory_input", pixels)
-            tap(self, "stage1_logits", stage1)
-            augmented = self.memory_module(pixels, stage1, context, memory, **on)
-            out["logits"] = self.decoder_stage2(augmented, **on)
-            out |= {"stage1": stage1, "memory_input": pixels}
-        else:
-            out["logits"] = self.classifier(context, train=train)
-        tap(self, "stage2_logits", out["logits"])
+            out["memory_input"] = self.bottleneck(maps[-1], **on)
+            out["stage1"] = self.decoder_stage1(out["memory_input"], **on)
+            tap(self, "memory_input", out["memory_input"])
+            tap(self, "stage1_logits", out["stage1"])
         if self.auxiliary:
             levels = [maps[level] for level in self.backbone.auxiliary_levels]
             out["auxiliary"] = [
@@ -128,6 +138,43 @@ class Segmentor(nn.Module):
             for index, logits in enumerate(out["auxiliary"]):
                 tap(self, f"aux_logits.{index}" if len(levels) > 1 else "aux_logits", logits)
         return out
+
+    def decode(
+        self,
+        encoded: dict[str, Any],
+        memory: Array,
+        gradient_memory: Array | None = None,
+        *,
+        train: bool,
+        extent: Extent | None = None,
+    ) -> Array:
+        """The memory read and everything after it.
+
+        Args:
+            encoded: from `encode`.
+            memory: [classes, slots, channels].
+            gradient_memory: [groups, classes, slots, channels], see `memory.read_memory`.
+            train: use and update batch statistics, drop channels.
+            extent: the real part of padded images.
+
+        Returns:
+            float32 logits [batch, h, w, classes].
+        """
+        if self.memory_enabled:
+            augmented = self.memory_module(
+                encoded["memory_input"],
+                encoded["stage1"],
+                encoded["context"],
+                memory,
+                gradient_memory,
+                train=train,
+                extent=extent,
+            )
+            logits = self.decoder_stage2(augmented, train=train, extent=extent)
+        else:
+            logits = self.classifier(encoded["context"], train=train)
+        tap(self, "stage2_logits", logits)
+        return logits
 
     def classify_rows(self, rows: Array, *, train: bool) -> Array:
         """Puts memory rows through decoder stage 2, as images of one pixel.

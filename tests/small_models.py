@@ -1,0 +1,51 @@
+"""A tiny segmentor for tests: every part of the real one, compiled in about a second."""
+
+import jax
+import numpy as np
+
+from configs import common
+from converters import names
+from memseg_jax.models.segmentor import Segmentor
+from memseg_jax.state import abstract_variables
+
+# Optimising the machine code takes most of the compile time and gains nothing at these sizes.
+FAST_COMPILE = {"xla_backend_optimization_level": 0}
+
+
+def small_config():
+    """ResNet-18 with an eighth of its channels, 16 channels in the head, five classes."""
+    config = common.get_config()
+    config.data.class_names = ("sky", "road", "car", "tree", "person")
+    config.model.backbone = "resnet18"
+    config.model.backbone_width = 0.125
+    config.model.feature_dim = 16
+    config.model.aspp_dim = 16
+    config.model.aspp_dilations = (1, 2, 3)
+    config.model.memory.attention_dim = 8
+    return config
+
+
+def random_tree(abstract: dict, seed: int) -> dict:
+    """Fills a tree of shapes so that nothing is neutral: biases, statistics and memory count."""
+    rng = np.random.default_rng(seed)
+    filled = {}
+    for path, leaf in names.flatten(abstract).items():
+        kind, shape = path.rsplit("/", 1)[-1], leaf.shape
+        if kind == "kernel":
+            value = rng.standard_normal(shape) * (2 / np.prod(shape[:-1])) ** 0.5
+        elif kind in ("scale", "var"):
+            value = rng.uniform(0.5, 1.5, shape)
+        else:
+            value = 0.3 * rng.standard_normal(shape)
+        filled[path] = value.astype(np.float32)
+    return names.unflatten(filled)
+
+
+def random_variables(model: Segmentor, seed: int) -> dict:
+    """Params, batch_stats and memory of `model`, random and of the usual size."""
+    return random_tree(abstract_variables(model), seed)
+
+
+def fast_jit(function, **kw):
+    """`jax.jit` that compiles quickly."""
+    return jax.jit(function, compiler_options=FAST_COMPILE, **kw)

@@ -1,0 +1,167 @@
+"""Small data sets, a small run on them, and ways to run the program, for tests."""
+
+import atexit
+import functools
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+import jax
+import ml_collections
+import numpy as np
+import pytest
+from jax.sharding import Mesh
+from PIL import Image
+
+from memseg_jax import checkpoint, evaluate, inference, main, optimizer, predict, sharding, train
+from memseg_jax import visualize
+from memseg_jax.models.segmentor import build_segmentor
+from memseg_jax.state import init_state
+from tests.small_models import FAST_COMPILE, random_variables
+from tests.tiny_config import CLASSES, COLOURS, SIDE, get_config
+
+ROOT = Path(__file__).resolve().parents[1]
+CONFIG = ROOT / "tests" / "tiny_config.py"
+FLAGS = " ".join(f"--{name}={value}" for name, value in FAST_COMPILE.items())
+TRAIN_SIZES = [(40, 36)] * 32
+VAL_SIZES = [(SIDE, SIDE)] * 4
+
+
+# ---- Data ---------------------------------------------------------------------------------------
+
+
+def picture(seed: int, height: int = SIDE, width: int = SIDE) -> tuple[np.ndarray, np.ndarray]:
+    """An image uint8 [height, width, 3] of a box and a disc, and its label [height, width]."""
+    rng = np.random.default_rng(seed)
+    label = np.zeros((height, width), np.uint8)
+    y, x = np.mgrid[:height, :width]
+    for value in (1, 2):
+        radius = max(min(height, width) // 3, 1)
+        centre = [rng.integers(0, side) for side in (height, width)]
+        dy, dx = abs(y - centre[0]), abs(x - centre[1])
+        inside = np.maximum(dy, dx) < radius if value == 1 else dy**2 + dx**2 < radius**2
+        label[inside] = value
+    noise = rng.integers(-30, 31, (height, width, 3))
+    image = np.clip(np.array(COLOURS)[label] + noise, 0, 255).astype(np.uint8)
+    label[0] = 255
+    return image, label
+
+
+def write(path: Path, array: np.ndarray, **options) -> Path:
+    """Writes an array as an image file, making its folder."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.fromarray(array).save(path, **options)
+    return path
+
+
+def write_folder(root: Path, sizes: dict[str, list[tuple[int, int]]] | None = None) -> Path:
+    """Writes a data set of the default layout: 32 training images and 4 others, or `sizes`."""
+    sizes = sizes or {"train": TRAIN_SIZES, "val": VAL_SIZES}
+    for split, of_split in sizes.items():
+        for index, size in enumerate(of_split):
+            image, label = picture(1000 * len(split) + index, *size)
+            write(root / "images" / split / f"{index:02d}.png", image)
+            write(root / "labels" / split / f"{index:02d}.png", label)
+    return root
+
+
+# ---- Ways to run the program --------------------------------------------------------------------
+
+
+def run(*arguments: object) -> int:
+    """Runs the program in this process; returns its exit status."""
+    return main.main(["main", "--config", str(CONFIG), *map(str, arguments)])
+
+
+def start(*arguments: object, **options) -> subprocess.Popen:
+    """Starts the real program in a process of its own that has one CPU device."""
+    env = os.environ | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": FLAGS, "MEMSEG_CACHE": cache()}
+    command = [sys.executable, "-m", "memseg_jax.main", "--config", str(CONFIG)]
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True} | options
+    return subprocess.Popen([*command, *map(str, arguments)], cwd=ROOT, env=env, **pipes)
+
+
+def program(*arguments: object, timeout: float = 300) -> subprocess.CompletedProcess:
+    """Runs the real program to its end."""
+    process = start(*arguments)
+    try:
+        out, err = process.communicate(timeout=timeout)
+    finally:
+        process.kill()
+    return subprocess.CompletedProcess(arguments, process.returncode, out, err)
+
+
+@functools.cache
+def cache() -> str:
+    """The folder of compiled programs, one for all tests of a session."""
+    return os.environ.get("MEMSEG_CACHE") or str(scratch() / "cache")
+
+
+@functools.cache
+def scratch() -> Path:
+    """A folder that lives as long as the tests."""
+    folder = tempfile.mkdtemp(prefix="memseg_jax_tests_")
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    return Path(folder)
+
+
+@functools.cache
+def data_root() -> Path:
+    """The data set of the default layout, to be read only."""
+    return write_folder(scratch() / "data")
+
+
+@functools.cache
+def trained() -> tuple[Path, subprocess.CompletedProcess]:
+    """A workdir that the real program trained without a stop, to be read only, and its output."""
+    workdir = scratch() / "trained"
+    return workdir, program(f"--config.data.root={data_root()}", "--workdir", workdir)
+
+
+# ---- A checkpoint without training --------------------------------------------------------------
+
+
+def save_random_model(workdir: Path, config: ml_collections.ConfigDict | None = None) -> Path:
+    """Writes a checkpoint whose model predicts all classes, in no sensible way."""
+    config = config or get_config()
+    model = build_segmentor(config)
+    tx = optimizer.sgd(config, optimizer.schedule_from_config(config, 1))
+    state = init_state(model, tx, 0).replace(**random_variables(model, 3))
+    names = tuple(config.data.class_names)
+    palette = visualize.resolve_palette(config.data.palette, len(names))
+    with checkpoint.Checkpointer(workdir, 1) as checkpointer:
+        checkpointer.save(state, checkpoint.make_meta(config, 7, names, palette, "random"), 0.5)
+    return workdir
+
+
+# ---- Fixtures, which conftest.py imports --------------------------------------------------------
+
+
+@pytest.fixture
+def compilations(monkeypatch):
+    """Compiles quickly, on one device; returns the list of what was compiled."""
+    made = []
+
+    def compile_quickly(function, what, *args):
+        made.append(what)
+        return function.lower(*args).compile(compiler_options=FAST_COMPILE)
+
+    def one_device(devices=None):
+        return Mesh(np.array(jax.devices()[:1]), ("data",))
+
+    monkeypatch.setattr(train, "compile_with_notice", compile_quickly)
+    monkeypatch.setattr(inference, "compile_with_notice", compile_quickly)
+    monkeypatch.setattr(sharding, "make_mesh", one_device)
+    monkeypatch.setattr(evaluate, "make_mesh", one_device)
+    monkeypatch.setattr(predict, "make_mesh", one_device)
+    return made
+
+
+@pytest.fixture
+def quiet_entry(monkeypatch):
+    """Keeps `main` from changing the logging and the cache of the test session."""
+    monkeypatch.setattr(main, "set_up_logging", lambda: None)
+    monkeypatch.setattr(main, "enable_compilation_cache", lambda: None)
