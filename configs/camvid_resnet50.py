@@ -37,7 +37,6 @@ def get_config() -> ml_collections.ConfigDict:
     config.augment.base_size = (480, 360)
     config.augment.crop = (360, 480)
     config.eval.base_size = (480, 360)
-    config.loss.consistency = 1.0
     config.train.batch_size = 16
     config.train.epochs = 300
     config.train.eval_every = 20

@@ -1,10 +1,11 @@
-"""Six minutes on two CPU cores, without any download: textured shapes, a small ResNet-18.
+"""A few minutes on two CPU cores, without any download: textured shapes, a small ResNet-18.
 
     python -m memseg_jax.main --config configs/quickstart.py
 
-trains from random weights and ends at an mIoU of about 0.9 on images never trained on. Everything
-else is as in the large models: ASPP, feature memory, two attentions, consistency loss, schedule,
-checkpoints, evaluation.
+trains from random weights and ends at an mIoU above 0.8 (about 0.87) on images never trained on,
+in about four minutes on two cores shared with other work. Halfway the mIoU is still 0.4 to 0.5:
+most of the gain comes as the learning rate falls. Everything else is as in the large models: ASPP,
+feature memory, two attentions, auxiliary head, consistency loss, schedule, checkpoints, evaluation.
 """
 
 import ml_collections
@@ -40,9 +41,9 @@ def get_config() -> ml_collections.ConfigDict:
     # move the statistics of the second decoder, which makes it favour the background.
     config.loss.class_weights = (0.4, 1.0, 1.0, 1.0, 1.0, 1.0)
 
-    config.optimizer.lr = 0.08
-    config.optimizer.min_lr = 8e-4
-    config.model.memory.base_lr = 0.08
+    config.optimizer.lr = 0.05
+    config.optimizer.min_lr = 5e-4
+    config.model.memory.base_lr = 0.05
     config.train.batch_size = 16
     config.train.epochs = 4
     config.train.eval_every = 2

@@ -216,10 +216,21 @@ class Predictor:
         Yields:
             One `Prediction` an image, at the original size.
         """
-        items = (
-            _Item(key, evaluation_transform(image, self._evaluation), image.shape[:2])
+        yield from self.segment(
+            (key, evaluation_transform(image, self._evaluation), image.shape[:2])
             for key, image in images
         )
+
+    def segment(self, inputs: Iterable[tuple[Any, np.ndarray, Size]]) -> Iterator[Prediction]:
+        """The same for images that are normalised already.
+
+        Args:
+            inputs: any key, the network's input float32 [h, w, 3], and the size of the result.
+
+        Yields:
+            One `Prediction` an input.
+        """
+        items = (_Item(*x) for x in inputs)
         if self._evaluation.mode == "slide":
             for item in items:
                 yield self._slide(item)

@@ -23,8 +23,9 @@ def poly_schedule(
     """
 
     def schedule(step: jax.Array) -> jax.Array:
-        done = jnp.asarray(step, jnp.result_type(float)) / total_steps
-        left = jnp.clip(1.0 - done, 0.0, 1.0)
+        # Exact until the last division: 1 - step / total would lose digits near the end.
+        left = jnp.maximum(total_steps - jnp.asarray(step, jnp.result_type(float)), 0)
+        left = left / total_steps
         return (lr - min_lr) * left**power + min_lr
 
     return schedule
@@ -64,21 +65,22 @@ def sgd(
     o = config.optimizer
     multipliers = {name: tuple(pair) for name, pair in o.multipliers.items()}
 
-    def check(params: optax.Params) -> None:
+    def check(params: optax.Params) -> optax.EmptyState:
         unknown = sorted(set(multipliers) - set(params))
         if unknown:
             raise UserError(
                 f"config.optimizer.multipliers names {', '.join(unknown)}; "
                 f"the model's modules are {', '.join(sorted(params))}"
             )
+        return optax.EmptyState()
 
-    def add_decay(updates: optax.Updates, params: optax.Params) -> optax.Updates:
-        check(params)
-
+    def add_decay(
+        updates: optax.Updates, state: optax.EmptyState, params: optax.Params
+    ) -> tuple[optax.Updates, optax.EmptyState]:
         def decayed(path: tuple, g: jax.Array, p: jax.Array) -> jax.Array:
             return g + o.weight_decay * multiplier(path, multipliers)[1] * p
 
-        return jax.tree_util.tree_map_with_path(decayed, updates, params)
+        return jax.tree_util.tree_map_with_path(decayed, updates, params), state
 
     def scale(updates: optax.Updates, params: optax.Params) -> optax.Updates:
         del params
@@ -87,7 +89,7 @@ def sgd(
         )
 
     return optax.chain(
-        optax.stateless(add_decay),
+        optax.GradientTransformation(check, add_decay),
         optax.trace(decay=o.momentum),
         optax.stateless(scale),
         optax.scale_by_learning_rate(schedule),

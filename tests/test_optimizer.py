@@ -24,9 +24,9 @@ from memseg_jax.optimizer import poly_schedule, schedule_from_config, sgd
 )
 def test_poly_schedule(step, total, lr, expected):
     schedule = poly_schedule(lr, 1e-4, 0.9, total)
-    assert float(schedule(step)) == pytest.approx(expected, rel=1e-6)
-    # A step that is an int32 on the device has float32 arithmetic throughout.
-    assert float(jax.jit(schedule)(jnp.int32(step))) == pytest.approx(expected, rel=5e-6)
+    # Float32 loses digits in 1 - step / total towards the end.
+    assert float(schedule(step)) == pytest.approx(expected, rel=5e-7)
+    assert float(jax.jit(schedule)(jnp.int32(step))) == pytest.approx(expected, rel=5e-7)
 
 
 def test_schedule_falls_to_its_floor_and_stays():

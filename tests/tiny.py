@@ -16,12 +16,21 @@ import pytest
 from jax.sharding import Mesh
 from PIL import Image
 
-from memseg_jax import checkpoint, evaluate, inference, main, optimizer, predict, sharding, train
-from memseg_jax import visualize
+from memseg_jax import (
+    checkpoint,
+    evaluate,
+    inference,
+    main,
+    optimizer,
+    predict,
+    sharding,
+    train,
+    visualize,
+)
 from memseg_jax.models.segmentor import build_segmentor
 from memseg_jax.state import init_state
 from tests.small_models import FAST_COMPILE, random_variables
-from tests.tiny_config import CLASSES, COLOURS, SIDE, get_config
+from tests.tiny_config import COLOURS, SIDE, get_config
 
 ROOT = Path(__file__).resolve().parents[1]
 CONFIG = ROOT / "tests" / "tiny_config.py"
@@ -124,12 +133,16 @@ def trained() -> tuple[Path, subprocess.CompletedProcess]:
 # ---- A checkpoint without training --------------------------------------------------------------
 
 
-def save_random_model(workdir: Path, config: ml_collections.ConfigDict | None = None) -> Path:
-    """Writes a checkpoint whose model predicts all classes, in no sensible way."""
+def save_random_model(
+    workdir: Path, config: ml_collections.ConfigDict | None = None, never: int | None = None
+) -> Path:
+    """Writes a checkpoint whose model predicts all classes but `never`, in no sensible way."""
     config = config or get_config()
     model = build_segmentor(config)
     tx = optimizer.sgd(config, optimizer.schedule_from_config(config, 1))
     state = init_state(model, tx, 0).replace(**random_variables(model, 3))
+    if never is not None:
+        state.params["decoder_stage2"]["classifier"]["conv"]["bias"][never] = -1e4
     names = tuple(config.data.class_names)
     palette = visualize.resolve_palette(config.data.palette, len(names))
     with checkpoint.Checkpointer(workdir, 1) as checkpointer:
@@ -140,20 +153,25 @@ def save_random_model(workdir: Path, config: ml_collections.ConfigDict | None = 
 # ---- Fixtures, which conftest.py imports --------------------------------------------------------
 
 
+def compile_quickly(function, what, *args):
+    """Takes the place of `compile_with_notice`: quick to compile, slow to run."""
+    return function.lower(*args).compile(compiler_options=FAST_COMPILE)
+
+
 @pytest.fixture
 def compilations(monkeypatch):
     """Compiles quickly, on one device; returns the list of what was compiled."""
     made = []
 
-    def compile_quickly(function, what, *args):
+    def compile_and_count(function, what, *args):
         made.append(what)
-        return function.lower(*args).compile(compiler_options=FAST_COMPILE)
+        return compile_quickly(function, what, *args)
 
     def one_device(devices=None):
         return Mesh(np.array(jax.devices()[:1]), ("data",))
 
-    monkeypatch.setattr(train, "compile_with_notice", compile_quickly)
-    monkeypatch.setattr(inference, "compile_with_notice", compile_quickly)
+    monkeypatch.setattr(train, "compile_with_notice", compile_and_count)
+    monkeypatch.setattr(inference, "compile_with_notice", compile_and_count)
     monkeypatch.setattr(sharding, "make_mesh", one_device)
     monkeypatch.setattr(evaluate, "make_mesh", one_device)
     monkeypatch.setattr(predict, "make_mesh", one_device)

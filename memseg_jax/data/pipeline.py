@@ -6,6 +6,7 @@ processes, threads or hosts, sees the samples the uninterrupted run would have s
 """
 
 import functools
+import gc
 import hashlib
 import multiprocessing
 import os
@@ -148,7 +149,10 @@ class Batches:
         if self._iterator is None:
             raise StopIteration
         try:
-            return next(self._iterator)
+            batch = next(self._iterator)
+            # Batches of worker processes lie in shared memory. JAX may keep such an array for
+            # longer than the program lives; a copy lets go of the shared memory at once.
+            return {name: np.array(value) for name, value in batch.items()}
         except StopIteration:
             self.close()
             raise
@@ -165,6 +169,10 @@ class Batches:
         iterator, self._iterator = self._iterator, None
         if iterator is not None:
             iterator.close()
+            # grain leaves batches that nobody took in reference cycles. Shared memory that is not
+            # freed before the program ends is reported as leaked.
+            del iterator
+            gc.collect()
 
     def __enter__(self) -> "Batches":
         return self

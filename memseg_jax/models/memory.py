@@ -209,10 +209,12 @@ def update_memory(
 
     dot = sum(weight[None, :, :, None] * at_label(y, x) for y, x, weight in corners)
     pixel_norm = jnp.sqrt(_squared_norm(features, (y0, y1, fy), (x0, x1, fx)))
-    cosine = dot / (
+    norms = (
         jnp.maximum(pixel_norm, COSINE_EPSILON)[..., None]
         * jnp.maximum(row_norm, COSINE_EPSILON)[label]
     )
+    # Where cells cancel to nothing, the quotient is rounding noise over almost zero.
+    cosine = jnp.clip(dot / norms, -1, 1)
 
     empty = jnp.all(memory == 0, axis=-1)  # [classes, slots]
     starts = jnp.any(empty, axis=-1)  # classes that are stored for the first time in some slot
@@ -221,7 +223,7 @@ def update_memory(
     weight = jnp.ones(label.shape, dtype)
     if strategy == "cosine":
         own = jnp.take_along_axis(cosine, slot[..., None], axis=-1)[..., 0]
-        weight = jnp.where(starts[label], weight, jnp.maximum(1 - own, 0))
+        weight = jnp.where(starts[label], weight, 1 - own)
     weight = jnp.where(valid, weight, 0)
 
     # Sums over pixels: total weight and pixel count per slot, and the weight of every cell.

@@ -5,7 +5,7 @@ from typing import Any
 import flax.linen as nn
 import jax.numpy as jnp
 
-from memseg_jax.models.layers import Array, ConvNorm, Extent, max_pool, tap
+from memseg_jax.models.layers import Array, ConvNorm, Extent, apply_extent, max_pool, tap
 
 VARIANTS = {
     "resnet18": ("basic", (2, 2, 2, 2)),
@@ -111,8 +111,9 @@ class ResNet(nn.Module):
         x = ConvNorm(stem[1], 3, dtype=self.dtype, name="stem_1")(x, **kw)
         x = ConvNorm(stem[2], 3, dtype=self.dtype, name="stem_2")(x, **kw)
         tap(self, "stem", x)
-        # Activations are never negative here, so masked padding (0) loses every maximum.
-        x = max_pool(x)
+        # Activations are never negative here, so masked padding (0) loses every maximum. Windows
+        # outside of the real part may still see a part of it: the result is masked again.
+        x = apply_extent(max_pool(x), extent)
         tap(self, "maxpool", x)
         maps = []
         for stage, depth in enumerate(depths):

@@ -13,7 +13,7 @@ import ml_collections
 import memseg_jax.models
 from memseg_jax.errors import UserError
 from memseg_jax.models.aspp import ASPP
-from memseg_jax.models.layers import Array, Classifier, ConvNorm, Extent, tap
+from memseg_jax.models.layers import Array, Classifier, ConvNorm, Extent, apply_extent, tap
 from memseg_jax.models.memory import MemoryModule
 
 
@@ -123,7 +123,7 @@ class Segmentor(nn.Module):
             [batch, h, w, classes].
         """
         on = {"train": train, "extent": extent}
-        maps = self.backbone(images, **on)
+        maps = self.backbone(apply_extent(images, extent), **on)
         out: dict[str, Any] = {"context": self.context(maps[-1], **on), "auxiliary": []}
         if self.memory_enabled:
             out["memory_input"] = self.bottleneck(maps[-1], **on)

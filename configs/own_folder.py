@@ -1,0 +1,44 @@
+"""Your own folder of photographs and index PNGs: a starting point for a config of five lines.
+
+See "Train on your own images" in the README.
+"""
+
+from collections.abc import Sequence
+
+import ml_collections
+
+from configs import common
+
+
+def get_config(
+    root: str,
+    class_names: Sequence[str],
+    crop: tuple[int, int] = (256, 256),
+    backbone: str = "resnet18",
+    epochs: int = 100,
+) -> ml_collections.ConfigDict:
+    """Returns a config for training from random weights on one CPU or GPU.
+
+    Args:
+        root: the folder that holds `images/` and `labels/`.
+        class_names: one a class, in the order of the ids in the label files.
+        crop: height and width of the training crops; images are not shrunk before cropping
+            except by the random scale.
+        backbone: resnet18, resnet50 or resnet101.
+        epochs: passes over the training images.
+    """
+    config = common.get_config()
+    config.data.root = root
+    config.data.class_names = tuple(class_names)
+    config.augment.base_size = ()
+    config.augment.crop = tuple(crop)
+    config.eval.base_size = ()
+    config.model.backbone = backbone
+    config.model.feature_dim = 256
+    config.model.aspp_dim = 256
+    config.model.memory.attention_dim = 128
+    config.train.batch_size = 8
+    config.train.epochs = epochs
+    config.train.eval_every = max(epochs // 10, 1)
+    config.train.log_every = 10
+    return config

@@ -1,0 +1,277 @@
+"""Predicting: which pictures are found, what is written, and what happens to bad ones."""
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from memseg_jax import visualize
+from memseg_jax.data.images import read_image
+from memseg_jax.errors import UserError
+from memseg_jax.predict import find_images
+from tests import tiny
+from tests.tiny_config import CLASSES, COLOURS
+
+pytestmark = [
+    pytest.mark.usefixtures("quiet_entry", "compilations"),
+    pytest.mark.filterwarnings("ignore:the load_module:DeprecationWarning"),
+]
+
+
+@pytest.fixture(scope="module")
+def workdir():
+    return tiny.save_random_model(tiny.scratch() / "random_model")
+
+
+@pytest.fixture
+def predict(workdir, tmp_path):
+    """Runs the mode on a pattern; returns the exit status."""
+
+    def run(pattern, *arguments, output=tmp_path / "out"):
+        return tiny.run(
+            "--mode=predict", "--workdir", workdir, "--input", pattern, "--output", output,
+            "--config.eval.exact_sizes=0", "--config.eval.size_multiple=64", *arguments,
+        )  # fmt: skip
+
+    return run
+
+
+def picture(path, *size, seed=0, **options):
+    return tiny.write(path, tiny.picture(seed, *size)[0], **options)
+
+
+def results(folder):
+    return sorted(str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file())
+
+
+def ids(path):
+    """The values that a PNG file stores."""
+    with Image.open(path) as image:
+        assert image.mode in ("P", "L")
+        return np.array(image)
+
+
+# ---- What is found ------------------------------------------------------------------------------
+
+
+def test_file_folder_and_glob(tmp_path):
+    for name in ("a.jpg", "b/c.PNG", "b/d/e.webp", "b/notes.txt"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).touch()
+
+    def found(pattern):
+        return [
+            (str(path.relative_to(tmp_path)), str(name))
+            for path, name in find_images(str(tmp_path / pattern))
+        ]
+
+    assert found("a.jpg") == [("a.jpg", "a")]
+    assert found("") == [("a.jpg", "a"), ("b/c.PNG", "b/c"), ("b/d/e.webp", "b/d/e")]
+    assert found("b") == [("b/c.PNG", "c"), ("b/d/e.webp", "d/e")]
+    assert found("*.jpg") == [("a.jpg", "a")]
+    assert found("b/*") == [("b/c.PNG", "c")]
+    assert found("b/**/*") == [("b/c.PNG", "c"), ("b/d/e.webp", "d/e")]
+    assert found("?/*/e.*") == [("b/d/e.webp", "b/d/e")]
+
+
+def test_a_relative_glob_and_a_name_with_brackets(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "x[1].png").touch()
+    (tmp_path / "y.png").touch()
+    assert [str(name) for _, name in find_images("*.png")] == ["x[1]", "y"]
+    assert [str(name) for _, name in find_images("x[1].png")] == ["x[1]"]
+
+
+def test_every_result_has_a_name_of_its_own(tmp_path):
+    for name in ("a.jpg", "a.png", "a.jpg.png", "a_ids.png", "b/a.jpg", "c.tif"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).touch()
+    endings = (".png", "_overlay.jpg", "_confidence.png", "_ids.png")
+    names = [str(name) + ending for _, name in find_images(str(tmp_path)) for ending in endings]
+    assert len(names) == 6 * len(endings)
+    assert len(set(names)) == len(names)
+    assert "c.png" in names
+
+
+@pytest.mark.parametrize("pattern", ["empty", "missing", "missing/*.png", "notes.*", "em*"])
+def test_nothing_found(tmp_path, predict, capsys, pattern):
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "notes.txt").touch()
+    assert predict(tmp_path / pattern) == 1
+    error = capsys.readouterr().err
+    assert f"--input={tmp_path / pattern}: no picture found" in error
+    assert ".jpg" in error
+    assert not (tmp_path / "out").exists()
+
+
+# ---- What is written ----------------------------------------------------------------------------
+
+
+def test_sizes_and_kinds_of_pictures(tmp_path, predict, capsys):
+    pictures = tmp_path / "pictures"
+    picture(pictures / "odd.png", 33, 47)
+    picture(pictures / "portrait.jpg", 61, 35)
+    picture(pictures / "deep/er/column.png", 40, 1)
+    picture(pictures / "row.png", 1, 40)
+    picture(pictures / "dot.png", 1, 1)
+    tiny.write(pictures / "grey.png", tiny.picture(1, 20, 30)[0][..., 0])
+    rgba = np.concatenate([tiny.picture(2, 20, 30)[0], np.full((20, 30, 1), 9, np.uint8)], 2)
+    tiny.write(pictures / "rgba.png", rgba)
+    exif = Image.Exif()
+    exif[0x0112] = 6  # turn by 90 degrees
+    picture(pictures / "turned.jpg", 24, 50, exif=exif)
+    assert predict(pictures) == 0
+    assert "8 pictures segmented" in capsys.readouterr().out
+    sizes = {
+        "odd": (33, 47), "portrait": (61, 35), "deep/er/column": (40, 1), "row": (1, 40),
+        "dot": (1, 1), "grey": (20, 30), "rgba": (20, 30), "turned": (50, 24),
+    }  # fmt: skip
+    out = tmp_path / "out"
+    assert results(out) == sorted(f"{n}{e}" for n in sizes for e in (".png", "_overlay.jpg"))
+    seen = set()
+    for name, size in sizes.items():
+        label = ids(out / f"{name}.png")
+        assert label.shape == size
+        seen |= set(np.unique(label).tolist())
+        assert read_image(out / f"{name}_overlay.jpg").shape == (*size, 3)
+    assert seen == {0, 1, 2}
+
+
+def test_label_maps_hold_class_ids_and_the_checkpoints_colours(tmp_path, predict):
+    picture(tmp_path / "a.png", 40, 50)
+    assert predict(tmp_path / "a.png", "--save_ids", "--save_confidence") == 0
+    out = tmp_path / "out"
+    assert results(out) == ["a.png", "a_confidence.png", "a_ids.png", "a_overlay.jpg"]
+    label = ids(out / "a.png")
+    assert len(np.unique(label)) > 1
+    np.testing.assert_array_equal(ids(out / "a_ids.png"), label)
+    with Image.open(out / "a.png") as image:
+        assert image.mode == "P"
+        np.testing.assert_array_equal(np.array(image.convert("RGB")), np.array(COLOURS)[label])
+    with Image.open(out / "a_ids.png") as image:
+        assert image.mode == "L"
+    confidence = ids(out / "a_confidence.png")
+    assert confidence.shape == label.shape
+    assert confidence.min() >= 255 // 3  # the best of three classes
+    assert len(np.unique(confidence)) > 3
+    overlay = visualize.overlay(read_image(tmp_path / "a.png"), label, np.array(COLOURS, np.uint8))
+    difference = np.abs(read_image(out / "a_overlay.jpg").astype(int) - overlay)
+    assert difference.mean() < 10  # JPEG
+
+
+def test_classes_are_those_of_the_checkpoint(tmp_path, predict, caplog):
+    picture(tmp_path / "a.png", 40, 50)
+    assert predict(tmp_path / "a.png") == 0
+    first = (tmp_path / "out" / "a.png").read_bytes()
+    caplog.set_level("INFO")
+    changes = ["--config.data.class_names=('x','y','z','more')", "--config.data.palette=()"]
+    assert predict(tmp_path / "a.png", *changes) == 0
+    assert (tmp_path / "out" / "a.png").read_bytes() == first
+    summary = next(m for m in caplog.messages if m.startswith(str(tmp_path / "a.png")))
+    assert any(name in summary for name in CLASSES)
+    assert "x " not in summary
+
+
+def test_batches_change_nothing(tmp_path, predict):
+    for index in range(5):
+        picture(tmp_path / "in" / f"{index}.png", 40 + index, 50, seed=index)
+    outputs = [tmp_path / "one", tmp_path / "three"]
+    for size, output in zip((1, 3), outputs):
+        flag = f"--config.eval.batch_size={size}"
+        assert predict(tmp_path / "in", flag, "--save_ids", output=output) == 0
+    for index in range(5):
+        one, three = (ids(output / f"{index}_ids.png") for output in outputs)
+        assert (one != three).mean() < 0.005  # ties
+
+
+def test_sliding_windows(tmp_path, predict):
+    picture(tmp_path / "in" / "large.png", 70, 90)
+    picture(tmp_path / "in" / "small.png", 20, 24)
+    slide = ["--config.eval.mode=slide", "--config.eval.window=(32,32)"]
+    assert predict(tmp_path / "in", *slide, "--config.eval.stride=(24,24)") == 0
+    assert ids(tmp_path / "out" / "large.png").shape == (70, 90)
+    assert ids(tmp_path / "out" / "small.png").shape == (20, 24)
+
+
+def test_the_default_output(tmp_path, workdir):
+    picture(tmp_path / "a.png", 40, 50)
+    assert tiny.run("--mode=predict", "--workdir", workdir, "--input", tmp_path / "a.png") == 0
+    assert results(workdir / "predictions") == ["a.png", "a_overlay.jpg"]
+
+
+# ---- What goes wrong ----------------------------------------------------------------------------
+
+
+def test_unreadable_pictures_do_not_stop_the_others(tmp_path, predict, capsys):
+    picture(tmp_path / "in" / "a.png", 40, 50)
+    picture(tmp_path / "in" / "c.jpg", 40, 50)
+    picture(tmp_path / "in" / "d.png", 40, 50)
+    content = (tmp_path / "in" / "c.jpg").read_bytes()
+    (tmp_path / "in" / "b.jpg").write_bytes(content[: len(content) // 2])
+    (tmp_path / "in" / "e.png").write_bytes(b"no picture")
+    assert predict(tmp_path / "in") == 1
+    shown = capsys.readouterr()
+    assert "3 pictures segmented" in shown.out
+    assert "2 of 5 pictures could not be read" in shown.err
+    for name in ("b.jpg", "e.png"):
+        assert str(tmp_path / "in" / name) in shown.err
+    written = [f"{name}{ending}" for name in "acd" for ending in (".png", "_overlay.jpg")]
+    assert results(tmp_path / "out") == sorted(written)
+
+
+def test_pictures_are_never_overwritten(tmp_path, predict, capsys):
+    path = picture(tmp_path / "a.png", 40, 50)
+    before = path.read_bytes()
+    status = predict(tmp_path / "a.png", output=tmp_path)
+    assert path.read_bytes() == before
+    if status:
+        assert "--output" in capsys.readouterr().err
+
+
+def test_results_are_no_input_the_next_time(tmp_path, predict, capsys):
+    picture(tmp_path / "a.png", 40, 50)
+    for _ in range(2):
+        status = predict(tmp_path, output=tmp_path / "out")
+        shown = capsys.readouterr()
+        assert "1 pictures segmented" in shown.out or (status and "--output" in shown.err)
+
+
+def test_output_that_cannot_be_written(tmp_path, predict, capsys):
+    picture(tmp_path / "a.png", 40, 50)
+    (tmp_path / "file").touch()
+    assert predict(tmp_path / "a.png", output=tmp_path / "file" / "out") == 1
+    error = capsys.readouterr().err
+    assert "--output" in error
+    assert str(tmp_path / "file") in error
+
+
+def test_no_checkpoint(tmp_path, capsys):
+    path = picture(tmp_path / "a.png", 40, 50)
+    workdir = tmp_path / "nothing"
+    assert tiny.run("--mode=predict", "--workdir", workdir, "--input", path) == 1
+    error = capsys.readouterr().err
+    assert f"there is no checkpoint in {workdir}" in error
+    assert "--workdir" in error
+    assert not workdir.exists()
+
+
+def test_no_such_step(tmp_path, predict, capsys):
+    path = picture(tmp_path / "a.png", 40, 50)
+    assert predict(path, "--checkpoint=5") == 1
+    assert "There are: 7" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "change", ["model.feature_dim=24", "model.backbone_width=0.25", "model.memory.enabled=false"]
+)
+def test_checkpoint_of_another_model(tmp_path, predict, capsys, change):
+    path = picture(tmp_path / "a.png", 40, 50)
+    assert predict(path, f"--config.{change}") == 1
+    error = capsys.readouterr().err
+    assert "is a checkpoint of another model" in error
+    assert f"{change.partition('=')[0]} = " in error
+    assert not (tmp_path / "out").exists()
+
+
+def test_an_empty_input_is_refused():
+    with pytest.raises(UserError, match="--input"):
+        find_images("")

@@ -1,0 +1,309 @@
+"""Training end to end: what a run leaves behind, and how it goes on after it was killed."""
+
+import csv
+import json
+import os
+import shutil
+import signal
+import time
+
+import jax
+import numpy as np
+import pytest
+from PIL import Image
+
+from memseg_jax import checkpoint, optimizer, train
+from memseg_jax.data import open_split
+from memseg_jax.models.segmentor import build_segmentor
+from memseg_jax.state import abstract_state
+from tests import tiny
+
+pytestmark = [
+    pytest.mark.usefixtures("quiet_entry"),
+    pytest.mark.filterwarnings("ignore:the load_module:DeprecationWarning"),
+]
+STEPS = 16  # of the whole run of tiny_config
+TERMS = ("loss_stage1", "loss_stage2", "loss_aux")
+LOSSES = ("loss", *TERMS, "loss_memory", "lr", "grad_norm")
+
+
+def rows(workdir, column="loss"):
+    """The rows of metrics.csv that have a value in a column."""
+    with open(workdir / "metrics.csv", newline="") as file:
+        return [row for row in csv.DictReader(file) if row[column]]
+
+
+def load_state(workdir):
+    """All arrays of the last checkpoint."""
+    config = tiny.get_config()
+    model = build_segmentor(config)
+    tx = optimizer.sgd(config, optimizer.schedule_from_config(config, STEPS))
+    with checkpoint.Checkpointer(workdir, 2) as checkpointer:
+        return checkpointer.restore(abstract_state(model, tx))[0]
+
+
+def assert_same_run(workdir, other):
+    """Every array and every loss is the same to the last bit, and no step is there twice."""
+    left, right = (jax.tree_util.tree_leaves_with_path(load_state(w)) for w in (workdir, other))
+    assert len(left) == len(right) > 100
+    for (path, a), (_, b) in zip(left, right):
+        assert a.dtype == b.dtype
+        assert np.asarray(a).tobytes() == np.asarray(b).tobytes(), jax.tree_util.keystr(path)
+    ours, theirs = rows(workdir), rows(other)
+    assert [int(row["step"]) for row in ours] == list(range(1, STEPS + 1))
+    for a, b in zip(ours, theirs):
+        assert [a[name] for name in LOSSES] == [b[name] for name in LOSSES]
+    for name in ("metrics.json", "per_class.csv", "examples.png"):
+        assert (workdir / name).read_bytes() == (other / name).read_bytes()
+
+
+# ---- One run from start to end ------------------------------------------------------------------
+
+
+def test_what_is_shown():
+    workdir, result = tiny.trained()
+    assert result.returncode == 0, result.stderr
+    assert "Traceback" not in result.stderr
+    assert "32 training images, 4 evaluation images, 3 classes; 4 epochs of 4 steps" in (
+        result.stderr
+    )
+    notices = result.stderr.splitlines()
+    start = notices.index("compiling the training step ...")
+    assert notices[start + 1].startswith("compiled the training step in ")
+    lines = [line for line in result.stdout.splitlines() if line.startswith("step ")]
+    assert len(lines) == STEPS
+    for part in ("step 10/16  ", "epoch 3/4  ", "loss ", "(aux ", "stage1 ", "stage2 ", "memory "):
+        assert part in lines[9]
+    for part in ("lr 0.0", " img/s  ", "data wait ", "left "):
+        assert part in lines[9]
+    for name in (*tiny.get_config().data.class_names, "mIoU"):
+        assert name in result.stdout
+    assert f"--workdir {workdir} --mode predict" in result.stdout
+
+
+def test_what_is_written():
+    workdir, _ = tiny.trained()
+    config = tiny.get_config()
+    losses = rows(workdir)
+    assert [int(row["step"]) for row in losses] == list(range(1, STEPS + 1))
+    assert [int(float(row["epoch"])) for row in losses[::4]] == [1, 2, 3, 4]
+    totals = [sum(float(row[name]) for name in TERMS) for row in losses]
+    assert np.mean(totals[-4:]) < 0.95 * np.mean(totals[:4])
+    assert [float(row["loss_memory"]) > 0 for row in losses] == [False] * 4 + [True] * 12
+    assert float(losses[0]["lr"]) == pytest.approx(config.optimizer.lr)
+    scores = json.loads((workdir / "metrics.json").read_text())
+    assert (scores["step"], scores["split"], scores["images"]) == (STEPS, "val", 4)
+    assert 0 < scores["mIoU"] < 1
+    (evaluated,) = rows(workdir, "eval_mIoU")
+    assert int(evaluated["step"]) == STEPS
+    assert float(evaluated["eval_mIoU"]) == pytest.approx(scores["mIoU"])
+    with open(workdir / "per_class.csv", newline="") as file:
+        assert [row["name"] for row in csv.DictReader(file)] == list(config.data.class_names)
+    with Image.open(workdir / "examples.png") as picture:
+        assert min(picture.size) > 200
+    assert checkpoint.all_steps(workdir) == [15, 16]  # checkpoint.keep = 2
+    step, meta = checkpoint.read_meta(workdir, "best")
+    assert (step, meta["miou"], meta["data_position"]) == (STEPS, scores["mIoU"], STEPS)
+    assert meta["class_names"] == list(config.data.class_names)
+    assert [tuple(colour) for colour in meta["palette"]] == list(config.data.palette)
+
+
+def test_baseline_on_generated_images_with_eight_devices(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(train, "compile_with_notice", tiny.compile_quickly)
+    monkeypatch.setattr("memseg_jax.inference.compile_with_notice", tiny.compile_quickly)
+    status = tiny.run(
+        "--workdir", tmp_path, "--config.data.name=shapes", "--config.data.image_size=(32,32)",
+        "--config.data.num_train=16", "--config.data.num_val=9", "--config.train.epochs=2",
+        "--config.data.class_names=('a','b','c','d','e','f')", "--config.data.palette=()",
+        "--config.model.memory.enabled=false", "--config.train.log_every=2",
+        "--config.train.eval_every=1",
+    )  # fmt: skip
+    shown = capsys.readouterr()
+    assert status == 0, shown.err
+    assert [int(row["step"]) for row in rows(tmp_path)] == [2, 4]
+    assert [int(row["step"]) for row in rows(tmp_path, "eval_mIoU")] == [2, 4]
+    assert "memory" not in shown.out.split("class")[0]
+    assert json.loads((tmp_path / "metrics.json").read_text())["images"] == 9
+
+
+# ---- Going on -----------------------------------------------------------------------------------
+
+
+def kill_after_a_checkpoint(workdir, *arguments):
+    """Trains until a checkpoint is there and kills the program; returns its last checkpoint."""
+    process = tiny.start(f"--config.data.root={tiny.data_root()}", "--workdir", workdir, *arguments)
+    try:
+        limit = time.monotonic() + 240
+        while not checkpoint.all_steps(workdir):
+            assert process.poll() is None, process.communicate()[1]
+            assert time.monotonic() < limit
+            time.sleep(0.005)
+        os.kill(process.pid, signal.SIGKILL)
+        process.communicate(timeout=60)
+    finally:
+        process.kill()
+    assert process.returncode == -signal.SIGKILL
+    return checkpoint.all_steps(workdir)[-1]
+
+
+def kill_and_go_on(workdir, *arguments):
+    step = kill_after_a_checkpoint(workdir, *arguments)
+    assert 0 < step < STEPS
+    result = tiny.program(
+        f"--config.data.root={tiny.data_root()}", "--workdir", workdir, *arguments
+    )
+    assert result.returncode == 0, result.stderr
+    assert f"resuming at step {step} of {STEPS}" in result.stderr
+    assert f"step {step + 1}/{STEPS}" in result.stdout
+    assert f"step {step}/{STEPS}" not in result.stdout
+    assert_same_run(workdir, tiny.trained()[0])
+
+
+def test_killed_with_workers_and_continued_is_the_run_that_never_stopped(tmp_path):
+    # The run that never stopped had no workers, so this compares both.
+    kill_and_go_on(tmp_path, "--config.data.workers=2")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("changes", [(), ("--config.data.threads=0", "--config.data.prefetch=1")])
+def test_killed_without_workers_and_continued_is_the_run_that_never_stopped(tmp_path, changes):
+    kill_and_go_on(tmp_path, *changes)
+
+
+@pytest.mark.slow
+def test_killed_twice(tmp_path):
+    first = kill_after_a_checkpoint(tmp_path)
+    shutil.rmtree(tmp_path / "checkpoints" / str(first))  # as if killed before it
+    (tmp_path / "checkpoints" / f"{first}.orbax-checkpoint-tmp").mkdir()
+    kill_and_go_on(tmp_path, "--config.data.workers=1")
+
+
+@pytest.fixture
+def finished(tmp_path):
+    """A copy of the finished run."""
+    return shutil.copytree(tiny.trained()[0], tmp_path / "run")
+
+
+def test_a_finished_run_is_left_alone(finished, capsys):
+    before = (finished / "metrics.csv").read_bytes()
+    root = f"--config.data.root={tiny.data_root()}"
+    assert tiny.run(root, "--workdir", finished) == 0
+    assert f"This run is complete ({STEPS} steps)" in capsys.readouterr().out
+    assert (finished / "metrics.csv").read_bytes() == before
+
+
+def test_harmless_changes_are_accepted(finished, capsys, tmp_path):
+    elsewhere = shutil.copytree(tiny.data_root(), tmp_path / "elsewhere")
+    status = tiny.run(
+        f"--config.data.root={elsewhere}", "--workdir", finished, "--config.train.log_every=7",
+        "--config.data.workers=3", "--config.data.threads=1", "--config.data.prefetch=9",
+        "--config.eval.mode=slide", "--config.eval.batch_size=4", "--config.checkpoint.keep=1",
+        "--config.checkpoint.every=5", "--config.train.eval_every=1",
+    )  # fmt: skip
+    assert status == 0, capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("change", "line"),
+    [
+        ("optimizer.lr=0.25", "optimizer.lr: 0.1 in the checkpoint, 0.25 now"),
+        ("train.batch_size=16", "train.batch_size: 8 in the checkpoint, 16 now"),
+        ("augment.crop=(24,32)", "augment.crop: [32, 32] in the checkpoint, [24, 32] now"),
+        ("train.epochs=5", "train.epochs: 4 in the checkpoint, 5 now"),
+        ("model.memory.slots=2", "model.memory.slots: 1 in the checkpoint, 2 now"),
+        ("seed=1", "seed: 0 in the checkpoint, 1 now"),
+    ],
+)
+def test_another_config_is_refused(finished, capsys, change, line):
+    root = f"--config.data.root={tiny.data_root()}"
+    assert tiny.run(root, "--workdir", finished, f"--config.{change}") == 1
+    error = capsys.readouterr().err
+    assert f"  {line}\n" in error
+    assert error.count(" in the checkpoint, ") == 1
+    assert "--workdir" in error
+    assert load_state(finished).step == STEPS
+
+
+def test_another_data_set_is_refused(finished, capsys, tmp_path):
+    other = shutil.copytree(tiny.data_root(), tmp_path / "other")
+    for kind in ("images", "labels"):
+        (other / kind / "train" / "00.png").rename(other / kind / "train" / "new.png")
+    assert tiny.run(f"--config.data.root={other}", "--workdir", finished) == 1
+    error = capsys.readouterr().err
+    config = tiny.get_config()
+    for root in (tiny.data_root(), other):
+        config.data.root = str(root)
+        assert open_split(config.data, "train").fingerprint() in error
+    assert "the list of training images: fingerprint" in error
+
+
+# ---- The loop, without a real step --------------------------------------------------------------
+
+
+def fake_step(values):
+    """A training step that only counts, with these metrics."""
+
+    def compile_nothing(function, what, *args):
+        def step(state, batch):
+            with jax.transfer_guard("allow"):
+                state = state.replace(step=state.step + 1)
+            return state, {name: np.float32(value) for name, value in values.items()}
+
+        return step
+
+    return compile_nothing
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+def test_a_loss_that_is_not_finite_stops_the_run(tmp_path, capsys, monkeypatch, value):
+    values = {"loss": value, "loss_stage2": value, "lr": 0.1}
+    monkeypatch.setattr(train, "compile_with_notice", fake_step(values))
+    root = f"--config.data.root={tiny.data_root()}"
+    assert tiny.run(root, "--workdir", tmp_path, "--config.train.log_every=2") == 1
+    error = capsys.readouterr().err
+    assert "loss, loss_stage2 not finite between steps 0 and 2" in error
+    assert "config.optimizer.lr" in error
+    assert checkpoint.all_steps(tmp_path) == []
+
+
+@pytest.mark.parametrize(
+    ("change", "answer"),
+    [
+        ("train.batch_size=12", "config.train.batch_size is 12, which 8 devices cannot share"),
+        ("replica_groups=3", "config.train.batch_size is 8, which 3 config.replica_groups cannot"),
+        ("model.backbone=resnet9", "config.model.backbone is 'resnet9'; expected one of"),
+        ("data.palette=((1,2,3),)", "config.data.palette has 1 colours, expected 3"),
+        ("checkpoint.keep=0", "config.checkpoint.keep is 0"),
+        ("data.eval_split=test", "'test'"),
+    ],
+)
+def test_impossible_values_are_refused_at_once(tmp_path, capsys, monkeypatch, change, answer):
+    monkeypatch.setattr(train, "compile_with_notice", None)
+    root = f"--config.data.root={tiny.data_root()}"
+    assert tiny.run(root, "--workdir", tmp_path, f"--config.{change}") == 1
+    assert answer in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        "train.epochs=0", "train.log_every=0", "checkpoint.every=0", "train.eval_every=-1",
+        "eval.mode=slides", "eval.size_multiple=30", "eval.batch_size=0",
+    ],
+)  # fmt: skip
+def test_values_that_would_fail_later_are_refused_at_once(tmp_path, capsys, monkeypatch, change):
+    monkeypatch.setattr(train, "compile_with_notice", None)
+    root = f"--config.data.root={tiny.data_root()}"
+    assert tiny.run(root, "--workdir", tmp_path, f"--config.{change}") == 1
+    assert f"config.{change.partition('=')[0]}" in capsys.readouterr().err
+
+
+def test_work_survives_an_evaluation_that_fails(tmp_path, capsys, monkeypatch):
+    root = shutil.copytree(tiny.data_root(), tmp_path / "data")
+    (root / "images" / "val" / "03.png").write_bytes(b"")
+    values = {"loss": 1.0, "loss_stage2": 1.0, "lr": 0.1}
+    monkeypatch.setattr(train, "compile_with_notice", fake_step(values))
+    run = (f"--config.data.root={root}", "--workdir", tmp_path / "run")
+    assert tiny.run(*run, "--config.checkpoint.every=1000", "--config.train.eval_every=1") == 1
+    assert "images/val/03.png" in capsys.readouterr().err
+    assert checkpoint.all_steps(tmp_path / "run") == [4]
