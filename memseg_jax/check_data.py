@@ -29,15 +29,15 @@ class SplitReport:
     """What was found in one split. Counts are of samples that could be read.
 
     Attributes:
-      split: its name.
-      images: number of samples, bad ones included.
-      num_bad: number of bad samples.
-      bad: messages of the first of them, then their files.
-      pixels: int64 `[256]`, pixels per label value (0..K-1, `IGNORE_LABEL`).
-      images_with: int64 `[256]`, samples in which the value occurs.
-      unlabelled: samples without a single labelled pixel.
-      sizes: samples per (height, width).
-      bad_values: pixels per value in label files with values that are not allowed.
+        split: its name.
+        images: number of samples, bad ones included.
+        num_bad: number of bad samples.
+        bad: messages of the first of them, then their files.
+        pixels: int64 `[256]`, pixels per label value (0..K-1, `IGNORE_LABEL`).
+        images_with: int64 `[256]`, samples in which the value occurs.
+        unlabelled: samples without a single labelled pixel.
+        sizes: samples per (height, width).
+        bad_values: pixels per value in label files with values that are not allowed.
     """
 
     split: str
@@ -55,10 +55,10 @@ def run(config) -> int:
     """Checks the training and the evaluation split and prints a report.
 
     Args:
-      config: the whole config; `config.data` is used.
+        config: the whole config; `config.data` is used.
 
     Returns:
-      The exit status: 0, or 1 if a split cannot be opened or holds a bad sample.
+        The exit status: 0, or 1 if a split cannot be opened or holds a bad sample.
     """
     data = config.data
     num_images = num_bad = 0
@@ -89,13 +89,13 @@ def check_split(source, split: str, num_classes: int, threads: int = 1) -> Split
     """Reads all samples of a split.
 
     Args:
-      source: the data set's source (see `memseg_jax.data`).
-      split: name of the split, for the report.
-      num_classes: K.
-      threads: number of samples that are read at the same time.
+        source: the data set's source (see `memseg_jax.data`).
+        split: name of the split, for the report.
+        num_classes: K.
+        threads: number of samples that are read at the same time.
 
     Returns:
-      The counts and messages; the same for any number of threads.
+        The counts and messages; the same for any number of threads.
     """
     report = SplitReport(split, len(source))
     # The bar goes to the terminal only; a log file gets the report alone.
@@ -178,12 +178,12 @@ def format_report(report: SplitReport, class_names, ignore_label: int = IGNORE_L
     """Formats the report of one split for the console.
 
     Args:
-      report: from `check_split`.
-      class_names: K names.
-      ignore_label: the config's ignore value in files, or -1; for the advice.
+        report: from `check_split`.
+        class_names: K names.
+        ignore_label: the config's ignore value in files, or -1; for the advice.
 
     Returns:
-      Several lines: sizes, class table, bad files, warnings.
+        Several lines: sizes, class table, bad files, warnings.
     """
     good = report.images - report.num_bad
     lines = [f"{report.split}: {report.images} images" + f", {report.num_bad} bad" * (good == 0)]

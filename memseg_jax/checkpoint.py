@@ -83,15 +83,15 @@ def make_meta(
     """Describes a checkpoint in plain JSON values.
 
     Args:
-      config: the `ConfigDict` (or nested dict) of the run.
-      step: number of finished training steps; also the position in the data.
-      class_names: one string a class.
-      palette: one (red, green, blue) a class.
-      fingerprint: `Source.fingerprint()` of the training images.
-      scores: the evaluation's numbers at this step, if there was one.
+        config: the `ConfigDict` (or nested dict) of the run.
+        step: number of finished training steps; also the position in the data.
+        class_names: one string a class.
+        palette: one (red, green, blue) a class.
+        fingerprint: `Source.fingerprint()` of the training images.
+        scores: the evaluation's numbers at this step, if there was one.
 
     Returns:
-      The dict that `Checkpointer.save` takes as `meta`.
+        The dict that `Checkpointer.save` takes as `meta`.
     """
     versions = {name: importlib.metadata.version(name) for name in _PACKAGES}
     versions |= {"memseg_jax": memseg_jax.__version__, "python": platform.python_version()}
@@ -130,12 +130,12 @@ def config_differences(saved: Mapping[str, Any], current: Any) -> list[str]:
     """Lists the fields that change the training and differ between two configs.
 
     Args:
-      saved: `meta["config"]` of a checkpoint.
-      current: the config (`ConfigDict` or nested dict) of now.
+        saved: `meta["config"]` of a checkpoint.
+        current: the config (`ConfigDict` or nested dict) of now.
 
     Returns:
-      Lines such as "train.batch_size: 16 in the checkpoint, 8 now", sorted by field. Fields
-      in `HARMLESS_FIELDS` are left out.
+        Lines such as "train.batch_size: 16 in the checkpoint, 8 now", sorted by field. Fields in
+        `HARMLESS_FIELDS` are left out.
     """
     before, now = _flat(_plain(saved)), _flat(_plain(current))
     lines = []
@@ -150,12 +150,12 @@ def check_same_run(meta: Mapping[str, Any], config: Any, fingerprint: str) -> No
     """Refuses to continue a run with another config or other training images.
 
     Args:
-      meta: the checkpoint's meta.
-      config: the config of now.
-      fingerprint: `Source.fingerprint()` of the training images of now.
+        meta: the checkpoint's meta.
+        config: the config of now.
+        fingerprint: `Source.fingerprint()` of the training images of now.
 
     Raises:
-      UserError: naming every field that differs, with both values.
+        UserError: naming every field that differs, with both values.
     """
     differences = config_differences(meta["config"], config)
     if meta["fingerprint"] != fingerprint:
@@ -204,13 +204,13 @@ def prepare_workdir(workdir: str | os.PathLike) -> Path:
     """Creates the workdir and tries to write in it, so that this does not fail hours later.
 
     Args:
-      workdir: the folder of the run.
+        workdir: the folder of the run.
 
     Returns:
-      Its absolute path.
+        Its absolute path.
 
     Raises:
-      UserError: if it cannot be created or written.
+        UserError: if it cannot be created or written.
     """
     path = Path(workdir).expanduser().absolute()
     try:
@@ -241,11 +241,11 @@ def kept_steps(miou: Mapping[int, float | None], keep: int) -> set[int]:
     """Returns the steps to keep: the last `keep` ones and the best.
 
     Args:
-      miou: step -> mIoU, or None where it was not evaluated; such a step is never the best.
-      keep: how many of the last steps to keep, at least 1.
+        miou: step -> mIoU, or None where it was not evaluated; such a step is never the best.
+        keep: how many of the last steps to keep, at least 1.
 
     Returns:
-      The steps; of equally good ones the newest is the best.
+        The steps; of equally good ones the newest is the best.
     """
     best = best_step(miou)
     return set(sorted(miou)[-keep:]) | ({best} if best is not None else set())
@@ -294,15 +294,15 @@ def read_meta(workdir: str | os.PathLike, step: str | int = "last") -> tuple[int
     """Reads a checkpoint's description without loading its arrays.
 
     Args:
-      workdir: the folder of the run.
-      step: a step, "last" (or "latest"), or "best" (highest mIoU; the last one if no checkpoint
-        has a score).
+        workdir: the folder of the run.
+        step: a step, "last" (or "latest"), or "best" (highest mIoU; the last one if no checkpoint
+            has a score).
 
     Returns:
-      The step and its meta: what `make_meta` returned, and `miou` (a number or None).
+        The step and its meta: what `make_meta` returned, and `miou` (a number or None).
 
     Raises:
-      UserError: if there is no such checkpoint, or it is damaged or of a later version.
+        UserError: if there is no such checkpoint, or it is damaged or of a later version.
     """
     workdir = Path(workdir).expanduser().absolute()
     step = _find_step(workdir, step)
@@ -315,16 +315,16 @@ def restore_for_inference(
     """Reads only what a forward pass needs; the optimiser's state is not touched.
 
     Args:
-      workdir: the folder of the run.
-      abstract_variables: dict of params, batch_stats and memory; leaves are
-        `jax.ShapeDtypeStruct` (without a sharding: the first device).
-      which: a step, "last" or "best", as in `read_meta`.
+        workdir: the folder of the run.
+        abstract_variables: dict of params, batch_stats and memory; leaves are
+            `jax.ShapeDtypeStruct` (without a sharding: the first device).
+        which: a step, "last" or "best", as in `read_meta`.
 
     Returns:
-      The dict filled with arrays, and the meta.
+        The dict filled with arrays, and the meta.
 
     Raises:
-      UserError: as `read_meta`, and if the arrays are damaged or of another model.
+        UserError: as `read_meta`, and if the arrays are damaged or of another model.
     """
     step, meta = read_meta(workdir, which)
     workdir = Path(workdir).expanduser().absolute()
@@ -458,11 +458,11 @@ class Checkpointer:
         """Opens the folder of checkpoints of a workdir, creating it if needed.
 
         Args:
-          workdir: the folder of the run.
-          keep: how many of the last checkpoints to keep, at least 1 (see `kept_steps`).
+            workdir: the folder of the run.
+            keep: how many of the last checkpoints to keep, at least 1 (see `kept_steps`).
 
         Raises:
-          UserError: if the workdir cannot be written, or `keep` is less than 1.
+            UserError: if the workdir cannot be written, or `keep` is less than 1.
         """
         if keep < 1:
             raise UserError(f"config.checkpoint.keep is {keep}; it must be at least 1")
@@ -483,12 +483,12 @@ class Checkpointer:
         `miou` is given.
 
         Args:
-          state: a pytree with array leaves; `TrainState`.
-          meta: from `make_meta`; `meta["step"]` names the checkpoint.
-          miou: the mIoU in [0, 1] at this step, if it was evaluated.
+            state: a pytree with array leaves; `TrainState`.
+            meta: from `make_meta`; `meta["step"]` names the checkpoint.
+            miou: the mIoU in [0, 1] at this step, if it was evaluated.
 
         Raises:
-          UserError: if the save before this one failed for lack of space or permission.
+            UserError: if the save before this one failed for lack of space or permission.
         """
         self.wait_until_finished()
         step = meta["step"]
@@ -513,15 +513,15 @@ class Checkpointer:
         """Restores a whole state.
 
         Args:
-          abstract_state: the state's tree with `jax.ShapeDtypeStruct` leaves; arrays get their
-            shardings (without one: the first device).
-          step: which step; the last one if None.
+            abstract_state: the state's tree with `jax.ShapeDtypeStruct` leaves; arrays get their
+                shardings (without one: the first device).
+            step: which step; the last one if None.
 
         Returns:
-          The state and the checkpoint's meta.
+            The state and the checkpoint's meta.
 
         Raises:
-          UserError: if there is no such checkpoint, it is damaged, or it is of another model.
+            UserError: if there is no such checkpoint, it is damaged, or it is of another model.
         """
         self.wait_until_finished()
         step, meta = read_meta(self._workdir, "last" if step is None else step)

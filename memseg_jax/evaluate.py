@@ -141,6 +141,7 @@ def run(config: ml_collections.ConfigDict, workdir: str, which: str | int = "bes
     Raises:
         UserError: there is no such checkpoint, it is of another model, or the data are bad.
     """
+    checkpoint.read_meta(workdir, which)  # first: a misspelt workdir is not to be made
     folder = checkpoint.prepare_workdir(workdir)
     source = open_split(config.data, config.data.eval_split)
     model = build_segmentor(config)

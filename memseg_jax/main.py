@@ -42,10 +42,10 @@ def main(argv: list[str]) -> int:
     """Runs one mode.
 
     Args:
-      argv: the program's name and its arguments.
+        argv: the program's name and its arguments.
 
     Returns:
-      The exit status. What the user can fix is explained on stderr without a traceback.
+        The exit status. What the user can fix is explained on stderr without a traceback.
     """
     try:
         return _run(argv)

@@ -28,18 +28,19 @@ def confusion_matrix(
     The matrices of several images are added up; the sum does not grow with their number.
 
     Args:
-      prediction: integers of any shape. Values outside 0..num_classes-1 are wrong for every class.
-      label: integers of the same shape. Pixels of value `ignore` or outside 0..num_classes-1 are
-        left out.
-      num_classes: K.
-      ignore: label of pixels that do not count.
+        prediction: integers of any shape. Values outside 0..num_classes-1 are wrong for every
+            class.
+        label: integers of the same shape. Pixels of value `ignore` or outside 0..num_classes-1 are
+            left out.
+        num_classes: K.
+        ignore: label of pixels that do not count.
 
     Returns:
-      int64 [K, K + 1]: row = true class, column = predicted class, the last column being
-      predictions outside 0..K-1.
+        int64 [K, K + 1]: row = true class, column = predicted class, the last column being
+        predictions outside 0..K-1.
 
     Raises:
-      ValueError: the shapes differ or a value is not an integer.
+        ValueError: the shapes differ or a value is not an integer.
     """
     prediction, label = np.asarray(prediction), np.asarray(label)
     if prediction.shape != label.shape:
@@ -65,12 +66,12 @@ def scores(matrix: np.ndarray) -> dict:
     differ only where recall or precision is 0/0, or both are 0 (F-score NaN, dice 0).
 
     Args:
-      matrix: int64 [K, K + 1], from `confusion_matrix`.
+        matrix: int64 [K, K + 1], from `confusion_matrix`.
 
     Returns:
-      A dict of the floats aAcc, mAcc, mIoU, mDice, mFscore, mPrecision, mRecall (all 0..1; NaN if
-      no class has the score) and of `per_class`: a dict of the float64 [K] arrays iou, acc, dice,
-      fscore, precision, recall (NaN: not defined) and share (part of all true pixels).
+        A dict of the floats aAcc, mAcc, mIoU, mDice, mFscore, mPrecision, mRecall (all 0..1; NaN if
+        no class has the score) and of `per_class`: a dict of the float64 [K] arrays iou, acc, dice,
+        fscore, precision, recall (NaN: not defined) and share (part of all true pixels).
     """
     num_classes = matrix.shape[0]
     found = np.diagonal(matrix).astype(np.float64)
@@ -111,13 +112,13 @@ def format_table(scores: Mapping, class_names: Sequence[str]) -> str:
     """Returns the per-class table and the means as text for a console.
 
     Args:
-      scores: from `scores`.
-      class_names: K names.
+        scores: from `scores`.
+        class_names: K names.
 
     Returns:
-      Lines without a last line break. A class that is in neither truth nor prediction is
-      "absent"; "-" is a score that is not defined, such as the accuracy of a class that has no
-      true pixel.
+        Lines without a last line break. A class that is in neither truth nor prediction is
+        "absent"; "-" is a score that is not defined, such as the accuracy of a class that has no
+        true pixel.
     """
     per_class = scores["per_class"]
     columns = ("iou", "acc", "dice", "precision", "share")
@@ -166,14 +167,14 @@ def write_results(
     column `state` is "scored", "absent" (in neither truth nor prediction) or "predicted only".
 
     Args:
-      workdir: folder that is there.
-      scores: from `scores`.
-      matrix: int64 [K, K + 1], from `confusion_matrix`.
-      class_names: K names.
-      extra: further entries of the JSON file, such as {"step": 1000}; what JSON can hold.
+        workdir: folder that is there.
+        scores: from `scores`.
+        matrix: int64 [K, K + 1], from `confusion_matrix`.
+        class_names: K names.
+        extra: further entries of the JSON file, such as {"step": 1000}; what JSON can hold.
 
     Raises:
-      UserError: a file cannot be written.
+        UserError: a file cannot be written.
     """
     workdir = pathlib.Path(workdir)
     num_classes = matrix.shape[0]

@@ -21,7 +21,7 @@ def replacing(path: str | os.PathLike) -> Iterator[pathlib.Path]:
     Whoever opens `path` sees the old file or the complete new one, also after a kill.
 
     Raises:
-      UserError: the file cannot be written.
+        UserError: the file cannot be written.
     """
     path = pathlib.Path(path)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
@@ -47,11 +47,11 @@ class MetricWriter:
     will write them again.
 
     Args:
-      workdir: folder, made if it is not there.
-      start_step: number of training steps already done.
+        workdir: folder, made if it is not there.
+        start_step: number of training steps already done.
 
     Raises:
-      UserError: metrics.csv is there but was not written by this class, or cannot be written.
+        UserError: metrics.csv is there but was not written by this class, or cannot be written.
     """
 
     def __init__(self, workdir: str | os.PathLike, start_step: int = 0):
@@ -70,8 +70,8 @@ class MetricWriter:
         """Adds one row.
 
         Args:
-          step: number of training steps done.
-          values: name -> number (anything that `float` accepts).
+            step: number of training steps done.
+            values: name -> number (anything that `float` accepts).
         """
         numbers = {name: float(value) for name, value in values.items()}
         if new := [name for name in numbers if name not in self._columns]:
@@ -150,10 +150,10 @@ class Rates(NamedTuple):
     """How fast a run goes.
 
     Attributes:
-      epoch: of the last step, counted from 1.
-      images_per_second: of all devices together.
-      data_wait: share of the time spent waiting for data, 0..1.
-      seconds_left: to the last step at the present speed; NaN while it is not known.
+        epoch: of the last step, counted from 1.
+        images_per_second: of all devices together.
+        data_wait: share of the time spent waiting for data, 0..1.
+        seconds_left: to the last step at the present speed; NaN while it is not known.
     """
 
     epoch: int
@@ -166,11 +166,11 @@ class ProgressLine:
     """Measures the speed of a run between two lines of output.
 
     Args:
-      num_steps: of the whole run.
-      steps_per_epoch: of the whole run.
-      batch_size: images in one step of all devices together.
-      start_step: number of steps already done.
-      clock: returns seconds; replaced in tests.
+        num_steps: of the whole run.
+        steps_per_epoch: of the whole run.
+        batch_size: images in one step of all devices together.
+        start_step: number of steps already done.
+        clock: returns seconds; replaced in tests.
     """
 
     def __init__(
@@ -205,7 +205,7 @@ class ProgressLine:
         """Returns the speed since the last `measure` or `restart` and starts anew.
 
         Args:
-          step: number of training steps done.
+            step: number of training steps done.
         """
         steps, seconds = step - self._step, self._clock() - self._start
         wait = min(self._waited / seconds, 1.0) if seconds > 0 else 0.0
@@ -251,13 +251,13 @@ def format_progress(
     """Returns the progress line.
 
     Args:
-      step: number of training steps done.
-      num_steps: of the whole run.
-      num_epochs: of the whole run.
-      loss: total loss.
-      terms: name -> value of the losses it is the sum of.
-      lr: learning rate.
-      rates: from `ProgressLine.measure`.
+        step: number of training steps done.
+        num_steps: of the whole run.
+        num_epochs: of the whole run.
+        loss: total loss.
+        terms: name -> value of the losses it is the sum of.
+        lr: learning rate.
+        rates: from `ProgressLine.measure`.
     """
     parts = " ".join(f"{name} {value:.3f}" for name, value in terms.items())
     return "  ".join(

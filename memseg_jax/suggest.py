@@ -20,12 +20,12 @@ def nearest(name: str, candidates: Iterable[str], count: int = 3) -> list[str]:
     Dotted names also match by their last part, so that `batch_size` finds `train.batch_size`.
 
     Args:
-      name: what was found.
-      candidates: the names that exist.
-      count: the most names to return.
+        name: what was found.
+        candidates: the names that exist.
+        count: the most names to return.
 
     Returns:
-      At most `count` of the candidates; an empty list if none is similar.
+        At most `count` of the candidates; an empty list if none is similar.
     """
     found = {}
     for candidate in sorted(set(candidates)):
@@ -42,12 +42,12 @@ def did_you_mean(name: str, candidates: Iterable[str], prefix: str = "") -> str:
     """Returns a sentence such as "Did you mean train or evaluate?", or the valid names.
 
     Args:
-      name: what was found.
-      candidates: the names that exist.
-      prefix: written before every name, such as "--".
+        name: what was found.
+        candidates: the names that exist.
+        prefix: written before every name, such as "--".
 
     Returns:
-      One sentence; if nothing is similar it lists the valid names (the first 20 of them).
+        One sentence; if nothing is similar it lists the valid names (the first 20 of them).
     """
     candidates = list(candidates)
     names = [prefix + match for match in nearest(name, candidates)]
@@ -77,15 +77,15 @@ def load_config(config_flag: str, arguments: Iterable[str] = ()) -> ConfigDict:
     wherever the program is started.
 
     Args:
-      config_flag: "FILE.py" or "FILE.py:ARG".
-      arguments: the command line; its `--config.FIELD` must be fields of the config.
+        config_flag: "FILE.py" or "FILE.py:ARG".
+        arguments: the command line; its `--config.FIELD` must be fields of the config.
 
     Returns:
-      What the file's `get_config` returns.
+        What the file's `get_config` returns.
 
     Raises:
-      UserError: if there is no such file or field, or the file fails (its traceback goes to
-        stderr).
+        UserError: if there is no such file or field, or the file fails (its traceback goes to
+            stderr).
     """
     name, colon, argument = config_flag.partition(":")
     path = Path(name)
@@ -136,11 +136,11 @@ def check_override_values(config: Mapping[str, Any], overrides: Mapping[str, Any
     Fields of other types are checked by the parser; of a tuple it takes anything.
 
     Args:
-      config: the config as its file returns it.
-      overrides: field -> new value.
+        config: the config as its file returns it.
+        overrides: field -> new value.
 
     Raises:
-      UserError: naming the field, the value, and the value of the file as an example.
+        UserError: naming the field, the value, and the value of the file as an example.
     """
     fields = field_values(config)
     for field, value in overrides.items():
@@ -158,12 +158,12 @@ def explain_flag_error(message: str, config: Mapping[str, Any] | None) -> str:
     """Rewrites absl's message about a value of the wrong type.
 
     Args:
-      message: absl's message.
-      config: the config as its file returns it, if it was loaded.
+        message: absl's message.
+        config: the config as its file returns it, if it was loaded.
 
     Returns:
-      A message that names the flag, the value, and what was expected; the original one if it is
-      about something else.
+        A message that names the flag, the value, and what was expected; the original one if it is
+        about something else.
     """
     match = re.match(r"flag --([^=]+)=(.*?): ", message, re.DOTALL)
     if not match:

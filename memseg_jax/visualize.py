@@ -80,7 +80,7 @@ def default_palette(num_classes: int) -> np.ndarray:
     All are different and none is black. Class k has the same colour however many classes follow.
 
     Raises:
-      ValueError: more than 255 classes.
+        ValueError: more than 255 classes.
     """
     if not 0 <= num_classes <= 255:
         raise ValueError(f"num_classes must be in 0..255, not {num_classes}")
@@ -91,7 +91,7 @@ def resolve_palette(palette: Sequence[Sequence[int]], num_classes: int) -> np.nd
     """Returns the palette of a config as uint8 [num_classes, 3]; generated if it is empty.
 
     Raises:
-      UserError: it is not one (red, green, blue) of 0..255 a class.
+        UserError: it is not one (red, green, blue) of 0..255 a class.
     """
     if len(palette) == 0:
         return default_palette(num_classes)
@@ -118,8 +118,8 @@ def colourise(label: np.ndarray, palette: np.ndarray) -> np.ndarray:
     """Returns the colours of a label map, uint8 [height, width, 3].
 
     Args:
-      label: uint8 [height, width].
-      palette: uint8 [num_classes, 3]. Values without a colour, such as 255, become black.
+        label: uint8 [height, width].
+        palette: uint8 [num_classes, 3]. Values without a colour, such as 255, become black.
     """
     return _colour_table(palette)[label]
 
@@ -130,13 +130,13 @@ def overlay(
     """Lays the colours of a label map over an image; the image stays as it is where none is due.
 
     Args:
-      image: uint8 [height, width, 3] RGB.
-      label: uint8 [height, width].
-      palette: uint8 [num_classes, 3].
-      alpha: weight of the colours, 0..1.
+        image: uint8 [height, width, 3] RGB.
+        label: uint8 [height, width].
+        palette: uint8 [num_classes, 3].
+        alpha: weight of the colours, 0..1.
 
     Returns:
-      uint8 [height, width, 3].
+        uint8 [height, width, 3].
     """
     blended = np.round(image * (1 - alpha) + colourise(label, palette) * alpha).astype(np.uint8)
     return np.where((label < len(palette))[..., None], blended, image)
@@ -146,12 +146,12 @@ def save_palette_png(path: str | os.PathLike, label: np.ndarray, palette: np.nda
     """Writes a PNG whose pixel values are the class ids and that viewers show in colour.
 
     Args:
-      path: file to write.
-      label: uint8 [height, width].
-      palette: uint8 [num_classes, 3].
+        path: file to write.
+        label: uint8 [height, width].
+        palette: uint8 [num_classes, 3].
 
     Raises:
-      UserError: the file cannot be written.
+        UserError: the file cannot be written.
     """
     picture = Image.fromarray(label)
     picture.putpalette(_colour_table(palette).tobytes())
@@ -163,7 +163,7 @@ def save_png(path: str | os.PathLike, array: np.ndarray) -> None:
     """Writes uint8 [height, width, 3], or uint8 or uint16 [height, width], as PNG.
 
     Raises:
-      UserError: the file cannot be written.
+        UserError: the file cannot be written.
     """
     with replacing(path) as temporary:
         Image.fromarray(array).save(temporary, format="PNG")
@@ -173,7 +173,7 @@ def save_jpeg(path: str | os.PathLike, image: np.ndarray, quality: int = 92) -> 
     """Writes uint8 [height, width, 3] as JPEG.
 
     Raises:
-      UserError: the file cannot be written.
+        UserError: the file cannot be written.
     """
     with replacing(path) as temporary:
         Image.fromarray(image).save(temporary, format="JPEG", quality=quality)
@@ -201,16 +201,16 @@ def comparison_sheet(
     only classes that are in a truth or a prediction.
 
     Args:
-      samples: at least one (image uint8 [h, w, 3] RGB, truth uint8 [h, w], prediction uint8
-        [h, w]); the sizes of different samples may differ.
-      class_names: K names.
-      palette: uint8 [K, 3].
+        samples: at least one (image uint8 [h, w, 3] RGB, truth uint8 [h, w], prediction uint8 [h,
+            w]); the sizes of different samples may differ.
+        class_names: K names.
+        palette: uint8 [K, 3].
 
     Returns:
-      uint8 [height, width, 3].
+        uint8 [height, width, 3].
 
     Raises:
-      ValueError: there is no sample, or an image and its labels differ in size.
+        ValueError: there is no sample, or an image and its labels differ in size.
     """
     if not samples:
         raise ValueError("a comparison sheet needs at least one sample")

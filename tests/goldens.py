@@ -50,8 +50,8 @@ def rule_array(key: str, shape: tuple[int, ...]) -> np.ndarray:
     """Returns the value of one state-dict entry, float32 (int64 for counters).
 
     Args:
-      key: the complete state-dict key in the reference's naming.
-      shape: its shape in PyTorch's layout.
+        key: the complete state-dict key in the reference's naming.
+        shape: its shape in PyTorch's layout.
     """
     shape = tuple(int(n) for n in shape)
     last = key.split(".")[-1]
@@ -86,8 +86,8 @@ def rule_image(name: str, shape: tuple[int, ...]) -> np.ndarray:
     """Returns a network input of a forward or inference case, float32 [batch, 3, height, width].
 
     Args:
-      name: "image:<case>" or "infer-image:<case>", the case being the file name without suffix.
-      shape: (batch, 3, height, width).
+        name: "image:<case>" or "infer-image:<case>", the case being the file name without suffix.
+        shape: (batch, 3, height, width).
     """
     return generator(name).standard_normal(tuple(shape)).astype(np.float32)
 
@@ -96,9 +96,9 @@ def rule_train_image(tag: str, step: int, shape: tuple[int, int, int, int]) -> n
     """Returns the images of training step 0, 1, ..., float32 [batch, 3, height, width].
 
     Args:
-      tag: file name without suffix.
-      step: counts from 0.
-      shape: (batch, 3, height, width).
+        tag: file name without suffix.
+        step: counts from 0.
+        shape: (batch, 3, height, width).
     """
     batch, channels, height, width = shape
     rng = generator(f"train-image:{tag}:{step}")
@@ -113,11 +113,11 @@ def rule_train_label(
     """Returns the labels of training step 0, 1, ..., int64 [batch, height, width].
 
     Args:
-      tag: file name without suffix.
-      step: counts from 0.
-      shape: (batch, height, width).
-      num_classes: number of classes of the model.
-      ignore: the value put where the reference has its "ignore" value (-100).
+        tag: file name without suffix.
+        step: counts from 0.
+        shape: (batch, height, width).
+        num_classes: number of classes of the model.
+        ignore: the value put where the reference has its "ignore" value (-100).
     """
     batch, height, width = shape
     rng = generator(f"train-label:{tag}:{step}")

@@ -3,6 +3,7 @@
 import csv
 import json
 
+import jax
 import numpy as np
 import pytest
 
@@ -153,8 +154,6 @@ def test_padded_sizes_give_the_numbers_of_exact_sizes(matrix, compilations):
 
 
 def test_batches_and_devices_change_nothing(matrix, compilations):
-    import jax
-
     one = matrix(exact_sizes=0, size_multiple=64, batch_size=1)
     assert len(compilations) == 2
     assert moved(one, matrix(batch_size=3)) < 1e-3

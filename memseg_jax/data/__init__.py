@@ -25,14 +25,14 @@ def open_split(data_config, split: str):
     """Opens one split of the data set that `data_config.name` names.
 
     Args:
-      data_config: `config.data`.
-      split: name of the split, such as "train".
+        data_config: `config.data`.
+        split: name of the split, such as "train".
 
     Returns:
-      The source (see the module's text).
+        The source (see the module's text).
 
     Raises:
-      UserError: there is no such data set, or its module cannot open the split.
+        UserError: there is no such data set, or its module cannot open the split.
     """
     name = str(data_config.name)
     known = {module.name for module in pkgutil.iter_modules(__path__)}

@@ -51,13 +51,13 @@ class FolderSource:
         """Reads and checks one sample.
 
         Args:
-          index: position in the split.
+            index: position in the split.
 
         Returns:
-          `dict(image=uint8 [height, width, 3] RGB, label=uint8 [height, width], name=str)`.
+            `dict(image=uint8 [height, width, 3] RGB, label=uint8 [height, width], name=str)`.
 
         Raises:
-          UserError: a file cannot be read, the sizes differ, or the label has other values.
+            UserError: a file cannot be read, the sizes differ, or the label has other values.
         """
         image_path, label_path = self.images[index], self.labels[index]
         image = read_image(image_path)
@@ -83,15 +83,15 @@ def open_split(data_config, split: str) -> FolderSource:
     """Finds the images and labels of a split; reads none of them yet.
 
     Args:
-      data_config: `config.data`.
-      split: replaces "{split}" in the folders and the list file.
+        data_config: `config.data`.
+        split: replaces "{split}" in the folders and the list file.
 
     Returns:
-      The source. Sorted by name, or in the order of the list file.
+        The source. Sorted by name, or in the order of the list file.
 
     Raises:
-      UserError: a config field is not usable, a folder or file is missing, there are no images,
-        or images without label.
+        UserError: a config field is not usable, a folder or file is missing, there are no images,
+            or images without label.
     """
     num_classes = _num_classes(data_config)
     root = _root(data_config)

@@ -28,7 +28,7 @@ class LabelValueError(UserError):
     """A label file holds values that the config does not allow.
 
     Attributes:
-      values: pixels per value in the file, allowed ones too (the first 1000 values at most).
+        values: pixels per value in the file, allowed ones too (the first 1000 values at most).
     """
 
     def __init__(self, message: str, values: Mapping[int, int] | None = None):
@@ -44,13 +44,13 @@ def read_image(path: str | os.PathLike) -> np.ndarray:
     a file with several frames the first is taken.
 
     Args:
-      path: the file.
+        path: the file.
 
     Returns:
-      uint8 `[height, width, 3]`, RGB.
+        uint8 `[height, width, 3]`, RGB.
 
     Raises:
-      UserError: the file is missing, empty, damaged, far too large, or of an unsuitable kind.
+        UserError: the file is missing, empty, damaged, far too large, or of an unsuitable kind.
     """
     with _opened(path) as image:
         image = _upright(image)
@@ -74,13 +74,13 @@ def read_label(path: str | os.PathLike) -> np.ndarray:
     as it is to images.
 
     Args:
-      path: the file: one channel of integers (greyscale or palette; 1 to 32 bits).
+        path: the file: one channel of integers (greyscale or palette; 1 to 32 bits).
 
     Returns:
-      uint8, uint16 or int32 `[height, width]`.
+        uint8, uint16 or int32 `[height, width]`.
 
     Raises:
-      UserError: the file is missing, damaged, lossy, or holds colours instead of class ids.
+        UserError: the file is missing, damaged, lossy, or holds colours instead of class ids.
     """
     with _opened(path) as image:
         if image.format in ("JPEG", "MPO"):
@@ -110,10 +110,10 @@ def image_size(path: str | os.PathLike) -> tuple[int, int]:
     """Returns (height, width) in pixels as `read_image` would give, from the header alone.
 
     Args:
-      path: the file.
+        path: the file.
 
     Raises:
-      UserError: the file is missing, empty, or its header cannot be read.
+        UserError: the file is missing, empty, or its header cannot be read.
     """
     with _opened(path) as image:
         width, height = image.size
@@ -127,10 +127,10 @@ def exif_orientation(path: str | os.PathLike) -> int:
     """Returns the EXIF orientation of an image file, 1 (upright) to 8; 1 if it has none.
 
     Args:
-      path: the file.
+        path: the file.
 
     Raises:
-      UserError: the file is missing, empty, or its header cannot be read.
+        UserError: the file is missing, empty, or its header cannot be read.
     """
     with _opened(path) as image:
         return _orientation(image)
@@ -142,17 +142,17 @@ def map_ids(
     """Checks the values of a label file and maps its ignore value to `IGNORE_LABEL`.
 
     Args:
-      label: integers `[height, width]` as `read_label` gives them.
-      num_classes: K, at most 254; 0..K-1 are allowed.
-      ignore_label: the value in the file that means "not labelled" (it wins over a class of the
-        same id); -1 if there is none.
-      path: the label file, for the message.
+        label: integers `[height, width]` as `read_label` gives them.
+        num_classes: K, at most 254; 0..K-1 are allowed.
+        ignore_label: the value in the file that means "not labelled" (it wins over a class of the
+            same id); -1 if there is none.
+        path: the label file, for the message.
 
     Returns:
-      uint8 `[height, width]`: 0..K-1 or `IGNORE_LABEL`.
+        uint8 `[height, width]`: 0..K-1 or `IGNORE_LABEL`.
 
     Raises:
-      LabelValueError: other values occur; the message names them.
+        LabelValueError: other values occur; the message names them.
     """
     if label.dtype == np.uint8:
         table = np.full(256, _NOT_ALLOWED, np.uint8)
@@ -174,12 +174,12 @@ def value_advice(values: Mapping[int, int], num_classes: int, ignore_label: int)
     """Says what is probably wrong with label files that hold values which are not allowed.
 
     Args:
-      values: pixels per value in the file or files, allowed and not allowed ones.
-      num_classes: K of the config.
-      ignore_label: ignore value of the config, or -1.
+        values: pixels per value in the file or files, allowed and not allowed ones.
+        num_classes: K of the config.
+        ignore_label: ignore value of the config, or -1.
 
     Returns:
-      One or two sentences: the likely cause and what to do.
+        One or two sentences: the likely cause and what to do.
     """
     seen = sorted(values)
     bad = _values_not_allowed(seen, num_classes, ignore_label)

@@ -33,12 +33,12 @@ def steps_per_epoch(num_images: int, batch_size: int, replica_groups: int = 1) -
     its last incomplete batch.
 
     Args:
-      num_images: Size of the training set.
-      batch_size: Images in a global batch.
-      replica_groups: Processes of the reference's run; divides `batch_size`.
+        num_images: Size of the training set.
+        batch_size: Images in a global batch.
+        replica_groups: Processes of the reference's run; divides `batch_size`.
 
     Returns:
-      The number of steps, at least 1.
+        The number of steps, at least 1.
     """
     per_group = -(-num_images // replica_groups)
     return max(1, per_group // (batch_size // replica_groups))
@@ -68,14 +68,14 @@ class TrainSamples:
         """Checks the sizes; reads nothing.
 
         Args:
-          source: Where images come from (see `memseg_jax.data`).
-          config: The whole config; `seed`, `replica_groups`, `augment` and `train.batch_size` are
-            read.
-          process_index: Number of this process.
-          process_count: Number of processes that share each global batch.
+            source: Where images come from (see `memseg_jax.data`).
+            config: The whole config; `seed`, `replica_groups`, `augment` and `train.batch_size` are
+                read.
+            process_index: Number of this process.
+            process_count: Number of processes that share each global batch.
 
         Raises:
-          UserError: If the batch size does not divide evenly.
+            UserError: If the batch size does not divide evenly.
         """
         batch_size = int(config.train.batch_size)
         for parts, meaning in [
@@ -115,14 +115,14 @@ class TrainSamples:
         """Reads and augments one sample.
 
         Args:
-          item: Position in this process's sequence.
+            item: Position in this process's sequence.
 
         Returns:
-          `image` float32 `[height, width, 3]`, `label` uint8 `[height, width]` and `index`, an
-          int64 scalar: the sample's index in the source.
+            `image` float32 `[height, width, 3]`, `label` uint8 `[height, width]` and `index`, an
+            int64 scalar: the sample's index in the source.
 
         Raises:
-          UserError: If the source cannot read the sample.
+            UserError: If the source cannot read the sample.
         """
         epoch, position, index = self.locate(int(item))
         rng = _generator("augment", self._seed, epoch, position)
@@ -202,22 +202,22 @@ def train_batches(
     `if __name__ == "__main__"` guard, and its main module is imported in each worker.
 
     Args:
-      source: Where images come from (see `memseg_jax.data`).
-      config: The whole config. `data.workers`, `data.threads` and `data.prefetch` (batches ahead)
-        only change how fast it goes; for the rest see `TrainSamples`.
-      start_step: Number of the first step, from 0.
-      num_steps: Number of steps.
-      process_index: Number of this process.
-      process_count: Number of processes that share each global batch.
+        source: Where images come from (see `memseg_jax.data`).
+        config: The whole config. `data.workers`, `data.threads` and `data.prefetch` (batches ahead)
+            only change how fast it goes; for the rest see `TrainSamples`.
+        start_step: Number of the first step, from 0.
+        num_steps: Number of steps.
+        process_index: Number of this process.
+        process_count: Number of processes that share each global batch.
 
     Returns:
-      An iterator over `dict(image, label, index)`: float32 `[batch, height, width, 3]`, uint8
-      `[batch, height, width]`, int64 `[batch]`, where batch is this process's part of the global
-      batch. Close it, or use it in a `with` statement. A UserError from reading a sample is raised
-      by `next`, with its own message.
+        An iterator over `dict(image, label, index)`: float32 `[batch, height, width, 3]`, uint8
+        `[batch, height, width]`, int64 `[batch]`, where batch is this process's part of the global
+        batch. Close it, or use it in a `with` statement. A UserError from reading a sample is
+        raised by `next`, with its own message.
 
     Raises:
-      UserError: If a config field does not fit.
+        UserError: If a config field does not fit.
     """
     data = config.data
     for field, least in [("workers", 0), ("threads", 0), ("prefetch", 1)]:
@@ -272,12 +272,12 @@ def check_batch(
     would be clamped or wrapped silently.
 
     Args:
-      batch: `label` uint8 `[batch, height, width]` and `index` `[batch]`.
-      num_classes: Allowed are 0 .. num_classes - 1 and `IGNORE_LABEL`.
-      describe: Returns the files behind a sample of the source, given its index.
+        batch: `label` uint8 `[batch, height, width]` and `index` `[batch]`.
+        num_classes: Allowed are 0 .. num_classes - 1 and `IGNORE_LABEL`.
+        describe: Returns the files behind a sample of the source, given its index.
 
     Raises:
-      UserError: Names the samples and their values.
+        UserError: Names the samples and their values.
     """
     label = batch["label"]
     wrong = (label >= num_classes) & (label != IGNORE_LABEL)

@@ -51,15 +51,15 @@ def open_split(data_config: Any, split: str) -> "Shapes":
     """Opens a split of generated images.
 
     Args:
-      data_config: The config section `data`; `image_size`, `train_split`, `eval_split`,
-        `num_train`, `num_val` and `class_names` are read.
-      split: `data_config.train_split` or `data_config.eval_split`.
+        data_config: The config section `data`; `image_size`, `train_split`, `eval_split`,
+            `num_train`, `num_val` and `class_names` are read.
+        split: `data_config.train_split` or `data_config.eval_split`.
 
     Returns:
-      The source.
+        The source.
 
     Raises:
-      UserError: If a field does not fit.
+        UserError: If a field does not fit.
     """
     lengths = {
         data_config.train_split: ("num_train", data_config.num_train),
@@ -128,12 +128,12 @@ def generate(rng: np.random.Generator, size: tuple[int, int]) -> tuple[np.ndarra
     """Draws one image and its label.
 
     Args:
-      rng: All randomness comes from it.
-      size: (height, width) in pixels.
+        rng: All randomness comes from it.
+        size: (height, width) in pixels.
 
     Returns:
-      (image RGB uint8 `[height, width, 3]`, label uint8 `[height, width]`); a thin line of
-      `IGNORE_LABEL` runs along the outlines.
+        (image RGB uint8 `[height, width, 3]`, label uint8 `[height, width]`); a thin line of
+        `IGNORE_LABEL` runs along the outlines.
     """
     height, width = size
     image, background = _background(rng, size)
@@ -205,16 +205,16 @@ def _surface(
     """Draws the texture of a class: where a shape around the origin has its second colour.
 
     Args:
-      rng: Scale and angle of the texture come from it.
-      kind: The class, 1 to 5.
-      y: float32 `[height, width]`, coordinates in pixels.
-      x: The same for columns.
-      radius: Of the circle around the shape, in pixels.
-      angle: By which the shape is turned, in radians.
-      light: (y, x) of the direction towards the lamp, of length 1.
+        rng: Scale and angle of the texture come from it.
+        kind: The class, 1 to 5.
+        y: float32 `[height, width]`, coordinates in pixels.
+        x: The same for columns.
+        radius: Of the circle around the shape, in pixels.
+        angle: By which the shape is turned, in radians.
+        light: (y, x) of the direction towards the lamp, of length 1.
 
     Returns:
-      float32 `[height, width]` between 0 and 1.
+        float32 `[height, width]` between 0 and 1.
     """
     name = CLASS_NAMES[kind]
     if name == "ring":  # lit as a round tube
@@ -309,14 +309,14 @@ def _outline_distance(
     """Computes the signed distance to the outline of a shape around the origin.
 
     Args:
-      kind: The class, 1 to 5.
-      y: float32 `[height, width]`, coordinates in pixels.
-      x: The same for columns.
-      radius: Of the circle around the shape, in pixels.
-      angle: By which the shape is turned, in radians.
+        kind: The class, 1 to 5.
+        y: float32 `[height, width]`, coordinates in pixels.
+        x: The same for columns.
+        radius: Of the circle around the shape, in pixels.
+        angle: By which the shape is turned, in radians.
 
     Returns:
-      float32 `[height, width]` in pixels: negative inside. Exact near the outline.
+        float32 `[height, width]` in pixels: negative inside. Exact near the outline.
     """
     name = CLASS_NAMES[kind]
     if name in ("circle", "ring"):

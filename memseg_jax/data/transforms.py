@@ -62,16 +62,16 @@ def resized_size(
     """Computes the size that the resize step gives an image.
 
     Args:
-      height: Height of the image in pixels.
-      width: Width of the image in pixels.
-      base_size: Two sizes in pixels, in any order, for scale 1; empty for the image's own size.
-      keep_ratio: Whether the image is fitted into `base_size` (long side into the larger number,
-        short side into the smaller) with its aspect ratio kept. Otherwise the longer target side
-        goes to the longer image side and the aspect ratio changes.
-      scale: Factor on `base_size`; each product is truncated to whole pixels.
+        height: Height of the image in pixels.
+        width: Width of the image in pixels.
+        base_size: Two sizes in pixels, in any order, for scale 1; empty for the image's own size.
+        keep_ratio: Whether the image is fitted into `base_size` (long side into the larger number,
+            short side into the smaller) with its aspect ratio kept. Otherwise the longer target
+            side goes to the longer image side and the aspect ratio changes.
+        scale: Factor on `base_size`; each product is truncated to whole pixels.
 
     Returns:
-      (height, width) of the result, each at least 1.
+        (height, width) of the result, each at least 1.
     """
     if not len(base_size):
         return max(1, int(height * scale)), max(1, int(width * scale))
@@ -88,11 +88,11 @@ def resize_image(image: np.ndarray, size: tuple[int, int]) -> np.ndarray:
     """Resizes bilinearly (half-pixel centres, no antialias, 8-bit fixed point).
 
     Args:
-      image: uint8 `[height, width, 3]`.
-      size: (height, width) of the result.
+        image: uint8 `[height, width, 3]`.
+        size: (height, width) of the result.
 
     Returns:
-      uint8 `[*size, 3]`.
+        uint8 `[*size, 3]`.
     """
     if image.shape[:2] == tuple(size):
         return image
@@ -103,11 +103,11 @@ def resize_label(label: np.ndarray, size: tuple[int, int]) -> np.ndarray:
     """Resizes to the nearest pixel: source index = floor(index * ratio), not half-pixel centred.
 
     Args:
-      label: uint8 `[height, width]`.
-      size: (height, width) of the result.
+        label: uint8 `[height, width]`.
+        size: (height, width) of the result.
 
     Returns:
-      uint8 `[*size]`.
+        uint8 `[*size]`.
     """
     if label.shape == tuple(size):
         return label
@@ -118,12 +118,12 @@ def acceptable_crop(label: np.ndarray, max_category_share: float) -> bool:
     """Tells whether a crop is varied enough to train on.
 
     Args:
-      label: uint8 `[height, width]` of the crop.
-      max_category_share: Limit for the share of the commonest class.
+        label: uint8 `[height, width]` of the crop.
+        max_category_share: Limit for the share of the commonest class.
 
     Returns:
-      True if more than one class is present and the commonest covers less than
-      `max_category_share` of the pixels that count, or if the limit is 1 or more (no limit).
+        True if more than one class is present and the commonest covers less than
+        `max_category_share` of the pixels that count, or if the limit is 1 or more (no limit).
     """
     if max_category_share >= 1:
         return True
@@ -145,14 +145,14 @@ def random_crop(
     is the sample returned uncropped; `pad_to` then trims it centrally.
 
     Args:
-      image: uint8 `[height, width, 3]`.
-      label: uint8 `[height, width]`.
-      size: (height, width) of the window; a side longer than the image's is shortened to it.
-      max_category_share: See `acceptable_crop`.
-      rng: Draws top and left, in this order, for each attempt.
+        image: uint8 `[height, width, 3]`.
+        label: uint8 `[height, width]`.
+        size: (height, width) of the window; a side longer than the image's is shortened to it.
+        max_category_share: See `acceptable_crop`.
+        rng: Draws top and left, in this order, for each attempt.
 
     Returns:
-      (image, label) of the window, as views.
+        (image, label) of the window, as views.
     """
     crop_height, crop_width = min(size[0], label.shape[0]), min(size[1], label.shape[1])
     for _ in range(CROP_ATTEMPTS):
@@ -172,12 +172,12 @@ def flip(
     """Mirrors left and right.
 
     Args:
-      image: uint8 `[height, width, 3]`.
-      label: uint8 `[height, width]`.
-      pairs: Classes that change places, such as left arm and right arm.
+        image: uint8 `[height, width, 3]`.
+        label: uint8 `[height, width]`.
+        pairs: Classes that change places, such as left arm and right arm.
 
     Returns:
-      The mirrored (image, label).
+        The mirrored (image, label).
     """
     label = cv2.flip(label, 1)
     if len(pairs):
@@ -192,9 +192,9 @@ def rotation_matrix(height: int, width: int, degrees: float) -> np.ndarray:
     """Returns the float64 `[2, 3]` matrix that turns an image counter-clockwise about its centre.
 
     Args:
-      height: Height of the image in pixels.
-      width: Width of the image in pixels.
-      degrees: The angle.
+        height: Height of the image in pixels.
+        width: Width of the image in pixels.
+        degrees: The angle.
     """
     return cv2.getRotationMatrix2D((width / 2, height / 2), degrees, 1.0)
 
@@ -203,12 +203,12 @@ def rotate(image: np.ndarray, label: np.ndarray, degrees: float) -> tuple[np.nda
     """Turns counter-clockwise about the centre at the same size.
 
     Args:
-      image: uint8 `[height, width, 3]`; interpolated bicubically, black outside.
-      label: uint8 `[height, width]`; nearest pixel, `IGNORE_LABEL` outside.
-      degrees: The angle.
+        image: uint8 `[height, width, 3]`; interpolated bicubically, black outside.
+        label: uint8 `[height, width]`; nearest pixel, `IGNORE_LABEL` outside.
+        degrees: The angle.
 
     Returns:
-      The turned (image, label).
+        The turned (image, label).
     """
     matrix = rotation_matrix(*label.shape, degrees)
     size = label.shape[::-1]
@@ -234,10 +234,10 @@ def to_hsv(image: np.ndarray) -> np.ndarray:
     code: red and blue are mistaken for each other, and the hue runs the other way round.
 
     Args:
-      image: uint8 `[height, width, 3]`.
+        image: uint8 `[height, width, 3]`.
 
     Returns:
-      uint8 `[height, width, 3]`.
+        uint8 `[height, width, 3]`.
     """
     return cv2.cvtColor(image, cv2.COLOR_BGR2HSV)
 
@@ -267,12 +267,12 @@ def random_photometric(image: np.ndarray, rng: np.random.Generator) -> np.ndarra
     """Changes brightness, contrast, saturation and hue, each with probability 1/2.
 
     Args:
-      image: RGB uint8 `[height, width, 3]`.
-      rng: Draws, in this order: brightness, whether contrast comes second or last, contrast (if
-        second), saturation, hue, contrast (if last); each with a coin first.
+        image: RGB uint8 `[height, width, 3]`.
+        rng: Draws, in this order: brightness, whether contrast comes second or last, contrast (if
+            second), saturation, hue, contrast (if last); each with a coin first.
 
     Returns:
-      uint8 `[height, width, 3]`.
+        uint8 `[height, width, 3]`.
     """
 
     def coin() -> bool:
@@ -296,10 +296,10 @@ def normalise(image: np.ndarray) -> np.ndarray:
     """Subtracts the mean colour and divides by the standard deviation.
 
     Args:
-      image: RGB uint8 `[height, width, 3]`.
+        image: RGB uint8 `[height, width, 3]`.
 
     Returns:
-      float32 `[height, width, 3]`: (image - MEAN) / STD.
+        float32 `[height, width, 3]`: (image - MEAN) / STD.
     """
     return cv2.LUT(image, _NORMALISED)
 
@@ -308,10 +308,10 @@ def denormalise(image: np.ndarray) -> np.ndarray:
     """Inverts `normalise`, for pictures.
 
     Args:
-      image: float32 `[..., height, width, 3]`.
+        image: float32 `[..., height, width, 3]`.
 
     Returns:
-      RGB uint8 of the same shape.
+        RGB uint8 of the same shape.
     """
     return np.clip(np.rint(image * np.array(STD) + np.array(MEAN)), 0, 255).astype(np.uint8)
 
@@ -325,13 +325,13 @@ def pad_to(
     is not. Here the target stays as it is, because all samples of a batch have one size.
 
     Args:
-      image: Normalised float32 `[height, width, 3]`; padded with 0, the mean colour.
-      label: uint8 `[height, width]`; padded with `IGNORE_LABEL`.
-      size: (height, width) of the result.
+        image: Normalised float32 `[height, width, 3]`; padded with 0, the mean colour.
+        label: uint8 `[height, width]`; padded with `IGNORE_LABEL`.
+        size: (height, width) of the result.
 
     Returns:
-      (image, label) of exactly `size`. The top gets floor((target - height) / 2) rows, the bottom
-      the rest; left and right likewise.
+        (image, label) of exactly `size`. The top gets floor((target - height) / 2) rows, the bottom
+        the rest; left and right likewise.
     """
     if label.shape == tuple(size):
         return image, label
@@ -357,12 +357,12 @@ def train_transform(
     """Augments one training sample.
 
     Args:
-      sample: `image` RGB uint8 `[height, width, 3]` and `label` uint8 `[height, width]`.
-      rng: All randomness comes from it, in the order of the operations.
-      augment: The config section `augment`.
+        sample: `image` RGB uint8 `[height, width, 3]` and `label` uint8 `[height, width]`.
+        rng: All randomness comes from it, in the order of the operations.
+        augment: The config section `augment`.
 
     Returns:
-      `image` float32 `[*augment.crop, 3]`, normalised, and `label` uint8 `[*augment.crop]`.
+        `image` float32 `[*augment.crop, 3]`, normalised, and `label` uint8 `[*augment.crop]`.
     """
     image, label = sample["image"], sample["label"]
     crop = tuple(augment.crop)
@@ -388,11 +388,11 @@ def evaluation_transform(image: np.ndarray, evaluation: Any) -> np.ndarray:
     """Prepares one image for evaluation or prediction; nothing is random and nothing is padded.
 
     Args:
-      image: RGB uint8 `[height, width, 3]`.
-      evaluation: The config section `eval`; `base_size` and `keep_ratio` are read.
+        image: RGB uint8 `[height, width, 3]`.
+        evaluation: The config section `eval`; `base_size` and `keep_ratio` are read.
 
     Returns:
-      Normalised float32 `[new height, new width, 3]`.
+        Normalised float32 `[new height, new width, 3]`.
     """
     size = resized_size(*image.shape[:2], evaluation.base_size, evaluation.keep_ratio)
     return normalise(resize_image(image, size))
