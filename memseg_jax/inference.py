@@ -22,7 +22,7 @@ from memseg_jax.data.transforms import evaluation_transform
 from memseg_jax.errors import UserError
 from memseg_jax.models.layers import Extent, bilinear_matrix
 from memseg_jax.models.segmentor import Segmentor
-from memseg_jax.sharding import place, split_batch
+from memseg_jax.sharding import replicated, split_batch
 
 Array = jax.Array
 Size = tuple[int, int]
@@ -173,7 +173,7 @@ class Predictor:
 
     Args:
         model: the segmentor.
-        variables: params, batch_stats and memory; placed on the mesh here.
+        variables: params, batch_stats and memory; put onto the mesh here.
         evaluation: `config.eval`.
         mesh: devices of this process; a batch is split over them.
 
@@ -190,7 +190,7 @@ class Predictor:
     ):
         _check(evaluation, model.backbone.output_stride)
         self._model = model
-        self._variables = place(variables, mesh)
+        self._variables = jax.device_put(variables, replicated(mesh))
         self._evaluation = evaluation
         self._mesh = mesh
         self._batch = evaluation.batch_size * mesh.size
@@ -204,8 +204,11 @@ class Predictor:
         self._label_maps = jax.jit(functools.partial(label_maps, probabilities=softmax))
 
     def replace_variables(self, variables: dict[str, Any]) -> None:
-        """Goes on with other weights of the same model; no program is compiled again."""
-        self._variables = place(variables, self._mesh)
+        """Goes on with other weights of the same model; no program is compiled again.
+
+        Arrays that lie on the mesh already are used as they are, without a copy.
+        """
+        self._variables = jax.device_put(variables, replicated(self._mesh))
 
     def predict(self, images: Iterable[tuple[Any, np.ndarray]]) -> Iterator[Prediction]:
         """Segments images; a few are held back to fill batches, so the order may change.

@@ -67,12 +67,14 @@ def run(config: ml_collections.ConfigDict, workdir: str) -> None:
     shapes = sharding.with_sharding(abstract_state(model, tx), mesh)
     checkpointer = checkpoint.Checkpointer(folder, config.checkpoint.keep)
     # The order of resumption: this workdir's last checkpoint, else fresh values.
+    evaluated = True
     if checkpointer.latest_step() is None:
         state = sharding.place(init_state(model, tx, config.seed), mesh)
     else:
         _, meta = checkpoint.read_meta(folder, "last")
         checkpoint.check_same_run(meta, config, train_source.fingerprint())
         state, _ = checkpointer.restore(shapes)
+        evaluated = meta["scores"] is not None
         log.info("resuming at step %d of %d", int(state.step), total_steps)
     first_step = int(state.step)
     parameters = sum(x.size for x in jax.tree.leaves(state.params))
@@ -87,7 +89,6 @@ def run(config: ml_collections.ConfigDict, workdir: str) -> None:
     writer = MetricWriter(folder, first_step)
     progress = ProgressLine(total_steps, epoch_steps, batch_size, first_step)
     predictor: Predictor | None = None
-    best_miou = math.nan
 
     def save(state, scores: dict | None = None) -> None:
         meta = checkpoint.make_meta(
@@ -95,14 +96,18 @@ def run(config: ml_collections.ConfigDict, workdir: str) -> None:
         )
         checkpointer.save(state, meta, scores["mIoU"] if scores else None)
 
-    def evaluate_now(state) -> dict:
+    def evaluation_is_due(step: int) -> bool:
+        every = train.eval_every * epoch_steps
+        return step == total_steps or bool(every and step % every == 0)
+
+    def evaluate_and_save(state) -> None:
         nonlocal predictor
-        variables = jax.tree.map(np.asarray, state.variables)
+        save(state)  # first: an evaluation can take long
         if predictor is None:
             local = sharding.make_mesh(jax.local_devices())
-            predictor = Predictor(model, variables, config.eval, local)
+            predictor = Predictor(model, state.variables, config.eval, local)
         else:
-            predictor.replace_variables(variables)
+            predictor.replace_variables(state.variables)
         result = evaluate.evaluate_source(
             predictor, eval_source, len(class_names), config.data.threads
         )
@@ -112,7 +117,7 @@ def run(config: ml_collections.ConfigDict, workdir: str) -> None:
         means = {k: v for k, v in result.scores.items() if isinstance(v, float)}
         writer.write(step, {f"eval_{name}": value for name, value in means.items()})
         log.info("step %d: mIoU %.4f in %s", step, means["mIoU"], format_duration(result.seconds))
-        return means
+        save(state, means)
 
     # ---- Compile --------------------------------------------------------------------------------
     step_function = jax.jit(
@@ -134,6 +139,8 @@ def run(config: ml_collections.ConfigDict, workdir: str) -> None:
     )  # fmt: skip
     pending: list[dict[str, jax.Array]] = []  # metrics since the last log, still on the device
     try:
+        if evaluation_is_due(first_step) and not evaluated:  # it was interrupted
+            evaluate_and_save(state)
         progress.restart(first_step)
         for step in range(first_step + 1, total_steps + 1):
             with progress.waiting_for_data():
@@ -147,12 +154,14 @@ def run(config: ml_collections.ConfigDict, workdir: str) -> None:
             if len(pending) > _IN_FLIGHT:
                 jax.block_until_ready(pending[-1 - _IN_FLIGHT])
 
-            last = step == total_steps
-            if step % train.log_every == 0 or last:
+            evaluating = evaluation_is_due(step)
+            saving = evaluating or step % config.checkpoint.every == 0
+            # Before a save too, so that no checkpoint holds values that are not finite.
+            if step % train.log_every == 0 or saving:
                 values = _mean(jax.device_get(pending))
                 pending = []
                 rates = progress.measure(step)
-                _refuse_non_finite(values, step, train.log_every)
+                _refuse_non_finite(values, step)
                 terms = {
                     name.removeprefix("loss_"): value
                     for name, value in values.items()
@@ -168,13 +177,10 @@ def run(config: ml_collections.ConfigDict, workdir: str) -> None:
                 }
                 writer.write(step, values | {"epoch": rates.epoch} | speed)
 
-            due = train.eval_every and step % (train.eval_every * epoch_steps) == 0
-            if due or last:
-                scores = evaluate_now(state)
-                best_miou = np.fmax(best_miou, scores["mIoU"])
-                save(state, scores)
+            if evaluating:
+                evaluate_and_save(state)
                 progress.restart(step)
-            elif step % config.checkpoint.every == 0:
+            elif saving:
                 save(state)
     finally:
         batches.close()
@@ -191,13 +197,13 @@ def _mean(steps: list[dict[str, np.ndarray]]) -> dict[str, float]:
     return values | {"lr": float(steps[-1]["lr"])}
 
 
-def _refuse_non_finite(values: dict[str, float], step: int, every: int) -> None:
+def _refuse_non_finite(values: dict[str, float], step: int) -> None:
     bad = [name for name, value in values.items() if not math.isfinite(value)]
     if bad:
         raise UserError(
-            f"{', '.join(bad)} not finite between steps {max(step - every, 0)} and {step}. "
-            "The last checkpoint is from before. A lower config.optimizer.lr is the usual cure; "
-            "--mode=check_data finds broken images."
+            f"{', '.join(bad)} no longer finite at step {step} or shortly before. All checkpoints "
+            "are from before that. A lower config.optimizer.lr is the usual cure; start again in "
+            "another --workdir with it."
         )
 
 
