@@ -2,10 +2,10 @@
 
     python -m memseg_jax.main --config configs/quickstart.py
 
-trains from random weights and ends at an mIoU above 0.8 (about 0.87) on images never trained on,
-in about four minutes on two cores shared with other work. Halfway the mIoU is still 0.4 to 0.5:
-most of the gain comes as the learning rate falls. Everything else is as in the large models: ASPP,
-feature memory, two attentions, auxiliary head, consistency loss, schedule, checkpoints, evaluation.
+trains from random weights and ends at an mIoU of about 0.9 on images never trained on. Halfway it
+is still 0.4 to 0.5: most of the gain comes as the learning rate falls. Everything is as in the large
+models: ASPP, feature memory, two attentions, auxiliary head, schedule, checkpoints, evaluation. The
+consistency loss is off, as in the published recipes for data sets of few classes.
 """
 
 import ml_collections
@@ -36,10 +36,6 @@ def get_config() -> ml_collections.ConfigDict:
     config.model.aspp_dim = 64
     config.model.aspp_dilations = (1, 2, 4, 6)
     config.model.memory.attention_dim = 32
-    config.loss.consistency = 1.0
-    # More than half of the pixels are background, the rows of the memory are one a class; both
-    # move the statistics of the second decoder, which makes it favour the background.
-    config.loss.class_weights = (0.4, 1.0, 1.0, 1.0, 1.0, 1.0)
 
     config.optimizer.lr = 0.05
     config.optimizer.min_lr = 5e-4
