@@ -3,9 +3,9 @@
     python -m memseg_jax.main --config configs/quickstart.py
 
 trains from random weights and ends at an mIoU of about 0.9 on images never trained on. Halfway it
-is still 0.4 to 0.5: most of the gain comes as the learning rate falls. Everything is as in the large
-models: ASPP, feature memory, two attentions, auxiliary head, schedule, checkpoints, evaluation. The
-consistency loss is off, as in the published recipes for data sets of few classes.
+is still 0.4 to 0.5: most of the gain comes as the learning rate falls. Everything is as in the
+large models: ASPP, feature memory, two attentions, auxiliary head, schedule, checkpoints,
+evaluation. The consistency loss is off, as in the published recipes for data sets of few classes.
 """
 
 import ml_collections
