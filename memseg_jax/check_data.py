@@ -277,8 +277,8 @@ def _warnings(report: SplitReport, class_names, ignore_label: int) -> list[str]:
     never = [str(class_names[k]) for k in range(num_classes) if k not in seen]
     if good and never:
         collides = [] if not 0 <= ignore_label < num_classes else [str(class_names[ignore_label])]
-        names = "; ".join(_shortened(name) for name in never[:_NEVER_LISTED])
-        names += f"; and {len(never) - _NEVER_LISTED} more" if len(never) > _NEVER_LISTED else ""
+        names = ", ".join(_shortened(name) for name in never[:_NEVER_LISTED])
+        names += f", and {len(never) - _NEVER_LISTED} more" if len(never) > _NEVER_LISTED else ""
         of_read = f" in the {good} samples that could be read" if report.num_bad else ""
         warnings.append(f"{len(never)} of {num_classes} classes are never seen{of_read}: {names}")
         if collides and never == collides:
