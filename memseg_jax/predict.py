@@ -157,7 +157,8 @@ def run(
         image = waiting.pop(prediction.key)
         save(prediction, image, folder / name, palette, save_confidence, save_ids)
         log.info("%s: %s", path, _summary(prediction.label, meta["class_names"]))
-    print(f"{len(pictures) - len(failed)} pictures segmented, results in {folder}", flush=True)
+    done = len(pictures) - len(failed)
+    print(f"{done} picture{'' if done == 1 else 's'} segmented, results in {folder}", flush=True)
     if failed:
         raise UserError(
             f"{len(failed)} of {len(pictures)} pictures could not be read:\n" + "\n".join(failed)

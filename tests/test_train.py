@@ -261,7 +261,7 @@ def test_a_loss_that_is_not_finite_stops_the_run(tmp_path, capsys, monkeypatch, 
     root = f"--config.data.root={tiny.data_root()}"
     assert tiny.run(root, "--workdir", tmp_path, "--config.train.log_every=2") == 1
     error = capsys.readouterr().err
-    assert "loss, loss_stage2 not finite between steps 0 and 2" in error
+    assert "loss, loss_stage2 no longer finite at step 2" in error
     assert "config.optimizer.lr" in error
     assert checkpoint.all_steps(tmp_path) == []
 
