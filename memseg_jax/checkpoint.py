@@ -11,11 +11,9 @@ only to add a score: the state is a function of the step, so there is nothing el
 """
 
 import contextlib
-import importlib.metadata
 import json
 import math
 import os
-import platform
 import shutil
 import tempfile
 from collections.abc import Iterator, Mapping
@@ -28,23 +26,10 @@ import numpy as np
 import orbax.checkpoint as ocp
 from jax.experimental import multihost_utils
 
-import memseg_jax
 from memseg_jax.errors import UserError
+from memseg_jax.run_record import FORMAT_VERSION, flatten, show
 
 FOLDER = "checkpoints"
-FORMAT_VERSION = 1
-# Fields that may change between a run and its continuation: they say where files lie, how fast
-# batches are made, and what is reported, but not which numbers the training produces.
-HARMLESS_FIELDS = (
-    "data.root",
-    "data.workers",
-    "data.threads",
-    "data.prefetch",
-    "train.log_every",
-    "train.eval_every",
-    "checkpoint.*",
-    "eval.*",
-)
 # Fields that decide the shapes of the arrays: named when a checkpoint does not fit.
 _SHAPE_FIELDS = (
     "model.backbone",
@@ -66,135 +51,6 @@ _DISK_ERRORS = (
     "Read-only file system",
     "Input/output error",
 )
-_PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy")
-
-
-# ---- What is in a checkpoint besides the arrays -------------------------------------------------
-
-
-def make_meta(
-    config: Any,
-    step: int,
-    class_names: Any,
-    palette: Any,
-    fingerprint: str,
-    scores: Mapping[str, Any] | None = None,
-) -> dict[str, Any]:
-    """Describes a checkpoint in plain JSON values.
-
-    Args:
-        config: the `ConfigDict` (or nested dict) of the run.
-        step: number of finished training steps; also the position in the data.
-        class_names: one string a class.
-        palette: one (red, green, blue) a class.
-        fingerprint: `Source.fingerprint()` of the training images.
-        scores: the evaluation's numbers at this step, if there was one.
-
-    Returns:
-        The dict that `Checkpointer.save` takes as `meta`.
-    """
-    versions = {name: importlib.metadata.version(name) for name in _PACKAGES}
-    versions |= {"memseg_jax": memseg_jax.__version__, "python": platform.python_version()}
-    return {
-        "format_version": FORMAT_VERSION,
-        "step": int(step),
-        "data_position": int(step),
-        "config": _plain(config),
-        "class_names": _plain(class_names),
-        "palette": _plain(palette),
-        "fingerprint": fingerprint,
-        "versions": versions,
-        "scores": _plain(scores),
-    }
-
-
-def _plain(value: Any) -> Any:
-    """Turns tuples, NumPy values and ConfigDicts into what JSON holds; NaN becomes null."""
-    if hasattr(value, "to_dict"):
-        value = value.to_dict()
-    if isinstance(value, Mapping):
-        return {str(key): _plain(item) for key, item in value.items()}
-    if isinstance(value, np.ndarray | np.generic | jax.Array):
-        value = np.asarray(value).tolist()
-    if isinstance(value, list | tuple):
-        return [_plain(item) for item in value]
-    if isinstance(value, float) and not math.isfinite(value):
-        return None
-    return value
-
-
-# ---- Is this the same run? ----------------------------------------------------------------------
-
-
-def config_differences(saved: Mapping[str, Any], current: Any) -> list[str]:
-    """Lists the fields that change the training and differ between two configs.
-
-    Args:
-        saved: `meta["config"]` of a checkpoint.
-        current: the config (`ConfigDict` or nested dict) of now.
-
-    Returns:
-        Lines such as "train.batch_size: 16 in the checkpoint, 8 now", sorted by field. Fields in
-        `HARMLESS_FIELDS` are left out.
-    """
-    before, now = _flat(_plain(saved)), _flat(_plain(current))
-    lines = []
-    for field in sorted(before.keys() | now.keys()):
-        old, new = before.get(field, _ABSENT), now.get(field, _ABSENT)
-        if old != new and not _harmless(field):
-            lines.append(f"{field}: {_show(old)} in the checkpoint, {_show(new)} now")
-    return lines
-
-
-def check_same_run(meta: Mapping[str, Any], config: Any, fingerprint: str) -> None:
-    """Refuses to continue a run with another config or other training images.
-
-    Args:
-        meta: the checkpoint's meta.
-        config: the config of now.
-        fingerprint: `Source.fingerprint()` of the training images of now.
-
-    Raises:
-        UserError: naming every field that differs, with both values.
-    """
-    differences = config_differences(meta["config"], config)
-    if meta["fingerprint"] != fingerprint:
-        differences.append(
-            "the list of training images: fingerprint "
-            f"{meta['fingerprint']} in the checkpoint, {fingerprint} now"
-        )
-    if differences:
-        raise UserError(
-            f"the workdir holds a run at step {meta['step']} that was trained with other "
-            "settings, so it cannot be continued with these:\n  "
-            + "\n  ".join(differences)
-            + "\nStart a new run with another --workdir, or go back to the values of the "
-            "checkpoint to continue this one."
-        )
-
-
-_ABSENT = object()
-
-
-def _flat(tree: Any, prefix: str = "") -> dict[str, Any]:
-    """Flattens nested dicts to dotted names; None and empty dicts hold no value."""
-    if isinstance(tree, Mapping):
-        flat = {}
-        for key, value in tree.items():
-            flat |= _flat(value, f"{prefix}.{key}" if prefix else str(key))
-        return flat
-    return {} if tree is None else {prefix: tree}
-
-
-def _harmless(field: str) -> bool:
-    return any(
-        field.startswith(rule[:-1]) if rule.endswith("*") else field == rule
-        for rule in HARMLESS_FIELDS
-    )
-
-
-def _show(value: Any) -> str:
-    return "not set" if value is _ABSENT else json.dumps(value, ensure_ascii=False)
 
 
 # ---- Which steps there are, and which are kept --------------------------------------------------
@@ -341,7 +197,7 @@ def _read_meta_file(workdir: Path, step: int) -> dict[str, Any]:
         raise _damaged(workdir, step, f"{path} cannot be read ({_brief(error)})") from error
     if version > FORMAT_VERSION:
         raise UserError(
-            f"{path} has format version {version}; this memseg_jax {memseg_jax.__version__} "
+            f"{path} has format version {version}; this version of memseg_jax "
             f"reads up to {FORMAT_VERSION}. Install a newer memseg_jax."
         )
     if missing:
@@ -354,6 +210,7 @@ def _restore_arrays(workdir: Path, step: int, abstract: Any, meta: Any, partial:
     folder = workdir / FOLDER / str(step) / "state"
     # The plain form first: what is on disk knows nothing of dataclasses and named tuples.
     target = jax.tree.map(_with_sharding, flax.serialization.to_state_dict(abstract))
+    whole, target = target, _without_empty(target)
     with jax.transfer_guard("allow"):
         try:
             saved = ocp.PyTreeCheckpointHandler().metadata(folder).tree
@@ -363,7 +220,7 @@ def _restore_arrays(workdir: Path, step: int, abstract: Any, meta: Any, partial:
             ) from error
         if partial:
             saved = {key: value for key, value in saved.items() if key in target}
-        _check_same_arrays(folder, _flat(saved), _flat(target), meta)
+        _check_same_arrays(folder, flatten(saved), flatten(target), meta)
         try:
             with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as reader:
                 restored = reader.restore(
@@ -380,7 +237,15 @@ def _restore_arrays(workdir: Path, step: int, abstract: Any, meta: Any, partial:
             raise _damaged(
                 workdir, step, f"the arrays in {folder} cannot be read ({_brief(error)})"
             ) from error
+    for name in whole.keys() - target.keys():
+        empty = np.zeros(whole[name].shape, whole[name].dtype)
+        restored[name] = jax.device_put(empty, whole[name].sharding)
     return flax.serialization.from_state_dict(abstract, restored)
+
+
+def _without_empty(tree: Mapping[str, Any]) -> dict[str, Any]:
+    """Leaves out arrays without elements, which orbax refuses: the memory of a plain model."""
+    return {name: x for name, x in tree.items() if 0 not in getattr(x, "shape", ())}
 
 
 def _with_sharding(leaf: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
@@ -407,7 +272,7 @@ def _check_same_arrays(folder: Path, saved: dict, wanted: dict, meta: Mapping[st
         else "another number of classes or other widths (data.class_names, model.feature_dim, "
         "model.aspp_dim, model.memory.*)"
     )
-    config = _flat(meta["config"])
+    config = flatten(meta["config"])
     facts = {field: config[field] for field in _SHAPE_FIELDS if field in config}
     more = f"\n  and {len(lines) - 5} more" if len(lines) > 5 else ""
     raise UserError(
@@ -416,7 +281,7 @@ def _check_same_arrays(folder: Path, saved: dict, wanted: dict, meta: Mapping[st
         + "\n  ".join(lines[:5])
         + f"{more}\nThe likely cause is {cause}. The checkpoint was saved with "
         f"{len(meta['class_names'])} classes, "
-        + ", ".join(f"{key} = {_show(value)}" for key, value in facts.items())
+        + ", ".join(f"{key} = {show(value)}" for key, value in facts.items())
         + ". Use the config it was trained with, or another --workdir."
     )
 
@@ -503,7 +368,9 @@ class Checkpointer:
             self._manager.save(
                 step,
                 args=ocp.args.Composite(
-                    state=ocp.args.PyTreeSave(flax.serialization.to_state_dict(state)),
+                    state=ocp.args.PyTreeSave(
+                        _without_empty(flax.serialization.to_state_dict(state))
+                    ),
                     meta=ocp.args.JsonSave(meta),
                 ),
                 force=True,  # the caller decides when; orbax's own rules stay out of it

@@ -15,6 +15,7 @@ import numpy as np
 
 from memseg_jax import checkpoint, metrics, visualize
 from memseg_jax.data import open_split
+from memseg_jax.errors import UserError
 from memseg_jax.inference import Predictor
 from memseg_jax.models.segmentor import build_segmentor
 from memseg_jax.sharding import make_mesh
@@ -141,13 +142,19 @@ def run(config: ml_collections.ConfigDict, workdir: str, which: str | int = "bes
     Raises:
         UserError: there is no such checkpoint, it is of another model, or the data are bad.
     """
-    checkpoint.read_meta(workdir, which)  # first: a misspelt workdir is not to be made
+    _, meta = checkpoint.read_meta(workdir, which)  # first: a misspelt workdir is not to be made
+    class_names = tuple(config.data.class_names)
+    trained = tuple(meta["class_names"])
+    if class_names != trained and len(class_names) == len(trained):
+        raise UserError(
+            f"config.data.class_names are {list(class_names)}, but the checkpoint was trained "
+            f"with {list(trained)}: scores would be given to the wrong classes"
+        )
     folder = checkpoint.prepare_workdir(workdir)
     source = open_split(config.data, config.data.eval_split)
     model = build_segmentor(config)
-    class_names = tuple(config.data.class_names)
     palette = visualize.resolve_palette(config.data.palette, len(class_names))
-    variables, meta = checkpoint.restore_for_inference(folder, abstract_variables(model), which)
+    variables, _ = checkpoint.restore_for_inference(folder, abstract_variables(model), which)
     log.info(
         "evaluating step %d on %d images (%s)", meta["step"], len(source), config.data.eval_split
     )

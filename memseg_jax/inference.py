@@ -188,7 +188,7 @@ class Predictor:
         evaluation: ml_collections.ConfigDict,
         mesh: Mesh,
     ):
-        _check(evaluation, model.backbone.output_stride)
+        check_evaluation(evaluation, model)
         self._model = model
         self._variables = jax.device_put(variables, replicated(mesh))
         self._evaluation = evaluation
@@ -403,7 +403,13 @@ def _accumulate(canvas: Array, scores: Array, starts: Array, active: Array) -> A
     return jax.lax.scan(add, canvas, (scores, starts, active))[0]
 
 
-def _check(evaluation: ml_collections.ConfigDict, stride: int) -> None:
+def check_evaluation(evaluation: ml_collections.ConfigDict, model: Segmentor) -> None:
+    """Refuses values of `config.eval` that no image could be segmented with.
+
+    Raises:
+        UserError: names the field.
+    """
+    stride = model.backbone.output_stride
     if evaluation.mode not in ("whole", "slide"):
         raise UserError(f"config.eval.mode is {evaluation.mode!r}; expected 'whole' or 'slide'")
     if evaluation.batch_size < 1:

@@ -1,6 +1,7 @@
 """The predict mode: segments the user's own pictures."""
 
 import glob
+import itertools
 import logging
 import pathlib
 from collections.abc import Iterator
@@ -21,46 +22,74 @@ from memseg_jax.state import abstract_variables
 log = logging.getLogger(__name__)
 
 
-def find_images(pattern: str) -> list[tuple[pathlib.Path, pathlib.Path]]:
-    """Finds the pictures that `--input` names.
+# What `save` adds to the name of a picture's results.
+ENDINGS = ("{}.png", "{}_overlay.jpg", "{}_confidence.png", "{}_ids.png")
+
+
+def find_images(pattern: str, output: pathlib.Path) -> list[tuple[pathlib.Path, pathlib.Path]]:
+    """Finds the pictures that `--input` names, and names their results.
 
     Args:
         pattern: a file, a folder (searched with its sub-folders) or a glob such as "in/*.jpg".
+        output: folder of the results. What lies below it is no input.
 
     Returns:
-        Pairs of a file and the relative path, without suffix, that its results get. Pictures of
-        the same name keep their suffix there, so that no result overwrites another.
+        Pairs of a file and the path of its results relative to `output`, without ending: that of
+        the picture relative to the input folder, without suffix where that is unique.
 
     Raises:
-        UserError: nothing is found.
+        UserError: nothing is found, or a result would overwrite a picture.
     """
-    path = pathlib.Path(pattern)
     if not pattern:
         raise UserError("--mode=predict needs --input: a picture, a folder or a glob")
+    path = pathlib.Path(pattern).expanduser()
     if path.is_file():
         files, base = [path], path.parent
     elif path.is_dir():
-        files = sorted(p for p in path.rglob("*") if p.suffix.lower() in IMAGE_SUFFIXES)
-        base = path
+        files, base = sorted(p for p in path.rglob("*") if _is_image(p)), path
     else:
-        found = (pathlib.Path(name) for name in sorted(glob.glob(pattern, recursive=True)))
-        files = [p for p in found if p.is_file() and p.suffix.lower() in IMAGE_SUFFIXES]
-        fixed = []
-        for part in path.parts[:-1]:
-            if glob.has_magic(part):
-                break
-            fixed.append(part)
-        base = pathlib.Path(*fixed)
+        found = sorted(glob.glob(str(path), recursive=True))
+        files = [p for p in map(pathlib.Path, found) if p.is_file() and _is_image(p)]
+        plain = itertools.takewhile(lambda part: not glob.has_magic(part), path.parts[:-1])
+        base = pathlib.Path(*plain)
+    results = output.resolve()
+    if base.resolve() != results:
+        files = [p for p in files if results not in p.resolve().parents]
     if not files:
         raise UserError(
             f"--input={pattern}: no picture found; expected a file, a folder or a glob with "
             f"files that end in {', '.join(sorted(IMAGE_SUFFIXES))}"
         )
-    stems = [p.relative_to(base).with_suffix("") for p in files]
-    names = [
-        stem if stems.count(stem) == 1 else p.relative_to(base) for stem, p in zip(stems, files)
-    ]
+    names = _unique_names([p.relative_to(base) for p in files])
+    pictures = {p.resolve() for p in files}
+    for name in names:
+        for ending in ENDINGS:
+            result = output / name.with_name(ending.format(name.name))
+            if result.resolve() in pictures:
+                raise UserError(
+                    f"--output={output}: the result {result} would overwrite a picture of the "
+                    "input; choose another folder"
+                )
     return list(zip(files, names))
+
+
+def _is_image(path: pathlib.Path) -> bool:
+    return path.suffix.lower() in IMAGE_SUFFIXES
+
+
+def _unique_names(files: list[pathlib.Path]) -> list[pathlib.Path]:
+    """A name for the results of each file, such that no two results have the same name."""
+    taken: set[pathlib.Path] = set()
+    names = []
+    for path in files:
+        numbered = (path.with_name(f"{path.name}-{n}") for n in itertools.count(2))
+        for name in itertools.chain([path.with_suffix(""), path], numbered):
+            results = {name.with_name(ending.format(name.name)) for ending in ENDINGS}
+            if not results & taken:
+                break
+        taken |= results
+        names.append(name)
+    return names
 
 
 def save(
@@ -84,22 +113,17 @@ def save(
     Raises:
         UserError: the folder or a file cannot be written.
     """
-    try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"--output: cannot make the folder {target.parent}: {error}") from error
-
-    def named(ending: str) -> pathlib.Path:
-        return target.with_name(target.name + ending)
-
-    visualize.save_palette_png(named(".png"), prediction.label, palette)
-    overlay = visualize.overlay(image, prediction.label, palette)
-    visualize.save_jpeg(named("_overlay.jpg"), overlay)
+    _make_folder(target.parent)
+    labels, overlay, confidence, ids = (
+        target.with_name(ending.format(target.name)) for ending in ENDINGS
+    )
+    visualize.save_palette_png(labels, prediction.label, palette)
+    visualize.save_jpeg(overlay, visualize.overlay(image, prediction.label, palette))
     if save_confidence:
-        confidence = np.round(np.clip(prediction.confidence, 0, 1) * 255).astype(np.uint8)
-        visualize.save_png(named("_confidence.png"), confidence)
+        certainty = np.clip(prediction.confidence, 0, 1) * 255
+        visualize.save_png(confidence, np.round(certainty).astype(np.uint8))
     if save_ids:
-        visualize.save_png(named("_ids.png"), prediction.label)
+        visualize.save_png(ids, prediction.label)
 
 
 def run(
@@ -128,14 +152,15 @@ def run(
         UserError: nothing to segment, no such checkpoint, or some pictures could not be read
             (raised at the end; all others are done by then).
     """
-    pictures = find_images(pattern)
-    folder = pathlib.Path(output) if output else pathlib.Path(workdir) / "predictions"
+    folder = pathlib.Path(output or pathlib.Path(workdir) / "predictions").expanduser()
+    pictures = find_images(pattern, folder)
     _, meta = checkpoint.read_meta(workdir, which)
     with config.unlocked():
         config.data.class_names = tuple(meta["class_names"])
     model = build_segmentor(config)
     variables, _ = checkpoint.restore_for_inference(workdir, abstract_variables(model), which)
     palette = visualize.resolve_palette(meta["palette"], len(meta["class_names"]))
+    _make_folder(folder)
     predictor = Predictor(model, variables, config.eval, make_mesh(jax.local_devices()))
     log.info("segmenting %d pictures with step %d", len(pictures), meta["step"])
 
@@ -163,6 +188,13 @@ def run(
         raise UserError(
             f"{len(failed)} of {len(pictures)} pictures could not be read:\n" + "\n".join(failed)
         )
+
+
+def _make_folder(folder: pathlib.Path) -> None:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"--output: cannot make the folder {folder}: {error}") from error
 
 
 def _summary(label: np.ndarray, class_names: list[str]) -> str:

@@ -9,12 +9,12 @@ import jax
 import ml_collections
 import numpy as np
 
-from memseg_jax import checkpoint, evaluate, optimizer, sharding, visualize
+from memseg_jax import checkpoint, evaluate, optimizer, run_record, sharding, visualize
 from memseg_jax.compilation import compile_with_notice
 from memseg_jax.data import open_split
 from memseg_jax.data.pipeline import check_batch, steps_per_epoch, train_batches
 from memseg_jax.errors import UserError
-from memseg_jax.inference import Predictor
+from memseg_jax.inference import Predictor, check_evaluation
 from memseg_jax.models.segmentor import build_segmentor
 from memseg_jax.progress import MetricWriter, ProgressLine, format_duration, format_progress
 from memseg_jax.state import abstract_state, init_state
@@ -44,6 +44,7 @@ def run(config: ml_collections.ConfigDict, workdir: str) -> None:
     folder = checkpoint.prepare_workdir(workdir)
     mesh = sharding.make_mesh()
     train, batch_size = config.train, config.train.batch_size
+    _check(config)
     sharding.check_batch_size(batch_size, mesh, config.replica_groups)
     class_names = tuple(config.data.class_names)
     palette = visualize.resolve_palette(config.data.palette, len(class_names))
@@ -62,6 +63,7 @@ def run(config: ml_collections.ConfigDict, workdir: str) -> None:
 
     # ---- Model, optimiser, state ----------------------------------------------------------------
     model = build_segmentor(config)
+    check_evaluation(config.eval, model)  # now rather than at the first evaluation
     schedule = optimizer.schedule_from_config(config, total_steps)
     tx = optimizer.sgd(config, schedule)
     shapes = sharding.with_sharding(abstract_state(model, tx), mesh)
@@ -72,7 +74,7 @@ def run(config: ml_collections.ConfigDict, workdir: str) -> None:
         state = sharding.place(init_state(model, tx, config.seed), mesh)
     else:
         _, meta = checkpoint.read_meta(folder, "last")
-        checkpoint.check_same_run(meta, config, train_source.fingerprint())
+        run_record.check_same_run(meta, config, train_source.fingerprint())
         state, _ = checkpointer.restore(shapes)
         evaluated = meta["scores"] is not None
         log.info("resuming at step %d of %d", int(state.step), total_steps)
@@ -91,7 +93,7 @@ def run(config: ml_collections.ConfigDict, workdir: str) -> None:
     predictor: Predictor | None = None
 
     def save(state, scores: dict | None = None) -> None:
-        meta = checkpoint.make_meta(
+        meta = run_record.make_meta(
             config, int(state.step), class_names, palette, train_source.fingerprint(), scores
         )
         checkpointer.save(state, meta, scores["mIoU"] if scores else None)
@@ -189,6 +191,22 @@ def run(config: ml_collections.ConfigDict, workdir: str) -> None:
 
     # ---- End ------------------------------------------------------------------------------------
     _print_next_steps(folder, config, first_step, total_steps, time.monotonic() - started)
+
+
+def _check(config: ml_collections.ConfigDict) -> None:
+    """Refuses counts that cannot be meant, before they fail in the middle of a run."""
+    least = {
+        "train.epochs": 1,
+        "train.log_every": 1,
+        "train.eval_every": 0,
+        "checkpoint.every": 1,
+        "checkpoint.keep": 1,
+    }
+    for field, minimum in least.items():
+        section, name = field.split(".")
+        value = config[section][name]
+        if value < minimum:
+            raise UserError(f"config.{field} is {value}; expected {minimum} or more")
 
 
 def _mean(steps: list[dict[str, np.ndarray]]) -> dict[str, float]:

@@ -15,7 +15,6 @@ from typing import Any
 import flax.struct
 import jax
 import jax.numpy as jnp
-import ml_collections
 import numpy as np
 import optax
 import pytest
@@ -23,7 +22,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from configs import common
-from memseg_jax import checkpoint
+from memseg_jax import checkpoint, run_record
 from memseg_jax.checkpoint import Checkpointer
 from memseg_jax.errors import UserError
 
@@ -68,7 +67,7 @@ def abstract(state):
 def make_meta(step, config=None, classes=5):
     names = tuple(f"class{index}" for index in range(classes))
     palette = np.zeros((classes, 3), np.uint8)
-    return checkpoint.make_meta(config or common.get_config(), step, names, palette, "f00d")
+    return run_record.make_meta(config or common.get_config(), step, names, palette, "f00d")
 
 
 def assert_same(left, right):
@@ -202,15 +201,6 @@ def test_restores_on_another_number_of_devices(tmp_path):
         assert_same(restored, one)
         for leaf, wanted in zip(jax.tree.leaves(restored), jax.tree.leaves(target)):
             assert leaf.sharding == wanted.sharding
-
-
-def test_scores_become_plain_json(tmp_path):
-    scores = {"mIoU": np.float64(0.5), "per_class": {"iou": np.array([0.5, np.nan])}}
-    meta = checkpoint.make_meta(common.get_config(), 1, ("a", "b"), (), "f", scores)
-    assert meta["scores"] == {"mIoU": 0.5, "per_class": {"iou": [0.5, None]}}
-    with Checkpointer(tmp_path, keep=1) as checkpointer:
-        checkpointer.save(make_state(1), meta, 0.5)
-    assert checkpoint.read_meta(tmp_path)[1] == dict(meta, miou=0.5)
 
 
 # ------------------------------------------------------------------------------ what is kept
@@ -447,46 +437,6 @@ def test_checkpoint_of_another_model(tmp_path, other, named, cause):
     variables = {"params": state.params, "batch_stats": state.batch_stats, "memory": state.memory}
     with pytest.raises(UserError, match=named):
         checkpoint.restore_for_inference(tmp_path, abstract(variables))
-
-
-# -------------------------------------------------------------------------------- same run?
-
-
-def test_same_config_is_accepted_after_json():
-    config = common.get_config()
-    meta = json.loads(json.dumps(make_meta(5, config)))
-    assert checkpoint.config_differences(meta["config"], config) == []
-    config.data.root = "/elsewhere"
-    config.data.workers = 3
-    config.eval.mode = "slide"
-    config.checkpoint.every = 7
-    config.train.log_every = 1
-    checkpoint.check_same_run(meta, config, "f00d")
-
-
-def test_other_config_is_refused_by_field():
-    meta = json.loads(json.dumps(make_meta(5)))
-    config = common.get_config()
-    config.train.batch_size = 8
-    config.augment.crop = (64, 64)
-    config.optimizer.multipliers = ml_collections.ConfigDict({"backbone": (0.1, 0.1)})
-    with pytest.raises(UserError) as caught:
-        checkpoint.check_same_run(meta, config, "beef")
-    message = str(caught.value)
-    assert "at step 5" in message
-    assert "train.batch_size: 16 in the checkpoint, 8 now" in message
-    assert "augment.crop: [512, 512] in the checkpoint, [64, 64] now" in message
-    assert "optimizer.multipliers.backbone: not set in the checkpoint, [0.1, 0.1] now" in message
-    assert "fingerprint f00d in the checkpoint, beef now" in message
-    assert "--workdir" in message
-
-
-def test_harmless_fields_exist():
-    config = common.get_config()
-    for field in checkpoint.HARMLESS_FIELDS:
-        section, name = field.split(".")
-        assert name == "*" or name in config[section]
-        assert section in config
 
 
 # ----------------------------------------------------------------------------------- workdir

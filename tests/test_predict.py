@@ -1,5 +1,7 @@
 """Predicting: which pictures are found, what is written, and what happens to bad ones."""
 
+from pathlib import Path
+
 import numpy as np
 import pytest
 from PIL import Image
@@ -15,6 +17,8 @@ pytestmark = [
     pytest.mark.usefixtures("quiet_entry", "compilations"),
     pytest.mark.filterwarnings("ignore:the load_module:DeprecationWarning"),
 ]
+
+OUT = Path("somewhere/else")
 
 
 @pytest.fixture(scope="module")
@@ -61,7 +65,7 @@ def test_file_folder_and_glob(tmp_path):
     def found(pattern):
         return [
             (str(path.relative_to(tmp_path)), str(name))
-            for path, name in find_images(str(tmp_path / pattern))
+            for path, name in find_images(str(tmp_path / pattern), OUT)
         ]
 
     assert found("a.jpg") == [("a.jpg", "a")]
@@ -77,8 +81,8 @@ def test_a_relative_glob_and_a_name_with_brackets(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "x[1].png").touch()
     (tmp_path / "y.png").touch()
-    assert [str(name) for _, name in find_images("*.png")] == ["x[1]", "y"]
-    assert [str(name) for _, name in find_images("x[1].png")] == ["x[1]"]
+    assert [str(name) for _, name in find_images("*.png", OUT)] == ["x[1]", "y"]
+    assert [str(name) for _, name in find_images("x[1].png", OUT)] == ["x[1]"]
 
 
 def test_every_result_has_a_name_of_its_own(tmp_path):
@@ -86,7 +90,11 @@ def test_every_result_has_a_name_of_its_own(tmp_path):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).touch()
     endings = (".png", "_overlay.jpg", "_confidence.png", "_ids.png")
-    names = [str(name) + ending for _, name in find_images(str(tmp_path)) for ending in endings]
+    names = [
+        str(name) + ending
+        for _, name in find_images(str(tmp_path), tmp_path / "out")
+        for ending in endings
+    ]
     assert len(names) == 6 * len(endings)
     assert len(set(names)) == len(names)
     assert "c.png" in names
@@ -232,7 +240,7 @@ def test_results_are_no_input_the_next_time(tmp_path, predict, capsys):
     for _ in range(2):
         status = predict(tmp_path, output=tmp_path / "out")
         shown = capsys.readouterr()
-        assert "1 pictures segmented" in shown.out or (status and "--output" in shown.err)
+        assert "1 picture segmented" in shown.out or (status and "--output" in shown.err)
 
 
 def test_output_that_cannot_be_written(tmp_path, predict, capsys):
@@ -274,4 +282,4 @@ def test_checkpoint_of_another_model(tmp_path, predict, capsys, change):
 
 def test_an_empty_input_is_refused():
     with pytest.raises(UserError, match="--input"):
-        find_images("")
+        find_images("", OUT)

@@ -120,7 +120,8 @@ def test_baseline_on_generated_images_with_eight_devices(tmp_path, capsys, monke
     )  # fmt: skip
     shown = capsys.readouterr()
     assert status == 0, shown.err
-    assert [int(row["step"]) for row in rows(tmp_path)] == [2, 4]
+    # Every second step, and before every save.
+    assert [int(row["step"]) for row in rows(tmp_path)] == [2, 3, 4]
     assert [int(row["step"]) for row in rows(tmp_path, "eval_mIoU")] == [2, 4]
     assert "memory" not in shown.out.split("class")[0]
     assert json.loads((tmp_path / "metrics.json").read_text())["images"] == 9
@@ -307,3 +308,18 @@ def test_work_survives_an_evaluation_that_fails(tmp_path, capsys, monkeypatch):
     assert tiny.run(*run, "--config.checkpoint.every=1000", "--config.train.eval_every=1") == 1
     assert "images/val/03.png" in capsys.readouterr().err
     assert checkpoint.all_steps(tmp_path / "run") == [4]
+
+
+def test_the_last_evaluation_is_made_up_for(tmp_path, capsys, monkeypatch, compilations):
+    root = shutil.copytree(tiny.data_root(), tmp_path / "data")
+    bad = root / "images" / "val" / "03.png"
+    content = bad.read_bytes()
+    bad.write_bytes(b"")
+    values = {"loss": 1.0, "loss_stage2": 1.0, "lr": 0.1}
+    monkeypatch.setattr(train, "compile_with_notice", fake_step(values))
+    run = (f"--config.data.root={root}", "--workdir", tmp_path / "run")
+    assert tiny.run(*run) == 1
+    bad.write_bytes(content)
+    assert tiny.run(*run) == 0, capsys.readouterr().err
+    assert json.loads((tmp_path / "run" / "metrics.json").read_text())["step"] == STEPS
+    assert checkpoint.read_meta(tmp_path / "run", "best")[1]["miou"] is not None

@@ -23,6 +23,7 @@ from memseg_jax import (
     main,
     optimizer,
     predict,
+    run_record,
     sharding,
     train,
     visualize,
@@ -146,7 +147,7 @@ def save_random_model(
     names = tuple(config.data.class_names)
     palette = visualize.resolve_palette(config.data.palette, len(names))
     with checkpoint.Checkpointer(workdir, 1) as checkpointer:
-        checkpointer.save(state, checkpoint.make_meta(config, 7, names, palette, "random"), 0.5)
+        checkpointer.save(state, run_record.make_meta(config, 7, names, palette, "random"), 0.5)
     return workdir
 
 
