@@ -3,6 +3,8 @@
 import logging
 import math
 import pathlib
+import shlex
+import sys
 import time
 
 import jax
@@ -190,7 +192,7 @@ def run(config: ml_collections.ConfigDict, workdir: str) -> None:
         checkpointer.close()
 
     # ---- End ------------------------------------------------------------------------------------
-    _print_next_steps(folder, config, first_step, total_steps, time.monotonic() - started)
+    _print_next_steps(folder, first_step, total_steps, time.monotonic() - started)
 
 
 def _check(config: ml_collections.ConfigDict) -> None:
@@ -226,11 +228,7 @@ def _refuse_non_finite(values: dict[str, float], step: int) -> None:
 
 
 def _print_next_steps(
-    folder: pathlib.Path,
-    config: ml_collections.ConfigDict,
-    first_step: int,
-    total_steps: int,
-    seconds: float,
+    folder: pathlib.Path, first_step: int, total_steps: int, seconds: float
 ) -> None:
     """Says what there is to look at, and the next thing to try."""
     if first_step >= total_steps:
@@ -242,8 +240,7 @@ def _print_next_steps(
         f"  scores       {folder / 'metrics.json'}, {folder / 'per_class.csv'}\n"
         f"  progress     {folder / 'metrics.csv'}\n"
         f"  checkpoints  {folder / checkpoint.FOLDER}\n"
-        "Segment your own pictures with the same --config and --workdir:\n"
-        f"  python -m memseg_jax.main --config CONFIG --workdir {folder} "
-        "--mode predict --input PICTURES",
+        "Segment your own pictures:\n"
+        f"  python -m memseg_jax.main {shlex.join(sys.argv[1:])} --mode predict --input PICTURES",
         flush=True,
     )
