@@ -42,8 +42,7 @@ def run(config: ml_collections.ConfigDict, workdir: str) -> None:
     """
     started = time.monotonic()
 
-    # ---- Folder and data ------------------------------------------------------------------------
-    folder = checkpoint.prepare_workdir(workdir)
+    # ---- Data and folder ------------------------------------------------------------------------
     mesh = sharding.make_mesh()
     train, batch_size = config.train, config.train.batch_size
     _check(config)
@@ -52,6 +51,7 @@ def run(config: ml_collections.ConfigDict, workdir: str) -> None:
     palette = visualize.resolve_palette(config.data.palette, len(class_names))
     train_source = open_split(config.data, config.data.train_split)
     eval_source = open_split(config.data, config.data.eval_split)
+    folder = checkpoint.prepare_workdir(workdir)  # not before: a wrong config leaves no folder
     epoch_steps = steps_per_epoch(len(train_source), batch_size, config.replica_groups)
     total_steps = train.epochs * epoch_steps
     log.info(
