@@ -62,8 +62,11 @@ def get_config() -> ml_collections.ConfigDict:
     evaluate.size_multiple = 128
 
     config.model = model = ml_collections.ConfigDict()
-    model.backbone = "resnet50"  # resnet18, resnet50 or resnet101
+    # resnet18, resnet50, resnet101, resnest101, hrnetv2w48 (hrnetv2w48_relu: the reference's stem
+    # since 2025), vitlarge (vitlarge_473: the COCO-Stuff model of 2021)
+    model.backbone = "resnet50"
     model.backbone_width = 1.0  # multiplies the backbone's channels; 1.0: as published
+    model.downsample = 1  # 2: the backbone's map is halved first (HRNet on large crops)
     model.feature_dim = 512  # channels of the bottleneck, the memory and the decoders
     model.aspp_dim = 512
     model.aspp_dilations = (1, 12, 24, 36)

@@ -19,6 +19,7 @@ _MODULES = [
     (r"backbone/stem_2", "backbone_net.stem.", ("6", "7")),
     (r"backbone/layer(\d)_(\d+)/downsample", r"backbone_net.layer\1.\2.downsample.", ("0", "1")),
     (r"backbone/layer(\d)_(\d+)/conv(\d)", r"backbone_net.layer\1.\2.", (r"conv\3", r"bn\3")),
+    (r"downsampling", "downsample_backbone.", ("0", "1")),
     (r"context/branch_(\d)", r"context_within_image_module.parallel_branches.\1.", ("0", "1")),
     (r"context/global", "context_within_image_module.global_branch.", ("1", "2")),
     (r"context/bottleneck", "context_within_image_module.bottleneck.", ("0", "1")),
@@ -50,11 +51,60 @@ _MODULES = [
     ),
     (r"decoder_stage(\d)/project", r"decoder_stage\1.", ("0", "1")),
     (r"decoder_stage(\d)/classifier", r"decoder_stage\1.", ("4", None)),
+    # A ViT has three auxiliary heads of two convolutions, the others have one of one.
+    (r"auxiliary_decoders_(\d)/project_0", r"auxiliary_decoder.\1.", ("0", "1")),
+    (r"auxiliary_decoders_(\d)/project_1", r"auxiliary_decoder.\1.", ("4", "5")),
+    (r"auxiliary_decoders_(\d)/full_classifier", r"auxiliary_decoder.\1.", ("9", None)),
     (r"auxiliary_decoders_0/project", "auxiliary_decoder.", ("0", "1")),
     (r"auxiliary_decoders_0/classifier", "auxiliary_decoder.", ("4", None)),
+    # HRNet. Convolutions of stride 2 sit one list deeper than the others.
+    (r"backbone/conv(\d)", "backbone_net.", (r"conv\1", r"bn\1")),
+    (r"backbone/transition1_0", "backbone_net.transition1.0.", ("0", "1")),
+    (r"backbone/transition(\d)_(\d)", r"backbone_net.transition\1.\2.0.", ("0", "1")),
+    (
+        r"backbone/stage(\d)_(\d)/branch_(\d)_(\d)/conv(\d)",
+        r"backbone_net.stage\1.\2.branches.\3.\4.",
+        (r"conv\5", r"bn\5"),
+    ),
+    (
+        r"backbone/stage(\d)_(\d)/fuse_(\d)_(\d)",
+        r"backbone_net.stage\1.\2.fuse_layers.\3.\4.",
+        ("0", "1"),
+    ),
+    (
+        r"backbone/stage(\d)_(\d)/fuse_(\d)_(\d)_(\d)",
+        r"backbone_net.stage\1.\2.fuse_layers.\3.\4.\5.",
+        ("0", "1"),
+    ),
+    # ResNeSt. Index 0 of the shortcut is the average pool.
+    (
+        r"backbone/layer(\d)_(\d+)/downsample_pooled",
+        r"backbone_net.layer\1.\2.downsample.",
+        ("1", "2"),
+    ),
+]
+
+# The same for a module that owns its tensors itself: prefix and name of the tensor make the key.
+_PLAIN_MODULES = [
+    # ViT
+    (r"backbone", "backbone_net."),
+    (r"backbone/patch_projection", "backbone_net.patch_embed.projection."),
+    (r"backbone/layers_(\d+)/(ln[12])", r"backbone_net.layers.\1.\2."),
+    (r"backbone/layers_(\d+)/in_proj", r"backbone_net.layers.\1.attn.attn.in_proj_"),
+    (r"backbone/layers_(\d+)/out_proj", r"backbone_net.layers.\1.attn.attn.out_proj."),
+    (r"backbone/layers_(\d+)/ffn_0", r"backbone_net.layers.\1.ffn.layers.0.0."),
+    (r"backbone/layers_(\d+)/ffn_1", r"backbone_net.layers.\1.ffn.layers.1."),
+    (r"norm_layers_(\d)", r"norm_layers.\1."),
+    # ResNeSt
+    (
+        r"backbone/layer(\d)_(\d+)/split_attention/(conv|bn0|fc1|bn1|fc2)",
+        r"backbone_net.layer\1.\2.conv2.\3.",
+    ),
 ]
 
 _LEAVES = {
+    "cls_token": "cls_token",
+    "pos_embed": "pos_embed",
     "kernel": "weight",
     "scale": "weight",
     "bias": "bias",
@@ -78,8 +128,12 @@ def torch_key(path: str) -> str:
     if path == "memory":
         return MEMORY_KEY
     _, _, inner = path.partition("/")
-    module, _, leaf = inner.rpartition("/")
-    module, _, member = module.rpartition("/")
+    owner, _, leaf = inner.rpartition("/")
+    for pattern, prefix in _PLAIN_MODULES:
+        match = re.fullmatch(pattern, owner)
+        if match:
+            return match.expand(prefix) + _LEAVES[leaf]
+    module, _, member = owner.rpartition("/")
     for pattern, prefix, members in _MODULES:
         match = re.fullmatch(pattern, module)
         if match and member in ("conv", "norm"):
@@ -110,10 +164,15 @@ def unflatten(flat: dict[str, object]) -> dict:
 
 
 def from_torch_layout(array: np.ndarray) -> np.ndarray:
-    """Convolution weights (out, in, kh, kw) -> HWIO; everything else stays."""
-    return array.transpose(2, 3, 1, 0) if array.ndim == 4 else array
+    """Convolution weights (out, in, kh, kw) -> HWIO, linear ones (out, in) -> (in, out).
+
+    Nothing else in the reference has two or four axes; it stays.
+    """
+    axes = {2: (1, 0), 4: (2, 3, 1, 0)}.get(array.ndim)
+    return array if axes is None else array.transpose(axes)
 
 
 def torch_shape(shape: tuple[int, ...]) -> tuple[int, ...]:
-    """Shape of the reference's tensor for one of ours (HWIO -> out, in, kh, kw)."""
-    return (shape[3], shape[2], shape[0], shape[1]) if len(shape) == 4 else tuple(shape)
+    """Shape of the reference's tensor for one of ours; the inverse of `from_torch_layout`."""
+    axes = {2: (1, 0), 4: (3, 2, 0, 1)}.get(len(shape))
+    return tuple(shape) if axes is None else tuple(shape[axis] for axis in axes)

@@ -8,6 +8,7 @@ padding, so that the numbers stay those of the exact size.
 import collections
 import dataclasses
 import functools
+import sys
 from collections.abc import Iterable, Iterator
 from typing import Any
 
@@ -194,7 +195,9 @@ class Predictor:
         self._evaluation = evaluation
         self._mesh = mesh
         self._batch = evaluation.batch_size * mesh.size
-        self._sizes = SizePolicy(evaluation.exact_sizes, evaluation.size_multiple)
+        # A backbone that cannot mask padding gets a program for every size.
+        exact_sizes = evaluation.exact_sizes if model.backbone.supports_extent else sys.maxsize
+        self._sizes = SizePolicy(exact_sizes, evaluation.size_multiple)
         self._programs: dict[Any, Any] = {}
         slide = evaluation.mode == "slide"
         softmax = evaluation.softmax_before_resize
@@ -287,7 +290,7 @@ class Predictor:
         self, group: list[_Item], shape: Size, multiple: int = _OUTPUT_MULTIPLE
     ) -> tuple[Array, Array]:
         """Matrices that resize the real part of each item's scores to its output size."""
-        stride = self._model.backbone.output_stride
+        stride = self._model.output_stride
         height, width = (
             _round_up(max(item.output[axis] for item in group), multiple) for axis in (0, 1)
         )
@@ -409,7 +412,7 @@ def check_evaluation(evaluation: ml_collections.ConfigDict, model: Segmentor) ->
     Raises:
         UserError: names the field.
     """
-    stride = model.backbone.output_stride
+    stride = model.output_stride
     if evaluation.mode not in ("whole", "slide"):
         raise UserError(f"config.eval.mode is {evaluation.mode!r}; expected 'whole' or 'slide'")
     if evaluation.batch_size < 1:

@@ -74,7 +74,8 @@ def init_array(
 
     Returns:
         float32 array: kernels and their biases uniform in +-1/sqrt(fan_in), everything else the
-        neutral value of its kind.
+        neutral value of its kind. Class token and positions of a ViT are zero, as in the PyTorch
+        reference before it loads pretrained weights.
 
     Raises:
         ValueError: the name is of no known kind.
@@ -85,7 +86,7 @@ def init_array(
         return rng.uniform(-bound, bound, shape).astype(np.float32)
     if kind in ("scale", "var"):
         return np.ones(shape, np.float32)
-    if kind in ("bias", "mean", "memory"):
+    if kind in ("bias", "mean", "memory", "cls_token", "pos_embed"):
         return np.zeros(shape, np.float32)
     raise ValueError(f"no rule to initialise {path}")
 

@@ -14,18 +14,28 @@ from memseg_jax.state import abstract_variables
 from tests.goldens import rule_array
 
 NUM_CLASSES = {"ade20k": 150, "cityscapes": 19, "cocostuff10k": 182, "lip": 20}
-BACKBONES = {"resnet50os8": "resnet50", "resnet101os8": "resnet101"}
+BACKBONES = {"resnet50os8": "resnet50", "resnet101os8": "resnet101", "resnest101os8": "resnest101"}
 
 
 def reference_config(model: str, num_classes: int | None = None):
     """The config of a reference model such as "resnet50os8_ade20k"; skips if we lack it."""
-    backbone, dataset = re.fullmatch(r"([a-z0-9]+)_([a-z0-9]+)(?:_2021)?", model).groups()
+    backbone, dataset, era = re.fullmatch(r"([a-z0-9]+)_([a-z0-9]+)(_2021)?", model).groups()
     config = common.get_config()
     config.model.backbone = BACKBONES.get(backbone, backbone)
     count = num_classes or NUM_CLASSES[dataset]
     config.data.class_names = tuple(f"class {i}" for i in range(count))
-    if dataset == "lip" and backbone.startswith("resnet") and backbone[6].isdigit():
+    if dataset == "lip" and backbone in ("resnet50os8", "resnet101os8"):
         config.model.activation = "leaky_relu"
+    if backbone == "hrnetv2w48":
+        config.model.downsample = 2 if dataset in ("cityscapes", "lip") else 1
+        if dataset != "cityscapes" and not era:  # the newer reference has one more ReLU there
+            config.model.backbone = "hrnetv2w48_relu"
+    if backbone == "vitlarge":
+        config.model.aspp_dilations = (1, 6, 12, 18)
+        if dataset == "cocostuff10k" and era:
+            config.model.backbone = "vitlarge_473"
+        elif dataset == "cocostuff10k":
+            config.model.aspp_dilations = (1, 12, 24, 36)
     try:
         build_segmentor(config)
     except UserError as error:
@@ -62,6 +72,8 @@ def taps_of(model: Segmentor, variables: dict, images: np.ndarray) -> dict[str, 
 
     taps = names.flatten(forward(variables, images.transpose(0, 2, 3, 1)))
     return {
-        path.rsplit("/", 1)[-1]: np.asarray(value).transpose(0, 3, 1, 2)
+        path.rsplit("/", 1)[-1]: (
+            np.asarray(value).transpose(0, 3, 1, 2) if value.ndim == 4 else np.asarray(value)
+        )
         for path, value in taps.items()
     }

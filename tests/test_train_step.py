@@ -12,6 +12,7 @@ import pytest
 
 from memseg_jax import optimizer, sharding
 from memseg_jax.losses import consistency_loss, cross_entropy
+from memseg_jax.models.backbone import Backbone
 from memseg_jax.models.layers import ConvNorm
 from memseg_jax.models.memory import memory_momentum, update_memory
 from memseg_jax.models.segmentor import Segmentor, build_segmentor
@@ -25,7 +26,7 @@ BATCH = 8
 CE_TERMS = ("loss_stage1", "loss_stage2", "loss_aux")
 
 
-class Backbone(nn.Module):
+class ThreeConvolutions(Backbone):
     """Three convolutions in place of a ResNet: the step around it is the same."""
 
     output_stride = 8
@@ -66,7 +67,7 @@ def build(groups=1, dropout=0.0, memory=True):
     config.replica_groups = groups
     config.model.dropout = dropout
     config.model.memory.enabled = memory
-    model = build_segmentor(config).clone(backbone=Backbone(), dtype=jnp.float64)
+    model = build_segmentor(config).clone(backbone=ThreeConvolutions(), dtype=jnp.float64)
     schedule = optimizer.schedule_from_config(config, STEPS + 1)
     return config, model, schedule, optimizer.sgd(config, schedule)
 

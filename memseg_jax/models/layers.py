@@ -19,6 +19,7 @@ Activation = Callable[[Array], Array]
 
 BATCH_NORM_MOMENTUM = 0.9  # share of the old running statistic that is kept
 BATCH_NORM_EPSILON = 1e-5
+LAYER_NORM_EPSILON = 1e-6
 
 
 def activation(name: str) -> Activation:
@@ -102,9 +103,11 @@ def convolve(
     )
 
 
-def torch_uniform(key: Array, shape: tuple[int, ...], dtype: Any = jnp.float32) -> Array:
-    """PyTorch's default kernel initialisation: uniform in +-1/sqrt(fan in)."""
-    bound = 1.0 / np.sqrt(np.prod(shape[:-1]))
+def torch_uniform(
+    key: Array, shape: tuple[int, ...], dtype: Any = jnp.float32, fan_in: int | None = None
+) -> Array:
+    """PyTorch's default initialisation: uniform in +-1/sqrt(fan in); None: that of a kernel."""
+    bound = 1.0 / np.sqrt(fan_in or np.prod(shape[:-1]))
     return jax.random.uniform(key, shape, dtype, -bound, bound)
 
 
@@ -154,9 +157,15 @@ class BatchNorm(nn.Module):
     Normalises with the biased batch variance; the running variance receives the unbiased one.
     Under `jit` the batch is the global batch, so the statistics are those of all devices.
     Statistics are computed in float32, in two passes (a one-pass variance loses digits).
+
+    Attributes:
+        dtype: compute type.
+        updates: how often the running statistics move in a step; the reference applies some layers
+            several times to the same input.
     """
 
     dtype: Any = jnp.float32
+    updates: int = 1
 
     @nn.compact
     def __call__(self, x: Array, *, train: bool) -> Array:
@@ -172,7 +181,7 @@ class BatchNorm(nn.Module):
             mean = jnp.mean(x32, axis=(0, 1, 2))
             var = jnp.mean(jnp.square(x32 - mean), axis=(0, 1, 2))
             if not self.is_initializing():
-                keep = BATCH_NORM_MOMENTUM
+                keep = BATCH_NORM_MOMENTUM**self.updates
                 unbiased = var * (count / max(count - 1, 1))
                 running_mean.value = keep * running_mean.value + (1 - keep) * mean
                 running_var.value = keep * running_var.value + (1 - keep) * unbiased
@@ -182,22 +191,58 @@ class BatchNorm(nn.Module):
         return y.astype(self.dtype)
 
 
-class ConvNorm(nn.Module):
-    """Convolution without bias, batch normalisation, activation."""
+class LayerNorm(nn.Module):
+    """Normalises every position over its channels (the last axis), with statistics in float32."""
+
+    dtype: Any = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: Array) -> Array:
+        """[..., channels] -> [..., channels]."""
+        scale = self.param("scale", nn.initializers.ones, (x.shape[-1],))
+        bias = self.param("bias", nn.initializers.zeros, (x.shape[-1],))
+        x32 = x.astype(jnp.promote_types(x.dtype, jnp.float32))
+        centred = x32 - jnp.mean(x32, axis=-1, keepdims=True)
+        variance = jnp.mean(jnp.square(centred), axis=-1, keepdims=True)
+        y = centred * lax.rsqrt(variance + LAYER_NORM_EPSILON) * scale + bias
+        return y.astype(self.dtype)
+
+
+class Linear(nn.Module):
+    """Affine map of the channels, initialised as PyTorch's convolutions and linear layers are."""
 
     features: int
+    dtype: Any = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: Array) -> Array:
+        """[..., channels] -> [..., features]."""
+        shape = (x.shape[-1], self.features)
+        kernel = self.param("kernel", torch_uniform, shape)
+        bias = self.param("bias", torch_uniform, (self.features,), jnp.float32, x.shape[-1])
+        return x.astype(self.dtype) @ kernel.astype(self.dtype) + bias.astype(self.dtype)
+
+
+class ConvNorm(nn.Module):
+    """Convolution without bias, batch normalisation, activation.
+
+    `features` None keeps the number of channels; for `norm_updates` see `BatchNorm`.
+    """
+
+    features: int | None
     kernel_size: int = 1
     stride: int = 1
     dilation: int = 1
     groups: int = 1
     activation: str = "relu"
+    norm_updates: int = 1
     dtype: Any = jnp.float32
 
     @nn.compact
     def __call__(self, x: Array, *, train: bool, extent: Extent | None = None) -> Array:
         """[batch, height, width, channels] -> [batch, height', width', features]."""
         x = Conv(
-            self.features,
+            self.features or x.shape[-1],
             self.kernel_size,
             self.stride,
             self.dilation,
@@ -205,7 +250,7 @@ class ConvNorm(nn.Module):
             dtype=self.dtype,
             name="conv",
         )(x)
-        x = BatchNorm(dtype=self.dtype, name="norm")(x, train=train)
+        x = BatchNorm(self.dtype, self.norm_updates, name="norm")(x, train=train)
         return apply_extent(activation(self.activation)(x), extent)
 
 

@@ -5,13 +5,9 @@ from typing import Any
 import flax.linen as nn
 import jax.numpy as jnp
 
+from memseg_jax.models.backbone import Backbone
 from memseg_jax.models.layers import Array, ConvNorm, Extent, apply_extent, max_pool, tap
 
-VARIANTS = {
-    "resnet18": ("basic", (2, 2, 2, 2)),
-    "resnet50": ("bottleneck", (3, 4, 6, 3)),
-    "resnet101": ("bottleneck", (3, 4, 23, 3)),
-}
 STRIDES = (1, 2, 1, 1)
 DILATIONS = (1, 1, 2, 4)
 
@@ -76,21 +72,30 @@ class Bottleneck(nn.Module):
         return nn.relu(y + shortcut)
 
 
-class ResNet(nn.Module):
+VARIANTS = {
+    "resnet18": (BasicBlock, (2, 2, 2, 2)),
+    "resnet50": (Bottleneck, (3, 4, 6, 3)),
+    "resnet101": (Bottleneck, (3, 4, 23, 3)),
+}
+
+
+class ResNet(Backbone):
     """ResNet whose last two stages are dilated instead of strided.
 
     Attributes:
-        variant: a key of `VARIANTS`.
+        variant: a key of `variants`.
         width: multiplies the number of channels; 1.0 is the published network.
         dtype: compute type.
+        variants: block and number of blocks of every stage, by name.
+        stem_channels: output channels of the three stem convolutions.
     """
 
     variant: str
     width: float = 1.0
     dtype: Any = jnp.float32
 
-    output_stride = 8
-    auxiliary_levels = (2,)  # the maps that get an auxiliary head
+    variants = VARIANTS
+    stem_channels = (32, 32, 64)
 
     @nn.compact
     def __call__(
@@ -103,10 +108,9 @@ class ResNet(nn.Module):
             train: use and update batch statistics.
             extent: the real part of padded images.
         """
-        block_name, depths = VARIANTS[self.variant]
-        block = {"basic": BasicBlock, "bottleneck": Bottleneck}[block_name]
+        block, depths = self.variants[self.variant]
         kw = {"train": train, "extent": extent}
-        stem = [max(int(c * self.width), 1) for c in (32, 32, 64)]
+        stem = [max(int(c * self.width), 1) for c in self.stem_channels]
         x = ConvNorm(stem[0], 3, 2, dtype=self.dtype, name="stem_0")(x, **kw)
         x = ConvNorm(stem[1], 3, dtype=self.dtype, name="stem_1")(x, **kw)
         x = ConvNorm(stem[2], 3, dtype=self.dtype, name="stem_2")(x, **kw)

@@ -1,9 +1,8 @@
 """The segmentor: backbone, ASPP, bottleneck, two decoders, feature memory, auxiliary head."""
 
+import functools
 import importlib
-import importlib.util
 import pkgutil
-import re
 from typing import Any
 
 import flax.linen as nn
@@ -13,7 +12,16 @@ import ml_collections
 import memseg_jax.models
 from memseg_jax.errors import UserError
 from memseg_jax.models.aspp import ASPP
-from memseg_jax.models.layers import Array, Classifier, ConvNorm, Extent, apply_extent, tap
+from memseg_jax.models.backbone import Backbone
+from memseg_jax.models.layers import (
+    Array,
+    Classifier,
+    ConvNorm,
+    Extent,
+    LayerNorm,
+    apply_extent,
+    tap,
+)
 from memseg_jax.models.memory import MemoryModule
 
 
@@ -41,13 +49,38 @@ class Decoder(nn.Module):
         return classifier(x, train=train)
 
 
+class UpsamplingDecoder(nn.Module):
+    """The auxiliary head of a ViT: two 3x3 convolutions, a nearest x4 after each, a classifier."""
+
+    features: int
+    num_classes: int
+    dropout: float
+    activation: str
+    dtype: Any
+
+    @nn.compact
+    def __call__(self, x: Array, *, train: bool, extent: Extent | None = None) -> Array:
+        """[batch, h, w, channels] -> float32 logits [batch, 16 h, 16 w, classes]."""
+        for index in (0, 1):
+            x = ConvNorm(
+                self.features,
+                3,
+                activation=self.activation,
+                dtype=self.dtype,
+                name=f"project_{index}",
+            )(x, train=train, extent=extent)
+            x = jnp.repeat(jnp.repeat(x, 4, axis=1), 4, axis=2)
+        classify = Classifier(self.num_classes, self.dropout, self.dtype, name="full_classifier")
+        return classify(x, train=train)
+
+
 class Segmentor(nn.Module):
     """DeepLabV3 with a dataset-level feature memory, or without one (`memory_enabled=False`).
 
     Without memory it is plain DeepLabV3: ASPP, dropout, classifier, auxiliary head.
     """
 
-    backbone: nn.Module
+    backbone: Backbone
     num_classes: int
     feature_dim: int
     aspp_dim: int
@@ -60,7 +93,13 @@ class Segmentor(nn.Module):
     slots: int
     hard: bool
     within_image_context: bool
+    downsample: int = 1
     dtype: Any = jnp.float32
+
+    @property
+    def output_stride(self) -> int:
+        """Pixels of the input per position of the logits, in each direction."""
+        return self.backbone.output_stride * self.downsample
 
     def setup(self) -> None:
         """Names the parts as the PyTorch reference does, where it has them."""
@@ -77,10 +116,18 @@ class Segmentor(nn.Module):
             self.decoder_stage2 = Decoder(*decoder, **kw)
         else:
             self.classifier = Classifier(self.num_classes, self.dropout, self.dtype)
+        if self.backbone.normalise_maps:
+            self.norm_layers = [LayerNorm(dtype=self.dtype) for _ in range(4)]
+        if self.downsample > 1:
+            # The reference lists the map four times and applies this layer to each entry.
+            self.downsampling = ConvNorm(None, 3, self.downsample, norm_updates=4, **kw)
         if self.auxiliary:
+            if self.backbone.auxiliary_upsampling:
+                head = functools.partial(UpsamplingDecoder, self.feature_dim, self.num_classes)
+            else:
+                head = functools.partial(Decoder, self.feature_dim, self.num_classes, 3)
             self.auxiliary_decoders = [
-                Decoder(self.feature_dim, self.num_classes, 3, self.dropout, **kw)
-                for _ in self.backbone.auxiliary_levels
+                head(self.dropout, **kw) for _ in self.backbone.auxiliary_levels
             ]
 
     def memory_shape(self) -> tuple[int, int, int]:
@@ -124,6 +171,13 @@ class Segmentor(nn.Module):
         """
         on = {"train": train, "extent": extent}
         maps = self.backbone(apply_extent(images, extent), **on)
+        if self.backbone.normalise_maps:
+            maps = [norm(x) for norm, x in zip(self.norm_layers, maps)]
+            for index, x in enumerate(maps):
+                tap(self, f"norm_layers.{index}", x.reshape(x.shape[0], -1, x.shape[-1]))
+        if self.downsample > 1:
+            maps = [self.downsampling(maps[-1], **on)]
+            tap(self, "downsample_backbone", maps[-1])
         out: dict[str, Any] = {"context": self.context(maps[-1], **on), "auxiliary": []}
         if self.memory_enabled:
             out["memory_input"] = self.bottleneck(maps[-1], **on)
@@ -192,25 +246,22 @@ class Segmentor(nn.Module):
         return self.decoder_stage2(rows[:, None, None, :], train=train)[:, 0, 0]
 
 
-def build_backbone(name: str, width: float, dtype: Any) -> nn.Module:
-    """Returns the backbone `name`: the leading letters name its module in `memseg_jax.models`.
+def build_backbone(name: str, width: float, dtype: Any) -> Backbone:
+    """Returns the backbone `name`, from whichever module of `memseg_jax.models` has it.
 
     A backbone module has `VARIANTS` (by name) and `build(name, width, dtype)`, which returns a
-    Linen module with `output_stride`, `auxiliary_levels` and
-    `__call__(images, *, train, extent) -> feature maps`.
+    `Backbone`.
 
     Raises:
         UserError: there is no such backbone; the message lists those there are.
     """
-    family = re.match(r"[a-z]*", name).group()
-    if family and importlib.util.find_spec(f"memseg_jax.models.{family}"):
-        module = importlib.import_module(f"memseg_jax.models.{family}")
-        if name in getattr(module, "VARIANTS", {}):
-            return module.build(name, width, dtype)
-    names = []
+    names: list[str] = []
     for info in pkgutil.iter_modules(memseg_jax.models.__path__):
         module = importlib.import_module(f"memseg_jax.models.{info.name}")
-        names += getattr(module, "VARIANTS", {})
+        variants = getattr(module, "VARIANTS", {})
+        if name in variants:
+            return module.build(name, width, dtype)
+        names += variants
     raise UserError(
         f"config.model.backbone is {name!r}; expected one of {', '.join(sorted(names))}"
     )
@@ -232,6 +283,8 @@ def build_segmentor(config: ml_collections.ConfigDict) -> Segmentor:
         raise UserError(
             f"config.model.activation is {model.activation!r}; expected 'relu' or 'leaky_relu'"
         )
+    if model.downsample not in (1, 2):
+        raise UserError(f"config.model.downsample is {model.downsample}; expected 1 or 2")
     if memory.slots < 1:
         raise UserError(f"config.model.memory.slots is {memory.slots}; expected 1 or more")
     num_classes = len(config.data.class_names)
@@ -255,5 +308,6 @@ def build_segmentor(config: ml_collections.ConfigDict) -> Segmentor:
         slots=memory.slots,
         hard=memory.hard,
         within_image_context=memory.within_image_context,
+        downsample=model.downsample,
         dtype=dtype,
     )

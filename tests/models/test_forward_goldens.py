@@ -11,15 +11,23 @@ from memseg_jax.models.segmentor import build_segmentor
 from tests.goldens import golden_files, load, rule_image, take_slice
 from tests.reference_models import reference_config, rule_variables, taps_of
 
+# Compiling an HRNet and drawing the weights of a ViT take long.
+CASES = [
+    pytest.param(
+        name, marks=[pytest.mark.slow] if name.startswith(("forward/hr", "forward/vit")) else []
+    )
+    for name in golden_files("forward")
+]
 
-@functools.lru_cache(maxsize=2)
+
+@functools.lru_cache(maxsize=1)
 def reference_model(name):
     model = build_segmentor(reference_config(name))
     return model, rule_variables(model)
 
 
 @pytest.mark.golden
-@pytest.mark.parametrize("name", golden_files("forward"))
+@pytest.mark.parametrize("name", CASES)
 def test_forward_equals_the_reference(name):
     case = pathlib.Path(name).stem
     model_name, size = case.split("__")

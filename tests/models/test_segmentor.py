@@ -58,6 +58,12 @@ def published(model, enabled=True):
         ("resnet50os8_cityscapes", 91_209_113, 9_728),
         ("resnet50os8_cocostuff10k", 91_459_970, 93_184),
         ("resnet50os8_lip", 91_210_652, 10_240),
+        ("resnest101os8_ade20k", 114_109_474, 76_800),
+        ("resnest101os8_cocostuff10k", 114_158_722, 93_184),
+        ("hrnetv2w48_ade20k", 102_574_444, 76_800),
+        ("hrnetv2w48_lip", 107_108_104, 10_240),
+        ("vitlarge_ade20k", 368_790_254, 76_800),
+        ("vitlarge_cocostuff10k_2021", 368_684_942, 93_184),
     ],
 )
 def test_trainable_parameters_of_the_published_models(model, parameters, memory):

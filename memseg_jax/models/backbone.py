@@ -1,0 +1,33 @@
+"""What every backbone offers, so that the segmentor need not know which one it has."""
+
+import flax.linen as nn
+
+from memseg_jax.models.layers import Array, Extent
+
+
+class Backbone(nn.Module):
+    """Base of all backbones; a subclass overrides what is different.
+
+    Attributes:
+        output_stride: pixels per position of the last map, in each direction.
+        auxiliary_levels: the maps that get an auxiliary head.
+        auxiliary_upsampling: whether those heads work at full resolution (ViT).
+        normalise_maps: whether each of the four maps goes through a layer normalisation (ViT).
+        supports_extent: whether padded images give the numbers of the exact size.
+    """
+
+    output_stride = 8
+    auxiliary_levels = (2,)
+    auxiliary_upsampling = False
+    normalise_maps = False
+    supports_extent = True
+
+    def __call__(self, x: Array, *, train: bool, extent: Extent | None = None) -> tuple[Array, ...]:
+        """Returns feature maps, coarsest last.
+
+        Args:
+            x: normalised images [batch, height, width, 3].
+            train: use and update batch statistics.
+            extent: the real part of padded images.
+        """
+        raise NotImplementedError

@@ -1,0 +1,150 @@
+"""HRNetV2-W48: parallel branches at strides 4, 8, 16, 32 that exchange what they have seen.
+
+Wang et al., "Deep High-Resolution Representation Learning for Visual Recognition", section 3,
+with the details of the PyTorch reference.
+"""
+
+from typing import Any
+
+import flax.linen as nn
+import jax.numpy as jnp
+
+from memseg_jax.models.backbone import Backbone
+from memseg_jax.models.layers import Array, ConvNorm, Extent, resize_bilinear, tap
+from memseg_jax.models.resnet import BasicBlock, Bottleneck
+
+# Is there a ReLU after the first normalisation of the stem? The ImageNet weights were trained with
+# it, but all published segmentation results of this method were computed without it.
+VARIANTS = {"hrnetv2w48": False, "hrnetv2w48_relu": True}
+BRANCH_WIDTHS = (48, 96, 192, 384)
+MODULES = {2: 1, 3: 4, 4: 3}  # of each stage; stage s has s branches
+BLOCKS = 4  # of the first stage, and of every branch of every module
+
+
+class ExchangeModule(nn.Module):
+    """Residual blocks on every branch, then every branch receives the sum of all of them.
+
+    Attributes:
+        widths: channels of the branches, finest first.
+        dtype: compute type.
+    """
+
+    widths: tuple[int, ...]
+    dtype: Any
+
+    @nn.compact
+    def __call__(self, maps: list[Array], *, train: bool) -> list[Array]:
+        """Maps and returns one [batch, height, width, channels] per branch, shapes unchanged.
+
+        Every branch is half as large (rounded up) as the one before.
+        """
+        branches = []
+        for index, (x, width) in enumerate(zip(maps, self.widths, strict=True)):
+            for block in range(BLOCKS):
+                name = f"branch_{index}_{block}"
+                x = BasicBlock(width, 1, 1, False, self.dtype, name=name)(
+                    x, train=train, extent=None
+                )
+            branches.append(x)
+        fused = []
+        for target in range(len(branches)):
+            total = self._exchange(branches, 0, target, train)
+            for source in range(1, len(branches)):
+                total = total + self._exchange(branches, source, target, train)
+            fused.append(nn.relu(total))
+        return fused
+
+    def _exchange(self, branches: list[Array], source: int, target: int, train: bool) -> Array:
+        """Brings branch `source` to the shape of branch `target`; the last step has no ReLU."""
+        x, name = branches[source], f"fuse_{target}_{source}"
+        kw = {"dtype": self.dtype}
+        if source > target:
+            width = self.widths[target]
+            x = ConvNorm(width, activation="none", name=name, **kw)(x, train=train)
+            # Two interpolations, as in the reference: the first one overshoots where a size was
+            # rounded up on the way down, and then the second one is not the identity.
+            factor = 2 ** (source - target)
+            x = resize_bilinear(x, (x.shape[1] * factor, x.shape[2] * factor))
+            return resize_bilinear(x, branches[target].shape[1:3])
+        for step in range(target - source):
+            last = step == target - source - 1
+            x = ConvNorm(
+                self.widths[target if last else source],
+                3,
+                2,
+                activation="none" if last else "relu",
+                name=f"{name}_{step}",
+                **kw,
+            )(x, train=train)
+        return x
+
+
+class HRNet(Backbone):
+    """HRNetV2: the concatenation of four branches at the resolution of the finest one.
+
+    Attributes:
+        variant: a key of `VARIANTS`.
+        width: multiplies the number of channels; 1.0 is the published network.
+        dtype: compute type.
+    """
+
+    variant: str
+    width: float = 1.0
+    dtype: Any = jnp.float32
+
+    output_stride = 4
+    auxiliary_levels = ()
+    # Interpolating from a coarse branch looks at what lies beyond the end of the image.
+    supports_extent = False
+
+    @nn.compact
+    def __call__(self, x: Array, *, train: bool, extent: Extent | None = None) -> tuple[Array]:
+        """Returns one feature map: [batch, ceil(height / 4), ceil(width / 4), 720].
+
+        Args:
+            x: normalised images [batch, height, width, 3].
+            train: use and update batch statistics.
+            extent: must be None; images of this network cannot be padded.
+
+        Raises:
+            ValueError: an extent is given.
+        """
+        if extent is not None:
+            raise ValueError("HRNet takes images of their own size, without padding (extent)")
+        kw = {"dtype": self.dtype}
+        stem = max(int(64 * self.width), 1)
+        widths = [max(int(channels * self.width), 1) for channels in BRANCH_WIDTHS]
+        x = ConvNorm(stem, 3, 2, activation="none", name="conv1", **kw)(x, train=train)
+        tap(self, "stem_bn1", x)
+        if VARIANTS[self.variant]:
+            x = nn.relu(x)
+        x = ConvNorm(stem, 3, 2, name="conv2", **kw)(x, train=train)
+        for index in range(BLOCKS):
+            block = Bottleneck(stem, 1, 1, index == 0, self.dtype, name=f"layer1_{index}")
+            x = block(x, train=train, extent=None)
+        tap(self, "layer1", x)
+        # Stage 2 starts two branches from the one map; later stages keep their branches and start
+        # one more from the coarsest.
+        maps = [ConvNorm(widths[0], 3, name="transition1_0", **kw)(x, train=train)]
+        coarsest = x
+        for stage, modules in MODULES.items():
+            name = f"transition{stage - 1}_{stage - 1}"
+            start = ConvNorm(widths[stage - 1], 3, 2, name=name, **kw)
+            maps.append(start(coarsest, train=train))
+            for index in range(modules):
+                exchange = ExchangeModule(
+                    tuple(widths[:stage]), self.dtype, name=f"stage{stage}_{index}"
+                )
+                maps = exchange(maps, train=train)
+            for branch, feature in enumerate(maps):
+                tap(self, f"stage{stage}.{branch}", feature)
+            coarsest = maps[-1]
+        size = maps[0].shape[1:3]
+        features = jnp.concatenate([resize_bilinear(m, size) for m in maps], axis=-1)
+        tap(self, "backbone.0", features)
+        return (features,)
+
+
+def build(variant: str, width: float = 1.0, dtype: Any = jnp.float32) -> HRNet:
+    """Returns the backbone called `variant`; see `memseg_jax.models.segmentor.build_backbone`."""
+    return HRNet(variant, width, dtype)

@@ -1,0 +1,161 @@
+"""ViT-Large with patches of 16x16 pixels: a plain transformer that hands out four feature maps."""
+
+from typing import Any
+
+import flax.linen as nn
+import jax.numpy as jnp
+
+from memseg_jax.models.attention import attend
+from memseg_jax.models.backbone import Backbone
+from memseg_jax.models.layers import (
+    Array,
+    Extent,
+    LayerNorm,
+    Linear,
+    resize_bilinear,
+    tap,
+    torch_uniform,
+)
+
+PATCH = 16
+CHANNELS = 1024
+HEAD_CHANNELS = 64
+
+# Side of the square grid of learned positions: the training image size over 16. "vitlarge_473" is
+# the form of the COCO-Stuff model released in 2021, whose table was made for 473x473 images.
+VARIANTS = {"vitlarge": 512 // PATCH, "vitlarge_473": 473 // PATCH}
+
+
+class PatchProjection(nn.Module):
+    """Projects every 16x16 patch to one token: a convolution whose stride is its kernel size."""
+
+    features: int
+    dtype: Any
+
+    @nn.compact
+    def __call__(self, x: Array) -> Array:
+        """[batch, height, width, channels] -> [batch, height / 16, width / 16, features].
+
+        Args:
+            x: images whose sides are multiples of 16.
+        """
+        batch, height, width, channels = x.shape
+        shape = (PATCH, PATCH, channels, self.features)
+        kernel = self.param("kernel", torch_uniform, shape).astype(self.dtype)
+        fan_in = PATCH * PATCH * channels
+        bias = self.param("bias", torch_uniform, (self.features,), jnp.float32, fan_in)
+        grid = (batch, height // PATCH, PATCH, width // PATCH, PATCH, channels)
+        patches = x.astype(self.dtype).reshape(grid).transpose(0, 1, 3, 2, 4, 5)
+        patches = patches.reshape(*patches.shape[:3], fan_in)
+        return patches @ kernel.reshape(fan_in, self.features) + bias.astype(self.dtype)
+
+
+class Block(nn.Module):
+    """Multi-head self-attention and an MLP, each on normalised tokens and with a shortcut."""
+
+    dtype: Any
+
+    @nn.compact
+    def __call__(self, x: Array) -> Array:
+        """[batch, tokens, channels] -> [batch, tokens, channels]."""
+        batch, tokens, channels = x.shape
+        heads = channels // HEAD_CHANNELS
+        qkv = Linear(3 * channels, self.dtype, name="in_proj")(LayerNorm(self.dtype, name="ln1")(x))
+        # Heads do not see each other: to the attention they are images of their own.
+        qkv = qkv.reshape(batch, tokens, 3, heads, HEAD_CHANNELS).transpose(2, 0, 3, 1, 4)
+        query, key, value = qkv.reshape(3, batch * heads, tokens, HEAD_CHANNELS)
+        gathered = attend(query, key, value).reshape(batch, heads, tokens, HEAD_CHANNELS)
+        gathered = gathered.transpose(0, 2, 1, 3).reshape(batch, tokens, channels)
+        x = x + Linear(channels, self.dtype, name="out_proj")(gathered)
+        y = Linear(4 * channels, self.dtype, name="ffn_0")(LayerNorm(self.dtype, name="ln2")(x))
+        y = nn.gelu(y, approximate=False)
+        return x + Linear(channels, self.dtype, name="ffn_1")(y)
+
+
+def fit_positions(table: Array, grid: tuple[int, int]) -> Array:
+    """The position table for the tokens of one image size.
+
+    As in the PyTorch reference, what decides is the NUMBER of tokens: an image of 256x1024 has as
+    many as one of 512x512, and takes the 32x32 table as it is, one row of the table after the
+    other, although its grid is 16x64.
+
+    Args:
+        table: [1, 1 + side * side, channels]: the class token's entry, then the square's rows.
+        grid: tokens along height and width.
+
+    Returns:
+        [1, 1 + height * width, channels].
+    """
+    if table.shape[1] == 1 + grid[0] * grid[1]:
+        return table
+    side = int((table.shape[1] - 1) ** 0.5)
+    square = table[:, 1:].reshape(1, side, side, -1)
+    resized = resize_bilinear(square, grid).reshape(1, grid[0] * grid[1], -1)
+    return jnp.concatenate([table[:, :1], resized], axis=1)
+
+
+class ViT(Backbone):
+    """Vision transformer without a final normalisation.
+
+    Attributes:
+        grid: side of the square of learned positions.
+        width: multiplies the number of channels, in steps of one head of 64; 1.0 is ViT-Large.
+        dtype: compute type.
+        outputs: blocks whose results are handed out, counted from 0; the last one ends the network.
+    """
+
+    grid: int
+    width: float = 1.0
+    dtype: Any = jnp.float32
+    outputs: tuple[int, ...] = (9, 14, 19, 23)
+
+    output_stride = PATCH
+    auxiliary_levels = (0, 1, 2)  # the maps that get an auxiliary head
+    auxiliary_upsampling = True  # these heads enlarge their features by 4, twice
+    normalise_maps = True  # the segmentor puts a LayerNorm on every map
+    supports_extent = False  # every token sees all others, those of the padding too
+
+    @nn.compact
+    def __call__(self, x: Array, *, train: bool, extent: Extent | None = None) -> tuple[Array, ...]:
+        """Returns one feature map for each of `outputs`, all at stride 16.
+
+        Args:
+            x: normalised images [batch, height, width, 3]; sides that are no multiples of 16 are
+                continued by zeros at the bottom and at the right.
+            train: makes no difference here: there is no dropout and no batch statistic.
+            extent: has to be None.
+
+        Returns:
+            Maps [batch, ceil(height / 16), ceil(width / 16), channels].
+        """
+        if extent is not None:
+            raise ValueError("ViT cannot leave out the padding of padded images; extent was given")
+        channels = max(round(CHANNELS * self.width / HEAD_CHANNELS), 1) * HEAD_CHANNELS
+        bottom, right = (-size % PATCH for size in x.shape[1:3])
+        x = jnp.pad(x, ((0, 0), (0, bottom), (0, right), (0, 0)))
+        x = PatchProjection(channels, self.dtype, name="patch_projection")(x)
+        tap(self, "patch_embed", x)
+        batch, *grid, _ = x.shape
+
+        zeros = nn.initializers.zeros
+        first = self.param("cls_token", zeros, (1, 1, channels)).astype(self.dtype)
+        table = self.param("pos_embed", zeros, (1, 1 + self.grid**2, channels))
+        first = jnp.broadcast_to(first, (batch, 1, channels))
+        x = jnp.concatenate([first, x.reshape(batch, -1, channels)], axis=1)
+        x = x + fit_positions(table, tuple(grid)).astype(self.dtype)
+        tap(self, "tokens_plus_pos", x)
+
+        maps = []
+        for index in range(self.outputs[-1] + 1):
+            x = Block(self.dtype, name=f"layers_{index}")(x)
+            if index == 0:
+                tap(self, "layer0", x)
+            if index in self.outputs:
+                maps.append(x[:, 1:].reshape(batch, *grid, channels))
+                tap(self, f"backbone.{len(maps) - 1}", maps[-1])
+        return tuple(maps)
+
+
+def build(name: str, width: float = 1.0, dtype: Any = jnp.float32) -> ViT:
+    """Returns the backbone called `name`; see `memseg_jax.models.segmentor.build_backbone`."""
+    return ViT(VARIANTS[name], width, dtype)
