@@ -1,4 +1,4 @@
-"""ADE20K with ResNet-50-D8, as published: 44.39 mIoU (single scale), 45.95 (several scales, flip).
+"""ADE20K with ResNet-50-D8, as published: 44.39 mIoU (single scale), 45.95 (ms + flip).
 
     python -m memseg_jax.main --config configs/ade20k_resnet50.py --config.data.root=DATA
 

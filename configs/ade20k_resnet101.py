@@ -1,0 +1,17 @@
+"""ADE20K with ResNet-101-D8, as published: 45.66 mIoU (single scale), 47.22 (ms + flip).
+
+    python -m memseg_jax.main --config configs/ade20k_resnet101.py --config.data.root=DATA
+
+See `ade20k_resnet50.py` for the folder, and for what random weights mean for the score.
+"""
+
+import ml_collections
+
+from configs import ade20k_resnet50
+
+
+def get_config() -> ml_collections.ConfigDict:
+    """Returns the recipe: that of ResNet-50 with what is different for ResNet-101-D8."""
+    config = ade20k_resnet50.get_config()
+    config.model.backbone = "resnet101"
+    return config

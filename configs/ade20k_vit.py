@@ -1,0 +1,24 @@
+"""ADE20K with ViT-Large, as published: 49.73 mIoU (single scale), 50.99 (ms + flip).
+
+    python -m memseg_jax.main --config configs/ade20k_vit.py --config.data.root=DATA
+
+See `ade20k_resnet50.py` for the folder, and for what random weights mean for the score.
+"""
+
+import ml_collections
+
+from configs import ade20k_resnet50
+
+
+def get_config() -> ml_collections.ConfigDict:
+    """Returns the recipe: that of ResNet-50 with what is different for ViT-Large."""
+    config = ade20k_resnet50.get_config()
+    config.model.backbone = "vitlarge"
+    config.model.aspp_dilations = (1, 6, 12, 18)
+    config.optimizer.weight_decay = 0.0
+    config.optimizer.multipliers.backbone = (0.1, 0.1)
+    config.eval.mode = "slide"
+    config.eval.window = (512, 512)
+    config.eval.stride = (341, 341)
+    config.eval.softmax_before_resize = True
+    return config
