@@ -5,17 +5,15 @@ data set. It does not stop at a bad file, and its memory does not grow with the 
 """
 
 import collections
-import concurrent.futures
 import dataclasses
-import itertools
 import sys
-from collections.abc import Iterator
 
 import numpy as np
 from tqdm import tqdm
 
 from memseg_jax.data import IGNORE_LABEL, open_split
 from memseg_jax.data.images import LabelValueError, value_advice
+from memseg_jax.data.reading import map_ahead
 from memseg_jax.errors import UserError
 
 _SHOWN_MESSAGES = 20  # bad samples that are reported with their message ...
@@ -101,7 +99,7 @@ def check_split(source, split: str, num_classes: int, threads: int = 1) -> Split
     report = SplitReport(split, len(source))
     # The bar goes to the terminal only; a log file gets the report alone.
     results = tqdm(
-        _read_all(source, num_classes, max(1, threads)),
+        map_ahead(lambda index: _read_one(source, index, num_classes), range(len(source)), threads),
         total=len(source),
         desc=f"checking {split}",
         unit="image",
@@ -118,23 +116,6 @@ def check_split(source, split: str, num_classes: int, threads: int = 1) -> Split
         report.images_with += pixels > 0
         report.unlabelled += not pixels[:num_classes].any()
     return report
-
-
-def _read_all(source, num_classes: int, threads: int) -> Iterator:
-    """Yields the result of `_read_one` for all samples in order; few are held at a time."""
-    pool = concurrent.futures.ThreadPoolExecutor(threads)
-    try:
-        indices = iter(range(len(source)))
-        waiting = collections.deque(
-            pool.submit(_read_one, source, index, num_classes)
-            for index in itertools.islice(indices, 2 * threads)
-        )
-        while waiting:
-            yield waiting.popleft().result()
-            for index in itertools.islice(indices, 1):
-                waiting.append(pool.submit(_read_one, source, index, num_classes))
-    finally:
-        pool.shutdown(cancel_futures=True)
 
 
 def _read_one(source, index: int, num_classes: int):

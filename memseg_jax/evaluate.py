@@ -1,12 +1,10 @@
 """The evaluate mode: segments the evaluation split and scores it."""
 
-import collections
-import concurrent.futures
 import dataclasses
 import logging
 import pathlib
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 import jax
@@ -15,6 +13,7 @@ import numpy as np
 
 from memseg_jax import checkpoint, metrics, visualize
 from memseg_jax.data import open_split
+from memseg_jax.data.reading import map_ahead
 from memseg_jax.errors import UserError
 from memseg_jax.inference import Predictor
 from memseg_jax.models.segmentor import build_segmentor
@@ -68,7 +67,7 @@ def evaluate_source(predictor: Predictor, source: Any, num_classes: int, threads
     examples: dict[int, tuple[np.ndarray, np.ndarray, np.ndarray]] = {}
 
     def images() -> Iterator[tuple[int, np.ndarray]]:
-        for index, sample in enumerate(read_ahead(source, range(count), threads)):
+        for index, sample in enumerate(map_ahead(source.__getitem__, range(count), threads)):
             waiting[index] = sample
             yield index, sample["image"]
 
@@ -87,22 +86,6 @@ def evaluate_source(predictor: Predictor, source: Any, num_classes: int, threads
         [examples[index] for index in sorted(examples)],
         time.monotonic() - start,
     )
-
-
-def read_ahead(source: Any, indices: Iterable[int], threads: int) -> Iterator[dict]:
-    """Yields `source[index]` in order while threads read the next ones."""
-    with concurrent.futures.ThreadPoolExecutor(max(threads, 1)) as pool:
-        pending: collections.deque = collections.deque()
-        try:
-            for index in indices:
-                pending.append(pool.submit(source.__getitem__, index))
-                if len(pending) > threads:
-                    yield pending.popleft().result()
-            while pending:
-                yield pending.popleft().result()
-        finally:
-            for future in pending:
-                future.cancel()
 
 
 def report(

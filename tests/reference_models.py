@@ -1,6 +1,7 @@
 """Our models with the weights that the rule of the golden numbers gives them."""
 
 import re
+import zlib
 
 import jax
 import numpy as np
@@ -77,3 +78,19 @@ def taps_of(model: Segmentor, variables: dict, images: np.ndarray) -> dict[str, 
         )
         for path, value in taps.items()
     }
+
+
+def reference_list(variables: dict) -> dict[str, str]:
+    """{name in the reference: shape in its layout, as "64x3x3x3"} of a backbone's variables."""
+    lines = {}
+    for path, leaf in names.flatten(variables).items():
+        key = names.torch_key(path.replace("/", "/backbone/", 1))
+        assert key not in lines
+        lines[key] = "x".join(map(str, names.torch_shape(leaf.shape)))
+    return lines
+
+
+def checksum(lines: dict[str, str]) -> int:
+    """One number for a whole list of names and shapes."""
+    text = "\n".join(f"{key} {shape}" for key, shape in sorted(lines.items()))
+    return zlib.crc32(text.encode())

@@ -11,6 +11,9 @@ from memseg_jax.models.segmentor import build_segmentor
 from tests.goldens import golden_files, load, rule_image, take_slice
 from tests.reference_models import reference_config, rule_variables, taps_of
 
+BACKBONE_TAP = (
+    r"stem|stem_bn1|maxpool|layer\d(_block\d)?|stage\d\.\d|backbone\.\d|patch_embed|tokens_plus_pos"
+)
 # Compiling an HRNet and drawing the weights of a ViT take long.
 CASES = [
     pytest.param(
@@ -44,7 +47,9 @@ def test_forward_equals_the_reference(name):
         value = taps[tap]
         assert value.shape == tuple(golden[f"{tap}__shape"]), tap
         std = golden[f"{tap}__stats"][1]
-        limit = 3e-3 if tap.startswith("selfatt_") else 1e-3
+        # In the backbone rounding stays below 1e-5; an approximate GELU, for one, shows as 6e-4.
+        limit = 1e-4 if re.fullmatch(BACKBONE_TAP, tap) else 1e-3
+        limit = 3e-3 if tap.startswith("selfatt_") else limit
         limit = 2e-4 if tap.endswith("logits") else limit
         worst = np.abs(take_slice(value, 512) - golden[f"{tap}__slice"]).max()
         assert worst <= limit * std, f"{tap}: {worst / std:.1e} of its standard deviation"

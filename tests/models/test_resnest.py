@@ -1,9 +1,6 @@
 """ResNeSt-101: names and sizes of its tensors, its pools, padding, the reference's numbers."""
 
 import functools
-import pathlib
-import re
-import zlib
 
 import jax
 import jax.numpy as jnp
@@ -13,10 +10,8 @@ import pytest
 from converters import names
 from memseg_jax.models import resnest
 from memseg_jax.models.layers import Extent, apply_extent
-from tests.goldens import golden_files, load, rule_array, rule_image, take_slice
+from tests.reference_models import checksum, reference_list
 from tests.small_models import fast_jit, random_tree
-
-BACKBONE_TAP = re.compile(r"(stem|maxpool|layer\d_block0|backbone\.\d)__slice")
 
 
 class ShortResNeSt(resnest.ResNeSt):
@@ -31,10 +26,6 @@ def abstract(model):
     images = jax.ShapeDtypeStruct((1, 32, 32, 3), jnp.float32)
     tree = jax.eval_shape(functools.partial(model.init, train=False), key, images)
     return {kind: tree[kind] for kind in ("params", "batch_stats")}
-
-
-def reference_name(path):
-    return names.torch_key(path.replace("/", "/backbone/", 1))
 
 
 @functools.cache
@@ -52,11 +43,7 @@ def draw_images(*size, seed=0):
 
 def test_the_tensors_are_those_of_the_reference():
     variables = abstract(resnest.build("resnest101"))
-    lines = {}
-    for path, leaf in names.flatten(variables).items():
-        key = reference_name(path)
-        assert key not in lines
-        lines[key] = "x".join(map(str, names.torch_shape(leaf.shape)))
+    lines = reference_list(variables)
     assert lines["backbone_net.stem.6.weight"] == "128x64x3x3"
     assert lines["backbone_net.layer1.0.downsample.1.weight"] == "256x128x1x1"
     assert lines["backbone_net.layer1.0.downsample.2.running_mean"] == "256"
@@ -69,8 +56,7 @@ def test_the_tensors_are_those_of_the_reference():
     assert sum(leaf.size for leaf in jax.tree.leaves(variables["params"])) == 46_226_016
     # The checksum of the complete list of the reference (without its counters of batches).
     assert len(lines) == 794
-    text = "\n".join(f"{key} {shape}" for key, shape in sorted(lines.items()))
-    assert zlib.crc32(text.encode()) == 0x37C57ADB
+    assert checksum(lines) == 0x37C57ADB
 
 
 @pytest.mark.parametrize("size", [(64, 64), (97, 129), (1, 1)])
@@ -172,41 +158,3 @@ def test_every_parameter_gets_a_gradient_and_every_statistic_moves():
     old = names.flatten(variables["batch_stats"])
     for path, value in names.flatten(statistics).items():
         assert np.any(value != old[path]), path
-
-
-# ---- the reference's numbers -----------------------------------------------------------------
-
-
-@functools.cache
-def rule_backbone():
-    """The backbone, and its variables filled by the rule under the reference's names."""
-    model = resnest.build("resnest101")
-    filled = {}
-    for path, leaf in names.flatten(abstract(model)).items():
-        value = rule_array(reference_name(path), names.torch_shape(leaf.shape))
-        filled[path] = names.from_torch_layout(value)
-    return model, names.unflatten(filled)
-
-
-@pytest.mark.golden
-@pytest.mark.slow
-@pytest.mark.parametrize("name", [n for n in golden_files("forward") if "/resnest101os8" in n])
-def test_the_backbone_equals_the_reference(name):
-    case = pathlib.Path(name).stem
-    shape = tuple(int(n) for n in case.split("__")[1].split("x"))
-    golden = load(name)
-    model, variables = rule_backbone()
-    images = rule_image(f"image:{case}", shape)
-    np.testing.assert_array_equal(images.reshape(-1)[:8], golden["image_check"])
-    apply = fast_jit(functools.partial(model.apply, train=False, mutable=["taps"]))
-    _, taps = apply(variables, images.transpose(0, 2, 3, 1))
-
-    expected = {match[1] for match in map(BACKBONE_TAP.fullmatch, golden) if match}
-    assert expected == set(taps["taps"])
-    for tap, value in taps["taps"].items():
-        value = np.asarray(value).transpose(0, 3, 1, 2)
-        assert value.shape == tuple(golden[f"{tap}__shape"]), tap
-        worst = np.abs(take_slice(value, 512) - golden[f"{tap}__slice"]).max()
-        relative = worst / golden[f"{tap}__stats"][1]
-        print(f"{case} {tap}: {relative:.1e}")
-        assert relative <= 1e-3, f"{tap}: {relative:.1e} of its standard deviation"
