@@ -11,7 +11,7 @@ from memseg_jax.inference import check_evaluation
 from memseg_jax.models.segmentor import build_segmentor
 from memseg_jax.state import abstract_state
 
-CONFIGS = Path(__file__).parents[2] / "configs"
+CONFIGS = Path(__file__).parents[1] / "configs"
 BASES = ("__init__", "common", "own_folder")  # not configs by themselves
 NAMES = sorted(path.stem for path in CONFIGS.glob("*.py") if path.stem not in BASES)
 
