@@ -50,6 +50,7 @@ def run(config: ml_collections.ConfigDict, workdir: str) -> None:
     class_names = tuple(config.data.class_names)
     palette = visualize.resolve_palette(config.data.palette, len(class_names))
     train_source = open_split(config.data, config.data.train_split)
+    fingerprint = train_source.fingerprint()
     eval_source = open_split(config.data, config.data.eval_split)
     folder = checkpoint.prepare_workdir(workdir)  # not before: a wrong config leaves no folder
     epoch_steps = steps_per_epoch(len(train_source), batch_size, config.replica_groups)
@@ -76,7 +77,7 @@ def run(config: ml_collections.ConfigDict, workdir: str) -> None:
         state = sharding.place(init_state(model, tx, config.seed), mesh)
     else:
         _, meta = checkpoint.read_meta(folder, "last")
-        run_record.check_same_run(meta, config, train_source.fingerprint())
+        run_record.check_same_run(meta, config, fingerprint)
         state, _ = checkpointer.restore(shapes)
         evaluated = meta["scores"] is not None
         log.info("resuming at step %d of %d", int(state.step), total_steps)
@@ -96,7 +97,7 @@ def run(config: ml_collections.ConfigDict, workdir: str) -> None:
 
     def save(state, scores: dict | None = None) -> None:
         meta = run_record.make_meta(
-            config, int(state.step), class_names, palette, train_source.fingerprint(), scores
+            config, int(state.step), class_names, palette, fingerprint, scores
         )
         checkpointer.save(state, meta, scores["mIoU"] if scores else None)
 

@@ -142,12 +142,9 @@ class Conv(nn.Module):
             groups=self.groups,
         )
         if self.use_bias:
-            bound = 1.0 / np.sqrt(np.prod(shape[:-1]))
-
-            def init(key: Array, shape: tuple[int, ...]) -> Array:
-                return jax.random.uniform(key, shape, jnp.float32, -bound, bound)
-
-            y = y + self.param("bias", init, (self.features,)).astype(self.dtype)
+            fan_in = np.prod(shape[:-1])
+            bias = self.param("bias", torch_uniform, (self.features,), jnp.float32, fan_in)
+            y = y + bias.astype(self.dtype)
         return y
 
 
