@@ -1,8 +1,13 @@
-"""ADE20K with ViT-Large, as published: 49.73 mIoU (single scale), 50.99 (ms + flip).
+r"""ADE20K with ViT-Large, as published: 49.73 mIoU (single scale), 50.99 (ms + flip).
 
-    python -m memseg_jax.main --config configs/ade20k_vit.py --config.data.root=DATA
+    python -m memseg_jax.main --config configs/ade20k_vit.py --config.data.root=DATA \
+        --config.init.backbone=jx_vit_large_p16_384-b3be5167.pth
+    python -m memseg_jax.main --config configs/ade20k_vit.py --config.data.root=DATA \
+        --mode evaluate
 
-See `ade20k_resnet50.py` for the folder, and for what random weights mean for the score.
+Recipe: batch 16, learning rate 0.01, 130 epochs of 1263 steps, crops of 512x512. See
+`ade20k_resnet50.py` for the folder DATA. The published model starts from ImageNet weights: that
+file of release v0.1-vitjx of https://github.com/rwightman/pytorch-image-models
 """
 
 import ml_collections

@@ -7,6 +7,8 @@ example `--config.train.batch_size=8`.
 
 import ml_collections
 
+from memseg_jax.errors import UserError
+
 
 def get_config() -> ml_collections.ConfigDict:
     """Returns the defaults (DeepLabV3 + feature memory, ResNet-50, 512x512 crops)."""
@@ -17,6 +19,11 @@ def get_config() -> ml_collections.ConfigDict:
     # global batch is split into this many equal groups and both are computed per group. 1 is
     # the plain form; the published models were trained with 8.
     config.replica_groups = 1
+
+    config.init = init = ml_collections.ConfigDict()
+    # What a new run starts from; both empty: random values.
+    init.backbone = ""  # file of ImageNet weights (PyTorch) for the backbone
+    init.checkpoint = ""  # --workdir of a trained or converted model, of the same or other classes
 
     config.data = data = ml_collections.ConfigDict()
     data.name = "folder"  # the module memseg_jax/data/<name>.py
@@ -112,3 +119,19 @@ def get_config() -> ml_collections.ConfigDict:
     checkpoint.every = 1000  # steps; also at every evaluation and at the end
     checkpoint.keep = 2  # the last ones; the best by mIoU is kept besides
     return config
+
+
+def is_2025(arg: str | None) -> bool:
+    """Whether a config's argument (`--config FILE.py:ARG`) asks for the reference's form of 2025.
+
+    Without argument, or with 2021, it is the form of the published models.
+
+    Raises:
+        UserError: the argument is something else.
+    """
+    if arg not in (None, "2021", "2025"):
+        raise UserError(
+            f"the config has no form {arg!r}: expected 2021 (that of the published models, the "
+            "default) or 2025 (the reference's present one)"
+        )
+    return arg == "2025"

@@ -37,6 +37,7 @@ class SplitReport:
         unlabelled: samples without a single labelled pixel.
         sizes: samples per (height, width).
         bad_values: pixels per value in label files with values that are not allowed.
+        official_size: number of samples that a published split should have, or None.
     """
 
     split: str
@@ -48,6 +49,7 @@ class SplitReport:
     unlabelled: int = 0
     sizes: collections.Counter = dataclasses.field(default_factory=collections.Counter)
     bad_values: collections.Counter = dataclasses.field(default_factory=collections.Counter)
+    official_size: int | None = None
 
 
 def run(config) -> int:
@@ -96,7 +98,7 @@ def check_split(source, split: str, num_classes: int, threads: int = 1) -> Split
     Returns:
         The counts and messages; the same for any number of threads.
     """
-    report = SplitReport(split, len(source))
+    report = SplitReport(split, len(source), official_size=getattr(source, "official_size", None))
     # The bar goes to the terminal only; a log file gets the report alone.
     results = tqdm(
         map_ahead(lambda index: _read_one(source, index, num_classes), range(len(source)), threads),
@@ -235,6 +237,11 @@ def _warnings(report: SplitReport, class_names, ignore_label: int) -> list[str]:
     ignored = int(report.pixels[IGNORE_LABEL])
     seen = np.flatnonzero(report.images_with[:num_classes])
     warnings = []
+    if report.official_size not in (None, report.images):
+        warnings.append(
+            f"the published split has {report.official_size} images, and here are {report.images}: "
+            "scores on it compare with published ones only if it is whole."
+        )
     if report.bad_values:
         values = collections.Counter(report.bad_values)
         # Good samples tell which allowed values the files hold besides.

@@ -1,6 +1,7 @@
 """What was probably meant: answers to misspelt names and to mistakes on the command line."""
 
 import difflib
+import inspect
 import re
 import runpy
 import sys
@@ -97,7 +98,12 @@ def load_config(config_flag: str, arguments: Iterable[str] = ()) -> ConfigDict:
         if (folder / "configs").is_dir() and str(folder) not in sys.path:
             sys.path.insert(0, str(folder))
     try:
-        config = runpy.run_path(name)["get_config"](*([argument] if colon else []))
+        get_config = runpy.run_path(name)["get_config"]
+        if colon and not inspect.signature(get_config).parameters:
+            raise UserError(f"{name} takes no argument: leave out :{argument}")
+        config = get_config(*([argument] if colon else []))
+    except UserError:
+        raise
     except Exception as error:
         traceback.print_exc()
         raise UserError(f"the config file {config_flag} failed (traceback above)") from error

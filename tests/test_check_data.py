@@ -1,11 +1,15 @@
+import dataclasses
+import importlib
 import re
 
 import numpy as np
 import pytest
 from PIL import Image
 
-from configs import common
+from configs import ade20k_resnet50, common
 from memseg_jax import check_data
+from memseg_jax.data import ade20k
+from tests.official_trees import SPLITS, write_tree
 
 
 class MemorySource:
@@ -207,3 +211,24 @@ def test_table_of_many_classes_is_aligned():
     assert len({line.index("0.50%") for line in rows}) == 1
     assert max(map(len, rows)) <= 80
     assert "images without any labelled pixel: 1" in "\n".join(lines)
+
+
+@pytest.mark.parametrize(("official", "warns"), [(None, False), (2, False), (3, True)])
+def test_published_split_of_another_size_is_reported(tmp_path, official, warns):
+    write_tree("ade20k", tmp_path, {"training": 2})
+    config = ade20k_resnet50.get_config().data
+    config.root = str(tmp_path)
+    source = dataclasses.replace(ade20k.open_split(config, "training"), official_size=official)
+    report = check_data.check_split(source, "training", 150)
+    text = check_data.format_report(report, config.class_names)
+    assert ("the published split has 3 images, and here are 2" in text) == warns
+
+
+@pytest.mark.parametrize("name", sorted(SPLITS))
+def test_check_of_a_published_data_set(name, tmp_path, capsys):
+    config = importlib.import_module(f"configs.{name}_resnet50").get_config()
+    config.data.root = str(write_tree(name, tmp_path))
+    assert check_data.run(config) == 0
+    out = capsys.readouterr().out
+    assert "samples can be read and have allowed labels" in out
+    assert out.count("warning: the published split has ") == 2

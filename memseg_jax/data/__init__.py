@@ -8,7 +8,10 @@ source is a picklable object with
 * `source[index]`: `dict(image, label, name)` with `image` uint8 `[height, width, 3]` (RGB),
   `label` uint8 `[height, width]` (0..K-1, or `IGNORE_LABEL`) and `name`, a short unique id;
 * `source.describe(index)`: the files behind a sample, for messages;
-* `source.fingerprint()`: a short hash of the ordered names.
+* `source.fingerprint()`: a short hash of the ordered names;
+* optionally `source.has_labels`: False if the labels of the split are not public, so that all
+  pixels of its samples are ignored;
+* optionally `source.official_size`: how many samples a published split should have, or None.
 """
 
 import importlib
@@ -21,18 +24,20 @@ from memseg_jax.suggest import nearest
 IGNORE_LABEL = 255  # the value in memory that means "not labelled", whatever the files use
 
 
-def open_split(data_config, split: str):
+def open_split(data_config, split: str, *, needs_labels: bool = True):
     """Opens one split of the data set that `data_config.name` names.
 
     Args:
         data_config: `config.data`.
         split: name of the split, such as "train".
+        needs_labels: refuse a split whose labels are not public, such as a test split.
 
     Returns:
         The source (see the module's text).
 
     Raises:
-        UserError: there is no such data set, or its module cannot open the split.
+        UserError: there is no such data set, its module cannot open the split, or the split has no
+            labels.
     """
     name = str(data_config.name)
     known = {module.name for module in pkgutil.iter_modules(__path__)}
@@ -42,7 +47,14 @@ def open_split(data_config, split: str):
         open_function = getattr(module, "open_split", None)
     if open_function is None:
         raise UserError(_unknown_data_set(name))
-    return open_function(data_config, split)
+    source = open_function(data_config, split)
+    if needs_labels and not getattr(source, "has_labels", True):
+        raise UserError(
+            f"split {split!r} of {name}: its labels are not public, so nothing can be trained or "
+            "scored on it. Choose another config.data.train_split or config.data.eval_split; "
+            "--mode predict segments its images."
+        )
+    return source
 
 
 def _unknown_data_set(name: str) -> str:

@@ -4,15 +4,11 @@
     <config.data.root>/ADEChallengeData2016/annotations/{training,validation}/*.png
 
 The label files hold 0 for "other" and 1..150 for the classes; here 0 is ignored and the classes are
-0..149.
+0..149. `train.txt` and `val.txt` beside `images/` (one id a line) choose and order the samples of
+their split; the download has none and needs none.
 """
 
-from pathlib import Path
-
-import numpy as np
-
-from memseg_jax.data import folder
-from memseg_jax.errors import UserError
+from memseg_jax.data import folder, official
 
 FOLDER = "ADEChallengeData2016"
 
@@ -89,18 +85,24 @@ PALETTE = (
 # fmt: on
 
 
-class ADE20K(folder.FolderSource):
-    """Samples of one split."""
+SPLIT_SIZES = {"training": 20210, "validation": 2000}
 
-    def __getitem__(self, index: int) -> dict:
-        """Reads and checks one sample; see `folder.FolderSource`."""
-        sample = super().__getitem__(index)
-        # In 8 bits 0 - 1 is 255, the value of ignored pixels.
-        sample["label"] = sample["label"] - np.uint8(1)
-        return sample
+DATA_SET = official.DataSet(
+    title="ADE20K",
+    num_classes=len(CLASS_NAMES),
+    table=official.label_table({k + 1: k for k in range(len(CLASS_NAMES))}, ignored=(0,)),
+    layout=f"{FOLDER}/ with images/ and annotations/, and training/ and validation/ in each",
+    download=(
+        "Unpack ADEChallengeData2016.zip of the MIT Scene Parsing Benchmark (the set with 150 "
+        f"classes, not the full ADE20K) and give the folder that holds {FOLDER}/ as "
+        "config.data.root."
+    ),
+    sizes=SPLIT_SIZES,
+)
+_LISTS = {"training": "train.txt", "validation": "val.txt"}
 
 
-def open_split(data_config, split: str) -> ADE20K:
+def open_split(data_config, split: str) -> official.OfficialSource:
     """Finds the images and labels of a split.
 
     Args:
@@ -108,28 +110,20 @@ def open_split(data_config, split: str) -> ADE20K:
         split: "training" or "validation".
 
     Returns:
-        The source.
+        The source; names are ids such as "ADE_val_00000001".
 
     Raises:
-        UserError: the folder is not there, or as `folder.open_split`.
+        UserError: a folder is not there, or images and labels do not belong together.
     """
-    if len(data_config.class_names) != len(CLASS_NAMES):
-        raise UserError(
-            f"config.data.class_names has {len(data_config.class_names)} names; ADE20K has "
-            f"{len(CLASS_NAMES)}. Use memseg_jax.data.ade20k.CLASS_NAMES."
-        )
-    root = Path(data_config.root).expanduser()
-    if not (root / FOLDER).is_dir():
-        raise UserError(
-            f"config.data.root is {data_config.root!r}: expected a folder that holds {FOLDER}/ "
-            "with images/ and annotations/ in it. Download and unpack ADEChallengeData2016.zip "
-            "of the MIT Scene Parsing Benchmark (the file with 150 classes, not the full ADE20K)."
-        )
-    files = data_config.copy_and_resolve_references()
-    files.class_names = ("other", *CLASS_NAMES)
-    files.image_dir = f"{FOLDER}/images/{{split}}"
-    files.label_dir = f"{FOLDER}/annotations/{{split}}"
-    files.list_file = ""
-    files.ignore_label = -1
-    source = folder.open_split(files, split)
-    return ADE20K(source.names, source.images, source.labels, source.num_classes, -1)
+    official.check_split(DATA_SET, split, SPLIT_SIZES)
+    root = official.root_folder(DATA_SET, data_config)
+    images = official.subfolder(DATA_SET, root, f"{FOLDER}/images/{split}")
+    labels = official.subfolder(DATA_SET, root, f"{FOLDER}/annotations/{split}")
+    list_file = root / FOLDER / _LISTS[split]
+    return official.make_source(
+        DATA_SET,
+        split,
+        official.files_by_id(images, folder.IMAGE_SUFFIXES),
+        official.files_by_id(labels, (".png",)),
+        list_file if list_file.is_file() else None,
+    )

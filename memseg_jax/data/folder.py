@@ -20,6 +20,9 @@ import os
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
+
+from memseg_jax.data import IGNORE_LABEL
 from memseg_jax.data.images import (
     MAX_CLASSES,
     exif_orientation,
@@ -34,15 +37,21 @@ LABEL_SUFFIXES = (".png", ".bmp", ".tif", ".tiff")  # those that keep values as 
 _SHOWN = 5
 
 
-@dataclasses.dataclass(frozen=True)
-class FolderSource:
-    """Samples of one split: files that are read and checked when asked for."""
+@dataclasses.dataclass(frozen=True, repr=False)
+class FileSource:
+    """Samples of one split: files that are read and checked when asked for.
+
+    What the values of label files mean is up to the subclass.
+
+    Attributes:
+        names: a short unique id of every sample.
+        images: paths.
+        labels: paths; "" for a sample without label, all of whose pixels are then ignored.
+    """
 
     names: tuple[str, ...]
     images: tuple[str, ...]
     labels: tuple[str, ...]
-    num_classes: int
-    ignore_label: int
 
     def __len__(self) -> int:
         return len(self.names)
@@ -61,22 +70,50 @@ class FolderSource:
         """
         image_path, label_path = self.images[index], self.labels[index]
         image = read_image(image_path)
-        label = read_label(label_path)
-        if image.shape[:2] != label.shape:
-            raise UserError(_size_message(image_path, image.shape, label_path, label.shape))
-        label = map_ids(label, self.num_classes, self.ignore_label, label_path)
+        if label_path:
+            values = self.read_values(label_path)
+            if image.shape[:2] != values.shape:
+                raise UserError(_size_message(image_path, image.shape, label_path, values.shape))
+            label = self.map_values(values, label_path)
+        else:
+            label = np.full(image.shape[:2], IGNORE_LABEL, np.uint8)
         return {"image": image, "label": label, "name": self.names[index]}
 
     def __repr__(self) -> str:
-        return f"FolderSource({len(self)} samples, {self.fingerprint()})"
+        return f"{type(self).__name__}({len(self)} samples, {self.fingerprint()})"
+
+    def read_values(self, path: str) -> np.ndarray:
+        """Returns the values of a label file as they are: integers [height, width]."""
+        return read_label(path)
+
+    def map_values(self, values: np.ndarray, path: str) -> np.ndarray:
+        """Returns the classes that values of a label file mean: uint8 [height, width]."""
+        raise NotImplementedError
+
+    @property
+    def has_labels(self) -> bool:
+        """Whether there is anything to train or to score on."""
+        return any(self.labels)
 
     def describe(self, index: int) -> str:
         """Returns the files behind sample `index`."""
-        return f"{self.images[index]} (label {self.labels[index]})"
+        return f"{self.images[index]} (label {self.labels[index] or 'not public'})"
 
     def fingerprint(self) -> str:
         """Returns a short hash of the ordered names."""
         return hashlib.sha256("\n".join(self.names).encode("utf-8", "replace")).hexdigest()[:16]
+
+
+@dataclasses.dataclass(frozen=True, repr=False)
+class FolderSource(FileSource):
+    """Samples whose label files hold 0..num_classes-1, or `ignore_label` (-1: there is none)."""
+
+    num_classes: int
+    ignore_label: int
+
+    def map_values(self, values: np.ndarray, path: str) -> np.ndarray:
+        """Returns the classes that values of a label file mean: uint8 [height, width]."""
+        return map_ids(values, self.num_classes, self.ignore_label, path)
 
 
 def open_split(data_config, split: str) -> FolderSource:
@@ -141,13 +178,13 @@ def _folder(data_config, field: str, split: str, root: Path) -> Path:
     if not folder.is_dir():
         raise UserError(
             f"{folder}: there is no such folder (config.data.{field} = {data_config[field]!r}, "
-            f"split {split!r}). {_holds(root)} Correct config.data.root, config.data.{field} or "
+            f"split {split!r}). {holds(root)} Correct config.data.root, config.data.{field} or "
             "the name of the split."
         )
     return folder
 
 
-def _holds(folder: Path) -> str:
+def holds(folder: Path) -> str:
     """A sentence with the first entries of a folder."""
     entries = sorted(e.name + "/" * e.is_dir() for e in folder.iterdir() if e.name[0] != ".")
     if not entries:
@@ -156,7 +193,7 @@ def _holds(folder: Path) -> str:
     return f"{folder} holds {', '.join(entries[:_SHOWN])}{more}."
 
 
-def _scan(folder: Path) -> dict[str, list[Path]]:
+def files_by_stem(folder: Path) -> dict[str, list[Path]]:
     """All visible files below a folder by stem (relative path without suffix, with "/")."""
     found = {}
     visited = set()
@@ -180,7 +217,7 @@ def _scan(folder: Path) -> dict[str, list[Path]]:
     return found
 
 
-def _with_suffix(scan: dict[str, list[Path]], suffixes: tuple[str, ...], kind: str):
+def one_of_each(scan: dict[str, list[Path]], suffixes: tuple[str, ...], kind: str):
     """Stem -> the one file with such a suffix; two of them are an error."""
     chosen = {}
     for stem, paths in scan.items():
@@ -199,15 +236,15 @@ def _with_suffix(scan: dict[str, list[Path]], suffixes: tuple[str, ...], kind: s
 def _all_of_folder(data_config, split: str, root: Path) -> list[tuple[Path, Path]]:
     image_dir = _folder(data_config, "image_dir", split, root)
     label_dir = _folder(data_config, "label_dir", split, root)
-    scan = _scan(image_dir)
-    images = _with_suffix(scan, IMAGE_SUFFIXES, "image")
+    scan = files_by_stem(image_dir)
+    images = one_of_each(scan, IMAGE_SUFFIXES, "image")
     if not images:
         raise UserError(
             f"{image_dir}: no images (split {split!r}; {', '.join(IMAGE_SUFFIXES)}). "
-            f"{_holds(image_dir)} Correct config.data.image_dir or add images."
+            f"{holds(image_dir)} Correct config.data.image_dir or add images."
         )
-    label_scan = _scan(label_dir)
-    labels = _with_suffix(label_scan, LABEL_SUFFIXES, "label")
+    label_scan = files_by_stem(label_dir)
+    labels = one_of_each(label_scan, LABEL_SUFFIXES, "label")
     missing = [stem for stem in sorted(images) if stem not in labels]
     if missing:
         raise UserError(_missing_labels(split, images, missing, label_dir, label_scan))
@@ -217,22 +254,12 @@ def _all_of_folder(data_config, split: str, root: Path) -> list[tuple[Path, Path
 def _listed(data_config, split: str, root: Path) -> list[tuple[Path, Path]]:
     """The samples of the list file."""
     list_path = root / data_config.list_file.replace("{split}", split)
-    try:
-        lines = list_path.read_text(encoding="utf-8-sig").splitlines()
-    except OSError as error:
-        raise UserError(
-            f"{list_path}: the list file cannot be read ({error.strerror}; config.data.list_file = "
-            f"{data_config.list_file!r}, split {split!r}). {_holds(root)} Correct "
-            "config.data.list_file; leave it empty to read all files of the folders."
-        ) from None
-    except UnicodeDecodeError:
-        raise UserError(f"{list_path}: the list file is not UTF-8 text.") from None
-    wanted = [(number, line.strip()) for number, line in enumerate(lines, 1)]
-    wanted = [(number, line) for number, line in wanted if line and line[0] != "#"]
-    if not wanted:
-        raise UserError(
-            f"{list_path}: the list file names no samples (split {split!r}). Expected one a line."
-        )
+    wanted = read_list(
+        list_path,
+        f"config.data.list_file = {data_config.list_file!r}, split {split!r}",
+        f"{holds(root)} Correct config.data.list_file; leave it empty to read all files of the "
+        "folders.",
+    )
 
     folders = _StemFolders(data_config, split, root)
     pairs = []
@@ -259,6 +286,35 @@ def _listed(data_config, split: str, root: Path) -> list[tuple[Path, Path]]:
     return pairs
 
 
+def read_list(path: Path, where: str, advice: str) -> list[tuple[int, str]]:
+    """Reads a list of samples.
+
+    Args:
+        path: the list file: one sample a line; empty lines and those that start with # are skipped.
+        where: for messages, what names the file.
+        advice: for the message about a file that cannot be read.
+
+    Returns:
+        (line number from 1, text without spaces around it) of every sample.
+
+    Raises:
+        UserError: the file cannot be read or names no samples.
+    """
+    try:
+        lines = path.read_text(encoding="utf-8-sig").splitlines()
+    except OSError as error:
+        raise UserError(
+            f"{path}: the list file cannot be read ({error.strerror}; {where}). {advice}"
+        ) from None
+    except UnicodeDecodeError:
+        raise UserError(f"{path}: the list file is not UTF-8 text.") from None
+    samples = [(number, line.strip()) for number, line in enumerate(lines, 1)]
+    samples = [(number, line) for number, line in samples if line and line[0] != "#"]
+    if not samples:
+        raise UserError(f"{path}: the list file names no samples ({where}). Expected one a line.")
+    return samples
+
+
 class _StemFolders:
     """Images and labels by stem; the folders are read only if some line needs them."""
 
@@ -268,14 +324,14 @@ class _StemFolders:
 
     def images(self) -> dict[str, Path]:
         if self._images is None:
-            scan = _scan(self._folder("image_dir"))
-            self._images = _with_suffix(scan, IMAGE_SUFFIXES, "image")
+            scan = files_by_stem(self._folder("image_dir"))
+            self._images = one_of_each(scan, IMAGE_SUFFIXES, "image")
         return self._images
 
     def labels(self) -> dict[str, Path]:
         if self._labels is None:
-            scan = _scan(self._folder("label_dir"))
-            self._labels = _with_suffix(scan, LABEL_SUFFIXES, "label")
+            scan = files_by_stem(self._folder("label_dir"))
+            self._labels = one_of_each(scan, LABEL_SUFFIXES, "label")
         return self._labels
 
     def label_dir(self) -> Path:

@@ -1,0 +1,22 @@
+r"""Cityscapes with ResNet-101-D8, as published: 82.03 mIoU on the test split (ms + flip).
+
+    python -m memseg_jax.main --config configs/cityscapes_resnet101.py --config.data.root=DATA \
+        --config.init.backbone=resnet101_v1c-e67eebb6.pth
+    python -m memseg_jax.main --config configs/cityscapes_resnet101.py --config.data.root=DATA \
+        --mode evaluate
+
+Recipe: batch 16, learning rate 0.01, 440 epochs of 217 steps, crops of 512x1024. See
+`cityscapes_resnet50.py` for the folder DATA and the splits. The published model starts from
+ImageNet weights: https://download.openmmlab.com/pretrain/third_party/resnet101_v1c-e67eebb6.pth
+"""
+
+import ml_collections
+
+from configs import cityscapes_resnet50
+
+
+def get_config() -> ml_collections.ConfigDict:
+    """Returns the recipe: that of ResNet-50 with what is different for ResNet-101-D8."""
+    config = cityscapes_resnet50.get_config()
+    config.model.backbone = "resnet101"
+    return config

@@ -1,0 +1,26 @@
+r"""COCO-Stuff-10k with ResNeSt-101-D8, as published: 41.18 mIoU (single scale), 42.15 (ms + flip).
+
+    python -m memseg_jax.main --config configs/cocostuff10k_resnest101.py --config.data.root=DATA \
+        --config.init.backbone=resnest101_d2-f3b931b2.pth
+    python -m memseg_jax.main --config configs/cocostuff10k_resnest101.py --config.data.root=DATA \
+        --mode evaluate
+
+Recipe: batch 32, learning rate 0.001, 150 epochs of 281 steps, crops of 512x512. See
+`cocostuff10k_resnet50.py` for the folder DATA. The published model starts from ImageNet weights:
+https://download.openmmlab.com/pretrain/third_party/resnest101_d2-f3b931b2.pth
+"""
+
+import ml_collections
+
+from configs import cocostuff10k_resnet50
+
+
+def get_config() -> ml_collections.ConfigDict:
+    """Returns the recipe: that of ResNet-50 with what is different for ResNeSt-101-D8."""
+    config = cocostuff10k_resnet50.get_config()
+    config.model.backbone = "resnest101"
+    config.optimizer.min_lr = 1e-4
+    config.optimizer.weight_decay = 5e-4
+    config.train.batch_size = 32
+    config.train.epochs = 150
+    return config

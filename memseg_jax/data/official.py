@@ -1,0 +1,272 @@
+"""What the readers of the published data sets share: samples by id, label tables, messages.
+
+Each of them says where its files are. Here the images and labels are brought together by id,
+which is the name of an image file without what all names of the data set have in common. A list of
+ids, where the data set has one, says which samples belong to a split and in what order.
+"""
+
+import dataclasses
+import os
+from collections.abc import Iterable, Mapping
+from pathlib import Path, PurePosixPath
+from typing import NamedTuple
+
+import numpy as np
+
+from memseg_jax.data import IGNORE_LABEL, folder
+from memseg_jax.errors import UserError
+
+_NOT_ALLOWED = 254  # in label tables
+_SHOWN = 5
+
+
+@dataclasses.dataclass(frozen=True)
+class DataSet:
+    """What is fixed about a published data set.
+
+    Attributes:
+        title: its name for people.
+        num_classes: K.
+        table: 256 bytes, the class of each value of its label files; see `label_table`.
+        layout: where its files are below `config.data.root`, for messages.
+        download: where its files come from, for messages.
+        sizes: official number of samples by split.
+    """
+
+    title: str
+    num_classes: int
+    table: bytes
+    layout: str
+    download: str
+    sizes: Mapping[str, int]
+
+    def help(self) -> str:
+        """Sentences that end a message about missing files."""
+        return f"Expected {self.title} as it is downloaded: {self.layout}. {self.download}"
+
+
+class Files(NamedTuple):
+    """Some files by id, and the folder they were looked for in."""
+
+    where: str
+    by_id: dict[str, Path]
+
+
+@dataclasses.dataclass(frozen=True, repr=False)
+class OfficialSource(folder.FileSource):
+    """Samples of one split; see `DataSet` for `title` and `table`.
+
+    Attributes:
+        official_size: how many samples the split should have; None if that is not known.
+    """
+
+    title: str
+    table: bytes
+    official_size: int | None
+
+    def map_values(self, values: np.ndarray, path: str) -> np.ndarray:
+        """Returns the classes that values of a label file mean: uint8 [height, width]."""
+        index = values
+        if values.dtype != np.uint8:  # such as the floats of a .mat file: nothing may wrap
+            whole = (values >= 0) & (values < 256) & (values == np.floor(values))
+            index = np.where(whole, values, _NOT_ALLOWED).astype(np.uint8)
+        table = np.frombuffer(self.table, np.uint8)
+        label = table[index]
+        bad = label == _NOT_ALLOWED
+        if bad.any():
+            unique, pixels = np.unique(values[bad], return_counts=True)
+            found = ", ".join(f"{v:g} ({n} pixels)" for v, n in zip(unique[:_SHOWN], pixels))
+            more = f" and {len(unique) - _SHOWN} more values" if len(unique) > _SHOWN else ""
+            raise UserError(
+                f"{path}: label values that are not allowed: {found}{more}. {self.title} has "
+                f"{_ranges(np.flatnonzero(table != _NOT_ALLOWED))}. Replace the file by that of "
+                "the official download; use data set 'folder' for labels of your own."
+            )
+        return label
+
+
+def label_table(classes: Mapping[int, int], ignored: Iterable[int]) -> bytes:
+    """Returns the table from values of label files to classes.
+
+    Args:
+        classes: value in the file -> class; all below 254.
+        ignored: values in the file that mean "not labelled".
+
+    Returns:
+        256 bytes: the class, `IGNORE_LABEL`, or 254 for values that no file may hold.
+    """
+    table = np.full(256, _NOT_ALLOWED, np.uint8)
+    table[list(ignored)] = IGNORE_LABEL
+    table[list(classes)] = list(classes.values())
+    return table.tobytes()
+
+
+def root_folder(data_set: DataSet, data_config) -> Path:
+    """Returns the folder that `config.data.root` names.
+
+    Raises:
+        UserError: it is not set or not there, or the class names are not those of the data set.
+    """
+    found = len(data_config.class_names)
+    if found != data_set.num_classes:
+        raise UserError(
+            f"config.data.class_names has {found} names; {data_set.title} has "
+            f"{data_set.num_classes}. Use memseg_jax.data.{data_config.name}.CLASS_NAMES."
+        )
+    root = Path(os.path.abspath(Path(data_config.root).expanduser()))
+    if not data_config.root or not root.is_dir():
+        raise UserError(
+            f"config.data.root is {data_config.root!r}, which is not a folder. {data_set.help()}"
+        )
+    return root
+
+
+def subfolder(data_set: DataSet, root: Path, path: str) -> Path:
+    """Returns a folder below the root, which must be there.
+
+    Raises:
+        UserError: it is not; the message says what is there instead.
+    """
+    wanted = root / path
+    if not wanted.is_dir():
+        there = next(parent for parent in wanted.parents if parent.is_dir())
+        raise UserError(
+            f"{wanted}: there is no such folder (config.data.root is {root}). "
+            f"{folder.holds(there)} {data_set.help()}"
+        )
+    return wanted
+
+
+def check_split(data_set: DataSet, split: str, splits: Iterable[str]) -> None:
+    """Refuses the name of a split that the data set does not have."""
+    if split not in (splits := tuple(splits)):
+        raise UserError(
+            f"{data_set.title} has no split {split!r}. Expected one of {', '.join(splits)} "
+            "(config.data.train_split, config.data.eval_split)."
+        )
+
+
+def files_by_id(where: Path, suffixes: tuple[str, ...], ending: str = "") -> Files:
+    """Finds the files below a folder.
+
+    Args:
+        where: the folder.
+        suffixes: of the files that are looked for, such as (".png",).
+        ending: what the names have in common before the suffix; files without it are passed over.
+
+    Returns:
+        The files by id: name without suffix and ending.
+
+    Raises:
+        UserError: two files have one id.
+    """
+    found = {}
+    scan = folder.one_of_each(folder.files_by_stem(where), suffixes, suffixes[0].lstrip("."))
+    for stem, path in scan.items():
+        name = stem.rsplit("/", 1)[-1]
+        if not name.endswith(ending):
+            continue
+        sample = name.removesuffix(ending)
+        if sample in found:
+            raise UserError(
+                f"{found[sample]} and {path} have one name. Is the data set in {where} twice?"
+            )
+        found[sample] = path
+    return Files(str(where), found)
+
+
+def make_source(
+    data_set: DataSet,
+    split: str,
+    images: Files,
+    labels: Files | None,
+    list_file: Path | None = None,
+    image_ending: str = "",
+    source_class: type[OfficialSource] = OfficialSource,
+) -> OfficialSource:
+    """Brings the images and the labels of a split together.
+
+    Args:
+        data_set: what they belong to.
+        split: its name.
+        images: by id.
+        labels: by id; None for a split whose labels are not public.
+        list_file: if given, only the samples it names are taken, in its order. Without it all
+            images are, sorted by id, and every label must have its image.
+        image_ending: what the names in the list file may have after the id.
+        source_class: class of the result.
+
+    Returns:
+        The source.
+
+    Raises:
+        UserError: there are no images, some have no label, or some label has no image.
+    """
+    if not images.by_id:
+        raise UserError(
+            f"{images.where}: no images (split {split!r}). {folder.holds(Path(images.where))} "
+            f"{data_set.help()}"
+        )
+    if list_file:
+        chosen = _listed(data_set, split, images, list_file, image_ending)
+    else:
+        chosen = sorted(images.by_id)
+        orphans = sorted(set(labels.by_id) - set(images.by_id)) if labels else []
+        if orphans:
+            raise UserError(
+                f"{images.where}: {len(orphans)} of {len(labels.by_id)} labels of split {split!r} "
+                f"have no image here: {_some(orphans)}. The images seem to be downloaded or "
+                f"unpacked in part. {data_set.help()}"
+            )
+    missing = [sample for sample in chosen if sample not in labels.by_id] if labels else []
+    if missing:
+        raise UserError(
+            f"{labels.where}: {len(missing)} of {len(chosen)} images of split {split!r} have no "
+            f"label here: {_some(missing)}. The labels seem to be downloaded or unpacked in part. "
+            f"{data_set.help()}"
+        )
+    return source_class(
+        names=tuple(chosen),
+        images=tuple(str(images.by_id[sample]) for sample in chosen),
+        labels=tuple(str(labels.by_id[sample]) if labels else "" for sample in chosen),
+        title=data_set.title,
+        table=data_set.table,
+        official_size=data_set.sizes.get(split),
+    )
+
+
+def _listed(
+    data_set: DataSet, split: str, images: Files, list_file: Path, image_ending: str
+) -> list[str]:
+    """The ids that a list file names, all of which must have an image."""
+    lines = folder.read_list(list_file, f"split {split!r}", data_set.help())
+    line_of = {}
+    missing = []
+    for number, line in lines:
+        # Lists are read as CSV by some programs, and name files or ids, with or without folders.
+        path = PurePosixPath(line.split(",")[0].strip())
+        is_file = path.suffix.lower() in folder.IMAGE_SUFFIXES
+        sample = (path.stem if is_file else path.name).removesuffix(image_ending)
+        if sample in line_of:
+            raise UserError(
+                f"{list_file}: line {number}: {sample} is named in line {line_of[sample]} already."
+            )
+        line_of[sample] = number
+        if sample not in images.by_id:
+            missing.append(f"{sample} (line {number})")
+    if missing:
+        raise UserError(
+            f"{list_file}: {len(missing)} of {len(lines)} samples of split {split!r} have no image "
+            f"in {images.where}: {_some(missing)}. {data_set.help()}"
+        )
+    return list(line_of)
+
+
+def _some(names: list[str]) -> str:
+    return ", ".join(names[:_SHOWN]) + (", ..." if len(names) > _SHOWN else "")
+
+
+def _ranges(values: np.ndarray) -> str:
+    """Writes sorted numbers as "0..33, 255"."""
+    parts = np.split(values, np.flatnonzero(np.diff(values) > 1) + 1)
+    return ", ".join(f"{part[0]}" if len(part) == 1 else f"{part[0]}..{part[-1]}" for part in parts)
