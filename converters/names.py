@@ -6,8 +6,11 @@ Our variables are nested dicts; a path is their keys joined by "/", for example
 """
 
 import re
+from collections.abc import Iterable
+from typing import Any
 
 import numpy as np
+from flax.traverse_util import flatten_dict, unflatten_dict
 
 MEMORY_KEY = "memory_module.memory"
 
@@ -142,25 +145,14 @@ def torch_key(path: str) -> str:
     raise KeyError(f"the PyTorch reference has no tensor for {path}")
 
 
-def flatten(tree: dict, prefix: str = "") -> dict[str, object]:
+def flatten(tree: dict) -> dict[str, Any]:
     """Flattens nested dicts to {path: leaf} with "/" between the keys."""
-    flat = {}
-    for name, value in tree.items():
-        path = f"{prefix}/{name}" if prefix else name
-        flat.update(flatten(value, path) if isinstance(value, dict) else {path: value})
-    return flat
+    return flatten_dict(tree, sep="/")
 
 
-def unflatten(flat: dict[str, object]) -> dict:
+def unflatten(flat: dict[str, Any]) -> dict:
     """The inverse of `flatten`."""
-    tree: dict = {}
-    for path, value in flat.items():
-        *parents, name = path.split("/")
-        node = tree
-        for parent in parents:
-            node = node.setdefault(parent, {})
-        node[name] = value
-    return tree
+    return unflatten_dict(flat, sep="/")
 
 
 def from_torch_layout(array: np.ndarray) -> np.ndarray:
@@ -176,3 +168,30 @@ def torch_shape(shape: tuple[int, ...]) -> tuple[int, ...]:
     """Shape of the reference's tensor for one of ours; the inverse of `from_torch_layout`."""
     axes = {2: (1, 0), 4: (3, 2, 0, 1)}.get(len(shape))
     return tuple(shape) if axes is None else tuple(shape[axis] for axis in axes)
+
+
+def to_torch_layout(array: np.ndarray) -> np.ndarray:
+    """One of our arrays in the reference's layout; the inverse of `from_torch_layout`."""
+    axes = {2: (1, 0), 4: (3, 2, 0, 1)}.get(array.ndim)
+    return array if axes is None else array.transpose(axes)
+
+
+def torch_keys(variables: dict) -> dict[str, str]:
+    """Returns {path of ours: key of the reference} for all tensors of a model.
+
+    Args:
+        variables: params, batch_stats and memory; the leaves do not matter.
+
+    Raises:
+        KeyError: the reference has no such tensor.
+    """
+    return {path: torch_key(path) for path in flatten(variables)}
+
+
+def counter_keys(keys: Iterable[str]) -> list[str]:
+    """The counters of training steps that stand beside running means in the reference.
+
+    PyTorch's batch normalisations have them, and with a fixed momentum no number depends on them.
+    """
+    means = [key for key in keys if key.endswith(".running_mean")]
+    return [key.removesuffix("running_mean") + "num_batches_tracked" for key in means]

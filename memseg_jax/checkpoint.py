@@ -25,6 +25,7 @@ import jax
 import numpy as np
 import orbax.checkpoint as ocp
 from jax.experimental import multihost_utils
+from orbax.checkpoint import type_handlers
 
 from memseg_jax.errors import UserError
 from memseg_jax.run_record import FORMAT_VERSION, flatten, show
@@ -42,6 +43,7 @@ _SHAPE_FIELDS = (
     "model.memory.slots",
 )
 _META_FILE = "metadata"  # the name that orbax gives to the file of a JSON item
+_CONCURRENT_GB = 1  # of arrays that are on their way to the disk at a time
 # The library below reports disk errors as plain ValueErrors, known only by the system's words.
 _DISK_ERRORS = (
     "No space left on device",
@@ -101,10 +103,11 @@ def kept_steps(miou: Mapping[int, float | None], keep: int) -> set[int]:
         keep: how many of the last steps to keep, at least 1.
 
     Returns:
-        The steps; of equally good ones the newest is the best.
+        The steps; of equally good ones the newest is the best. Step 0 stays too: it is no product
+        of the run, but the weights that it started from.
     """
     best = best_step(miou)
-    return set(sorted(miou)[-keep:]) | ({best} if best is not None else set())
+    return set(sorted(miou)[-keep:]) | ({best} if best is not None else set()) | ({0} & set(miou))
 
 
 def best_step(miou: Mapping[int, float | None]) -> int | None:
@@ -220,7 +223,7 @@ def _restore_arrays(workdir: Path, step: int, abstract: Any, meta: Any, partial:
             ) from error
         if partial:
             saved = {key: value for key, value in saved.items() if key in target}
-        _check_same_arrays(folder, flatten(saved), flatten(target), meta)
+        check_same_arrays(folder, flatten(saved), flatten(target), meta)
         try:
             with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as reader:
                 restored = reader.restore(
@@ -256,7 +259,23 @@ def _with_sharding(leaf: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
     return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
 
 
-def _check_same_arrays(folder: Path, saved: dict, wanted: dict, meta: Mapping[str, Any]) -> None:
+def check_same_arrays(
+    folder: str | os.PathLike,
+    saved: Mapping[str, Any],
+    wanted: Mapping[str, Any],
+    meta: Mapping[str, Any],
+) -> None:
+    """Compares the arrays of a checkpoint with those of a model.
+
+    Args:
+        folder: of the checkpoint, for the message.
+        saved: {name: array}, or anything with a shape and a dtype.
+        wanted: the same of the model.
+        meta: of the checkpoint.
+
+    Raises:
+        UserError: a name, shape or type differs; tells which, and the likely cause.
+    """
     lines, other_names = [], False
     for name in sorted(saved.keys() | wanted.keys()):
         sides = [_shape(saved.get(name)), _shape(wanted.get(name))]
@@ -313,18 +332,50 @@ def _brief(error: BaseException) -> str:
 # ---- Writing, and continuing --------------------------------------------------------------------
 
 
+def write_weights(
+    workdir: str | os.PathLike, variables: Mapping[str, Any], meta: Mapping[str, Any]
+) -> None:
+    """Writes a checkpoint of step 0 that holds weights only: no state of an optimiser.
+
+    Args:
+        workdir: the folder; it should hold no run.
+        variables: dict of params, batch_stats and memory.
+        meta: from `make_meta`, with an entry "origin" that tells where the weights are from.
+
+    Raises:
+        UserError: the folder cannot be written.
+    """
+    # Plain arrays are written as they are, piece by piece: the copy that a save in the background
+    # needs would double the memory.
+    in_place = type_handlers.create_type_handler_registry(
+        (np.ndarray, type_handlers.NumpyHandler(deepcopy_host_arrays=False)),
+        (jax.Array, type_handlers.ArrayHandler()),
+    )
+    handler = ocp.PyTreeCheckpointHandler(
+        type_handler_registry=in_place, save_concurrent_gb=_CONCURRENT_GB
+    )
+    with Checkpointer(workdir, keep=1, handler=handler) as checkpointer:
+        checkpointer.save(dict(variables), meta)
+
+
+def holds_only_weights(meta: Mapping[str, Any]) -> bool:
+    """Whether a checkpoint is from `write_weights`: training starts from it, and anew."""
+    return meta.get("origin") is not None
+
+
 class Checkpointer:
     """Saves a run's state in the background and restores it; use it as a context manager.
 
     Opening it removes what a killed save left behind, so there must be one per workdir.
     """
 
-    def __init__(self, workdir: str | os.PathLike, keep: int):
+    def __init__(self, workdir: str | os.PathLike, keep: int, handler: Any = None):
         """Opens the folder of checkpoints of a workdir, creating it if needed.
 
         Args:
             workdir: the folder of the run.
             keep: how many of the last checkpoints to keep, at least 1 (see `kept_steps`).
+            handler: what writes the arrays, at once; None: orbax's own, in the background.
 
         Raises:
             UserError: if the workdir cannot be written, or `keep` is less than 1.
@@ -334,7 +385,7 @@ class Checkpointer:
         self._workdir = prepare_workdir(workdir)
         self._keep = keep
         self._pending: dict[int, float | None] = {}
-        self._manager = self._open()
+        self._manager = self._open(handler)
 
     def latest_step(self) -> int | None:
         """Returns the last complete step on disk (one still being written does not count)."""
@@ -435,15 +486,17 @@ class Checkpointer:
                 "same command again: it continues from the last complete checkpoint."
             ) from error
 
-    def _open(self) -> ocp.CheckpointManager:
+    def _open(self, handler: Any) -> ocp.CheckpointManager:
         folder = self._workdir / FOLDER
         if jax.process_index() == 0 and folder.is_dir():
             for path in folder.iterdir():
                 if ".orbax-checkpoint-tmp" in path.name:
                     shutil.rmtree(path, ignore_errors=True)
-        return ocp.CheckpointManager(
-            folder, options=ocp.CheckpointManagerOptions(preservation_policy=self)
+        handlers = handler and {"state": handler, "meta": ocp.JsonCheckpointHandler()}
+        options = ocp.CheckpointManagerOptions(
+            preservation_policy=self, enable_async_checkpointing=handler is None
         )
+        return ocp.CheckpointManager(folder, item_handlers=handlers, options=options)
 
     def _replace_meta(self, step: int, meta: Mapping[str, Any]) -> None:
         path = self._workdir / FOLDER / str(step) / "meta" / _META_FILE

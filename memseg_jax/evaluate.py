@@ -11,10 +11,9 @@ import jax
 import ml_collections
 import numpy as np
 
-from memseg_jax import checkpoint, metrics, visualize
+from memseg_jax import checkpoint, metrics, run_record, visualize
 from memseg_jax.data import open_split
 from memseg_jax.data.reading import map_ahead
-from memseg_jax.errors import UserError
 from memseg_jax.inference import Predictor
 from memseg_jax.models.segmentor import build_segmentor
 from memseg_jax.sharding import make_mesh
@@ -127,12 +126,7 @@ def run(config: ml_collections.ConfigDict, workdir: str, which: str | int = "bes
     """
     _, meta = checkpoint.read_meta(workdir, which)  # first: a misspelt workdir is not to be made
     class_names = tuple(config.data.class_names)
-    trained = tuple(meta["class_names"])
-    if class_names != trained and len(class_names) == len(trained):
-        raise UserError(
-            f"config.data.class_names are {list(class_names)}, but the checkpoint was trained "
-            f"with {list(trained)}: scores would be given to the wrong classes"
-        )
+    run_record.check_class_names(meta, class_names)
     folder = checkpoint.prepare_workdir(workdir)
     source = open_split(config.data, config.data.eval_split)
     model = build_segmentor(config)

@@ -4,7 +4,7 @@ import importlib.metadata
 import json
 import math
 import platform
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
@@ -98,13 +98,15 @@ def config_differences(saved: Mapping[str, Any], current: Any) -> list[str]:
 
     Returns:
         Lines such as "train.batch_size: 16 in the checkpoint, 8 now", sorted by field. Fields in
-        `HARMLESS_FIELDS` are left out.
+        `HARMLESS_FIELDS` are left out, and so are those that a checkpoint of an earlier version
+        lacks, as long as they are empty now: empty means what there was before the field.
     """
     before, now = flatten(_plain(saved)), flatten(_plain(current))
     lines = []
     for field in sorted(before.keys() | now.keys()):
         old, new = before.get(field, _ABSENT), now.get(field, _ABSENT)
-        if old != new and not _harmless(field):
+        is_new = old is _ABSENT and new in ("", [])
+        if old != new and not is_new and not _harmless(field):
             lines.append(f"{field}: {show(old)} in the checkpoint, {show(new)} now")
     return lines
 
@@ -133,6 +135,22 @@ def check_same_run(meta: Mapping[str, Any], config: Any, fingerprint: str) -> No
             + "\n  ".join(differences)
             + "\nStart a new run with another --workdir, or go back to the values of the "
             "checkpoint to continue this one."
+        )
+
+
+def check_class_names(meta: Mapping[str, Any], class_names: Sequence[str]) -> None:
+    """Refuses classes that have the right number but other names than those of a checkpoint.
+
+    Another number shows in the shapes of the arrays, where more can be said.
+
+    Raises:
+        UserError: shows both lists.
+    """
+    trained = list(meta["class_names"])
+    if list(class_names) != trained and len(class_names) == len(trained):
+        raise UserError(
+            f"config.data.class_names are {list(class_names)}, but the checkpoint was trained "
+            f"with {trained}: scores would be given to the wrong classes"
         )
 
 

@@ -1,5 +1,6 @@
 """The training state: everything that changes, in one tree."""
 
+from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -91,7 +92,9 @@ def init_array(
     raise ValueError(f"no rule to initialise {path}")
 
 
-def init_variables(model: Segmentor, seed: int) -> dict[str, Any]:
+def init_variables(
+    model: Segmentor, seed: int, known: Mapping[str, np.ndarray] | None = None
+) -> dict[str, Any]:
     """Fresh params, batch_stats and memory as NumPy arrays.
 
     NumPy fills the arrays in seconds where compiling the model's own initialisation takes half a
@@ -100,10 +103,13 @@ def init_variables(model: Segmentor, seed: int) -> dict[str, Any]:
     Args:
         model: the model.
         seed: any integer.
+        known: arrays that are there already, by their "/"-separated path; they are taken as they
+            are.
 
     Returns:
         {"params", "batch_stats", "memory"}: nested dicts of float32 arrays.
     """
+    known = known or {}
     abstract = abstract_variables(model)
 
     def fill(tree: Any, prefix: str) -> Any:
@@ -116,6 +122,8 @@ def init_variables(model: Segmentor, seed: int) -> dict[str, Any]:
             path = f"{prefix}/{name}"
             if isinstance(value, dict):
                 filled[name] = fill(value, path)
+            elif path in known:
+                filled[name] = known[path]
             else:
                 entropy = [seed % 2**63, *path.encode()]
                 filled[name] = init_array(path, value.shape, fan_in, np.random.default_rng(entropy))
@@ -124,13 +132,17 @@ def init_variables(model: Segmentor, seed: int) -> dict[str, Any]:
     return {
         "params": fill(abstract["params"], "params"),
         "batch_stats": fill(abstract["batch_stats"], "batch_stats"),
-        "memory": np.zeros(abstract["memory"].shape, np.float32),
+        "memory": known.get("memory", np.zeros(abstract["memory"].shape, np.float32)),
     }
 
 
-def init_state(model: Segmentor, tx: optax.GradientTransformation, seed: int) -> TrainState:
-    """A fresh state on the host; see `sharding.place` for putting it onto devices."""
-    variables = init_variables(model, seed)
+def init_state(variables: dict[str, Any], tx: optax.GradientTransformation) -> TrainState:
+    """The state before the first step, on the host; see `sharding.place` for devices.
+
+    Args:
+        variables: params, batch_stats and memory.
+        tx: the optimiser.
+    """
     opt_state = jax.tree.map(
         lambda x: np.zeros(x.shape, x.dtype), jax.eval_shape(tx.init, variables["params"])
     )

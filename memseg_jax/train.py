@@ -17,6 +17,7 @@ from memseg_jax.data import open_split
 from memseg_jax.data.pipeline import check_batch, steps_per_epoch, train_batches
 from memseg_jax.errors import UserError
 from memseg_jax.inference import Predictor, check_evaluation
+from memseg_jax.initial import initial_variables
 from memseg_jax.models.segmentor import build_segmentor
 from memseg_jax.progress import MetricWriter, ProgressLine, format_duration, format_progress
 from memseg_jax.state import abstract_state, init_state
@@ -71,12 +72,15 @@ def run(config: ml_collections.ConfigDict, workdir: str) -> None:
     tx = optimizer.sgd(config, schedule)
     shapes = sharding.with_sharding(abstract_state(model, tx), mesh)
     checkpointer = checkpoint.Checkpointer(folder, config.checkpoint.keep)
-    # The order of resumption: this workdir's last checkpoint, else fresh values.
+    # What there is to go on from: this workdir's run, weights that were converted into this
+    # workdir, the files of config.init, random values; the first of them that exists.
     evaluated = True
-    if checkpointer.latest_step() is None:
-        state = sharding.place(init_state(model, tx, config.seed), mesh)
+    latest = checkpointer.latest_step()
+    meta = None if latest is None else checkpoint.read_meta(folder, latest)[1]
+    if meta is None or checkpoint.holds_only_weights(meta):
+        variables = initial_variables(config, model, folder if meta else None)
+        state = sharding.place(init_state(variables, tx), mesh)
     else:
-        _, meta = checkpoint.read_meta(folder, "last")
         run_record.check_same_run(meta, config, fingerprint)
         state, _ = checkpointer.restore(shapes)
         evaluated = meta["scores"] is not None

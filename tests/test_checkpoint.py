@@ -214,7 +214,8 @@ def test_kept_steps(miou, keep):
     kept = checkpoint.kept_steps(miou, keep)
     assert kept <= set(miou)
     assert set(sorted(miou)[-keep:]) <= kept
-    assert len(kept) <= keep + 1
+    assert len(kept) <= keep + 1 + (0 in miou)
+    assert 0 in kept or 0 not in miou  # what a run started from
     scores = [value for value in miou.values() if value is not None]
     if scores:
         assert max(scores) in [miou[step] for step in kept]

@@ -54,3 +54,14 @@ def test_harmless_fields_exist():
         section, name = field.split(".")
         assert name == "*" or name in config[section]
         assert section in config
+
+
+def test_a_field_that_is_newer_than_the_checkpoint_may_be_empty():
+    meta = json.loads(json.dumps(make_meta(5)))
+    del meta["config"]["init"]
+    config = common.get_config()
+    assert run_record.config_differences(meta["config"], config) == []
+    config.init.backbone = "resnet50.pth"
+    assert run_record.config_differences(meta["config"], config) == [
+        'init.backbone: not set in the checkpoint, "resnet50.pth" now'
+    ]

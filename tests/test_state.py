@@ -110,7 +110,7 @@ def test_unknown_kind_of_variable():
 def test_fresh_state_has_the_abstract_shapes():
     config = small_config()
     tx = sgd(config, schedule_from_config(config, 10))
-    state, abstract = init_state(model(), tx, 0), abstract_state(model(), tx)
+    state, abstract = init_state(fresh_variables(model(), 0), tx), abstract_state(model(), tx)
     assert jax.tree.structure(state) == jax.tree.structure(abstract)
     for value, shape in zip(jax.tree.leaves(state), jax.tree.leaves(abstract)):
         assert value.shape == shape.shape

@@ -16,7 +16,7 @@ from memseg_jax.models.backbone import Backbone
 from memseg_jax.models.layers import ConvNorm
 from memseg_jax.models.memory import memory_momentum, update_memory
 from memseg_jax.models.segmentor import Segmentor, build_segmentor
-from memseg_jax.state import init_state
+from memseg_jax.state import init_state, init_variables
 from memseg_jax.train_step import make_train_step
 from tests import tiny
 from tests.small_models import FAST_COMPILE, fast_jit
@@ -75,7 +75,7 @@ def build(groups=1, dropout=0.0, memory=True):
 @functools.cache
 def initial(memory=True):
     _, model, _, tx = build(memory=memory)
-    return double(init_state(model, tx, 0))
+    return double(init_state(init_variables(model, 0), tx))
 
 
 @functools.cache

@@ -141,7 +141,7 @@ def save_random_model(
     config = config or get_config()
     model = build_segmentor(config)
     tx = optimizer.sgd(config, optimizer.schedule_from_config(config, 1))
-    state = init_state(model, tx, 0).replace(**random_variables(model, 3))
+    state = init_state(random_variables(model, 3), tx)
     if never is not None:
         state.params["decoder_stage2"]["classifier"]["conv"]["bias"][never] = -1e4
     names = tuple(config.data.class_names)

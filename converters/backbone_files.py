@@ -1,0 +1,245 @@
+"""ImageNet weights of backbones, from the PyTorch files that the published models started from."""
+
+import collections
+import dataclasses
+import math
+import os
+import re
+from collections.abc import Mapping
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+
+from converters import names, recognise, torch_files
+from converters.mismatch import mismatches
+from converters.torch_files import TorchFile
+from memseg_jax.errors import UserError
+from memseg_jax.models.vit import fit_positions
+
+_OPENMMLAB = "https://download.openmmlab.com/pretrain/third_party/"
+_TIMM = "https://github.com/rwightman/pytorch-image-models/releases/download/v0.1-vitjx/"
+# The file for every backbone; what follows "_" in a name makes no difference here.
+SOURCES = {
+    "resnet18": _OPENMMLAB + "resnet18_v1c-b5776b93.pth",
+    "resnet50": _OPENMMLAB + "resnet50_v1c-2cccc1ad.pth",
+    "resnet101": _OPENMMLAB + "resnet101_v1c-e67eebb6.pth",
+    "resnest101": _OPENMMLAB + "resnest101_d2-f3b931b2.pth",
+    "hrnetv2w48": _OPENMMLAB + "hrnetv2_w48-d2186c55.pth",
+    "vitlarge": _TIMM + "jx_vit_large_p16_384-b3be5167.pth",
+}
+
+_PREFIX = "backbone_net."
+_SEGMENTOR_PREFIXES = (_PREFIX, "backbone.")  # of the backbone in the file of a whole segmentor
+_CLASSIFICATION = (
+    "fc.", "head.", "norm.", "pre_logits.",
+    "incre_modules.", "downsamp_modules.", "final_layer.", "classifier.",
+)  # fmt: skip
+_COUNTER = "num_batches_tracked"
+_POSITIONS = "pos_embed"
+
+# The reference's names of a ViT's tensors -> those of the timm library.
+_TIMM_NAMES = [
+    (r"patch_embed\.projection\.(.+)", r"patch_embed.proj.\1"),
+    (r"layers\.(\d+)\.ln([12])\.(.+)", r"blocks.\1.norm\2.\3"),
+    (r"layers\.(\d+)\.attn\.attn\.in_proj_(.+)", r"blocks.\1.attn.qkv.\2"),
+    (r"layers\.(\d+)\.attn\.attn\.out_proj\.(.+)", r"blocks.\1.attn.proj.\2"),
+    (r"layers\.(\d+)\.ffn\.layers\.0\.0\.(.+)", r"blocks.\1.mlp.fc1.\2"),
+    (r"layers\.(\d+)\.ffn\.layers\.1\.(.+)", r"blocks.\1.mlp.fc2.\2"),
+]
+
+
+@dataclasses.dataclass(frozen=True)
+class Report:
+    """What became of every tensor of a file and of the model.
+
+    Attributes:
+        file: name of the file, without its folder.
+        sha256: of the file, in hexadecimal digits.
+        layout: in words, what the file is.
+        taken: name in the file -> path of ours.
+        dropped: name in the file -> reason.
+        left: paths of ours that keep their initial values: everything but the backbone.
+        changes: what was done to values, in words.
+    """
+
+    file: str
+    sha256: str
+    layout: str
+    taken: dict[str, str]
+    dropped: dict[str, str]
+    left: tuple[str, ...]
+    changes: tuple[str, ...]
+
+    def summary(self) -> str:
+        """One line of counts."""
+        reasons = collections.Counter(self.dropped.values())
+        dropped = ", ".join(f"{count} {reason}" for reason, count in reasons.items())
+        parts = [
+            f"{len(self.taken)} tensors taken",
+            f"{len(self.dropped)} dropped" + (f" ({dropped})" if dropped else ""),
+            f"{len(self.left)} left at their initial values",
+            *self.changes,
+        ]
+        return f"{self.file} (SHA-256 {self.sha256[:12]}): {', '.join(parts)}"
+
+
+def read_backbone(
+    path: str | os.PathLike, backbone: str, abstract: Mapping[str, Any]
+) -> tuple[dict[str, np.ndarray], Report]:
+    """Reads the weights of a backbone.
+
+    Args:
+        path: one of the files of `SOURCES`, in any wrapping that `torch_files.read` knows, or the
+            file of a segmentor that has this backbone.
+        backbone: config.model.backbone.
+        abstract: params and batch_stats of the whole model; only the leaves' shapes matter.
+
+    Returns:
+        {path: float32 array} for all tensors of the backbone, such as
+        "params/backbone/stem_0/conv/kernel" [3, 3, 3, 32], and what became of the others.
+
+    Raises:
+        UserError: the file cannot be read; a tensor is missing, unknown, of another shape or
+            type, or not finite.
+    """
+    file = torch_files.read(path)
+    ours = names.flatten(abstract)
+    paths = {
+        names.torch_key(path).removeprefix(_PREFIX): path
+        for path in ours
+        if path.partition("/")[2].startswith("backbone/")
+    }
+    tensors, dropped = _split_off_segmentor(file.tensors)
+    cause = _likely_cause(backbone, tensors)  # by the reference's names
+    if any(name.startswith("blocks.") for name in tensors):
+        paths = {_timm_name(name): path for name, path in paths.items()}
+    for name in tensors:
+        if name not in paths and (reason := _reason_to_drop(name)):
+            dropped[name] = reason
+    found = {name: tensor for name, tensor in tensors.items() if name not in dropped}
+
+    wanted = {name: names.torch_shape(ours[path].shape) for name, path in paths.items()}
+    shapes = {name: tensor.shape for name, tensor in found.items()}
+    resized = _POSITIONS in wanted and _can_be_resized(
+        shapes.get(_POSITIONS, ()), wanted[_POSITIONS]
+    )
+    if resized:
+        shapes[_POSITIONS] = wanted[_POSITIONS]
+    if lines := mismatches(shapes, wanted):
+        raise UserError(
+            "\n".join([f"{file.path} does not fit config.model.backbone = {backbone!r}:", *lines])
+            + f"\n{cause} The file for {backbone} is\n  {_source(backbone)}"
+        )
+
+    changes = []
+    types = collections.Counter(str(found[name].dtype) for name in paths)
+    for dtype, count in types.items():
+        if dtype != "float32":
+            changes.append(f"{count} converted from {dtype}")
+    arrays = {}
+    for name, path in paths.items():
+        array = _checked(file, name, found[name])
+        if name == _POSITIONS and resized:
+            side, grid = (math.isqrt(shape[1] - 1) for shape in (array.shape, wanted[name]))
+            array = np.array(fit_positions(jnp.asarray(array), (grid, grid)))
+            changes.append(f"positions resized from {side}x{side} to {grid}x{grid}")
+        arrays[path] = array
+    taken = dict(paths)
+    left = tuple(path for path in ours if path not in arrays)
+    return arrays, Report(
+        file.path.name, file.sha256, file.layout, taken, dropped, left, tuple(changes)
+    )
+
+
+def _split_off_segmentor(
+    tensors: Mapping[str, np.ndarray],
+) -> tuple[dict[str, np.ndarray], dict[str, str]]:
+    """Returns the tensors without a segmentor's prefix, and why the others are dropped."""
+    for prefix in _SEGMENTOR_PREFIXES:
+        if any(name.startswith(prefix) for name in tensors):
+            inside = {
+                name.removeprefix(prefix): tensor
+                for name, tensor in tensors.items()
+                if name.startswith(prefix)
+            }
+            rest = [name for name in tensors if not name.startswith(prefix)]
+            return inside, dict.fromkeys(rest, "outside of the backbone")
+    return dict(tensors), {}
+
+
+def _timm_name(name: str) -> str:
+    for pattern, replacement in _TIMM_NAMES:
+        match = re.fullmatch(pattern, name)
+        if match:
+            return match.expand(replacement)
+    return name
+
+
+def _reason_to_drop(name: str) -> str | None:
+    """Why a tensor that the backbone does not have may be in its file; None: no reason known."""
+    if name.rsplit(".", 1)[-1] == _COUNTER:
+        return "counters of training steps"
+    if name.startswith(_CLASSIFICATION):
+        return "of the classification head"
+    return None
+
+
+def _can_be_resized(shape: tuple[int, ...], wanted: tuple[int, ...]) -> bool:
+    """Whether `shape` is a class row and a square of positions that only differ in their number.
+
+    Args:
+        shape: [1, 1 + side * side, channels] in the file.
+        wanted: the same in the model.
+    """
+    if len(shape) != 3 or (shape[0], shape[2]) != (wanted[0], wanted[2]) or shape == wanted:
+        return False
+    return shape[1] > 1 and math.isqrt(shape[1] - 1) ** 2 == shape[1] - 1
+
+
+def _checked(file: TorchFile, name: str, tensor: np.ndarray) -> np.ndarray:
+    """Returns a float32 copy in our layout, so that the file can be let go."""
+    if not np.issubdtype(tensor.dtype, np.floating):
+        raise UserError(
+            f"{file.path}: {name} is {tensor.dtype}; expected float32 (or another float type)"
+        )
+    with np.errstate(over="ignore"):
+        array = np.array(names.from_torch_layout(tensor), np.float32, order="C")
+    bad = array.size - int(np.count_nonzero(np.isfinite(array)))
+    if bad:
+        raise UserError(
+            f"{file.path}: {name} has {bad} values of {array.size} that are not finite in "
+            "float32. The training that wrote the file had failed, or the file was damaged."
+        )
+    return array
+
+
+def _source(backbone: str) -> str:
+    return SOURCES[backbone.split("_")[0]]
+
+
+def _likely_cause(backbone: str, tensors: Mapping[str, np.ndarray]) -> str:
+    """Returns a sentence on why a file does not fit."""
+    stem = tensors.get("conv1.weight")
+    if backbone.startswith("resnet") and stem is not None and stem.shape[2:] == (7, 7):
+        return (
+            "The likely cause: the file holds a ResNet whose stem is one 7x7 convolution, as "
+            "torchvision's and timm's have it; here three 3x3 ones are needed (v1c)."
+        )
+    if "conv1.0.weight" in tensors:
+        return (
+            "The likely cause: the file is by timm or by the authors of ResNeSt, who name the stem "
+            "conv1; the files of OpenMMLab are needed."
+        )
+    seen = recognise.backbone_of(tensors)
+    if seen is None:
+        return "The likely cause: these are not the names of any backbone that is known here."
+    if seen != backbone.split("_")[0]:
+        return (
+            f"The likely cause: the file seems to hold a {seen}; give --config.model.backbone="
+            f"{seen}, or another file."
+        )
+    return (
+        f"The likely cause: a {seen} of another depth or width, or one that is not complete "
+        "(config.model.backbone_width has to be 1.0 for the published files)."
+    )

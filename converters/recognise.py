@@ -1,0 +1,106 @@
+"""Tells from names and shapes what a PyTorch file is: for messages, never to decide silently."""
+
+from collections.abc import Iterable, Mapping
+
+import ml_collections
+
+from converters.torch_files import TorchFile
+
+_DATA_SETS = {150: "ADE20K", 19: "Cityscapes", 182: "COCO-Stuff-10k", 20: "LIP"}
+_CLASSIFIER = "decoder_stage2.4.weight"
+_TABLE = "backbone_net.pos_embed"
+_PREFIX = "backbone_net."
+
+
+def backbone_of(names: Iterable[str]) -> str | None:
+    """Returns our name of the backbone that has tensors of these names, None if none has.
+
+    Args:
+        names: as in the PyTorch reference, without "backbone_net.". The ReLU of HRNet's stem and
+            the size of a ViT's position table leave no trace in names.
+    """
+    names = set(names)
+    if "cls_token" in names and "pos_embed" in names:
+        return "vitlarge"
+    if any(name.startswith("transition3.") for name in names):
+        return "hrnetv2w48"
+    if "layer1.0.conv2.conv.weight" in names:
+        return "resnest101"
+    if "stem.0.weight" not in names or "layer1.0.conv2.weight" not in names:
+        return None
+    if "layer1.0.conv3.weight" not in names:
+        return "resnet18"
+    return "resnet101" if "layer3.6.conv1.weight" in names else "resnet50"
+
+
+def likely_cause(
+    file: TorchFile, config: ml_collections.ConfigDict, wanted: Mapping[str, tuple[int, ...]]
+) -> str:
+    """Returns a sentence on why a file does not fit a model, and what to do.
+
+    Args:
+        file: the file.
+        config: the config of the model.
+        wanted: {name: shape} of the model's tensors.
+    """
+    backbone, found = config.model.backbone, file.tensors
+    alone = backbone_of(found)
+    if alone:
+        return (
+            f"The file seems to hold a {alone} alone: for training from it, give "
+            f"--config.init.backbone={file.path}"
+        )
+    other = backbone_of(name.removeprefix(_PREFIX) for name in found if name.startswith(_PREFIX))
+    if other is None or _CLASSIFIER not in found:
+        return "These are not the names of a segmentor with memory of the PyTorch reference."
+    if backbone.split("_")[0] != other:
+        return f"The likely cause: the file has the backbone {other}, the config has {backbone}."
+    classes = found[_CLASSIFIER].shape[0]
+    if classes != wanted[_CLASSIFIER][0]:
+        of = f" as {_DATA_SETS[classes]} has" if classes in _DATA_SETS else ""
+        return (
+            f"The likely cause: the file is for {classes} classes{of}, the config for "
+            f"{wanted[_CLASSIFIER][0]}. Take the config of that data set."
+        )
+    if _TABLE in wanted and found[_TABLE].shape != wanted[_TABLE]:
+        return (
+            f"The likely cause: another era. The file's position table is for images of "
+            f"{_image_size(found[_TABLE].shape)}, the config's for {_image_size(wanted[_TABLE])}. "
+            "The COCO-Stuff ViT of 2021 has 29x29, which configs/cocostuff10k_vit.py describes; "
+            "every other one has 32x32 (configs/cocostuff10k_vit.py:2025)."
+        )
+    halved = ["downsample_backbone.0.weight" in keys for keys in (found, wanted)]
+    if halved[0] != halved[1]:
+        need = 2 if halved[0] else 1
+        return (
+            f"The likely cause: another data set. The file needs config.model.downsample = {need} "
+            "(HRNet on Cityscapes and LIP has 2, on ADE20K and COCO-Stuff 1)."
+        )
+    return "The file is not complete, or of a changed model (see config.model for its widths)."
+
+
+def _image_size(shape: tuple[int, ...]) -> str:
+    side = round((shape[1] - 1) ** 0.5)
+    return f"{side}x{side} patches"
+
+
+def remarks(file: TorchFile, config: ml_collections.ConfigDict) -> list[str]:
+    """Returns what the user should know about the era of a file that fits the config."""
+    era = None
+    if "cur_epoch" in file.entries or "cur_iter" in file.entries:
+        era = "a later version of the reference (cur_epoch beside the tensors)"
+    elif "epoch" in file.entries:
+        era = "the reference of 2021 (epoch beside the tensors)"
+    lines = [f"the file was written by {era}"] if era else []
+    if config.model.backbone.startswith("hrnet"):
+        has = "has" if config.model.backbone == "hrnetv2w48_relu" else "has no"
+        lines.append(
+            "names and shapes cannot tell whether the first normalisation of HRNet's stem is "
+            f"followed by a ReLU. This config {has} ReLU there, as the models released in 2021 "
+            "have none; the reference has one since June 2025, except for Cityscapes. If the "
+            "scores are bad, try the other form (config argument :2025)."
+        )
+    if _TABLE in file.tensors:
+        size = _image_size(file.tensors[_TABLE].shape)
+        lines.append(f"the position table is for images of {size}")
+    return lines
