@@ -4,12 +4,18 @@ The files are looked up in `tests/goldens`, or in the folder that the environmen
 `MEMSEG_GOLDENS` names: the same format with its own seed string and its own cases. Tests take
 their cases from the folder's listing and so work with any such folder.
 
+The tensors of the reference's models are listed in `manifests` (today's order of the entries; some
+files only say what is different from another one) and `manifests_2021`.
+
 Weights, images and labels are not stored. Each is one draw of a generator that is seeded with the
 set's seed string and the name of what is drawn. Layouts are PyTorch's (NCHW; out, in, kh, kw).
 """
 
+import itertools
+import json
 import os
 import pathlib
+import re
 import zlib
 
 import numpy as np
@@ -33,6 +39,73 @@ def load(name: str) -> dict[str, np.ndarray]:
     """Returns all arrays of a golden file, given its relative name."""
     with np.load(goldens_dir() / name, allow_pickle=False) as stored:
         return {key: stored[key] for key in stored.files}
+
+
+def manifest_models() -> list[str]:
+    """Returns the models whose tensors are listed, such as "resnet50os8_ade20k".
+
+    A suffix "_2021" marks the form of a model at the time of its publication; those are listed
+    whose tensors have other shapes now.
+    """
+    folder = goldens_dir()
+    models = [
+        path.stem.removeprefix("mcibi_deeplabv3_")
+        for path in sorted((folder / "manifests").glob("*.json"))
+    ]
+    for path in sorted((folder / "manifests_2021").glob("*.json")):
+        if json.loads(path.read_text(encoding="utf-8"))["changed"]:
+            _, dataset, backbone = path.stem.split("_")
+            models.append(f"{backbone}_{dataset}_2021")
+    return models
+
+
+def manifest_entry(model: str) -> dict:
+    """Returns what is stored about the state dict of a model, with "manifest" complete.
+
+    Args:
+        model: from `manifest_models`, or any of them with "_2021" behind it.
+    """
+    backbone, dataset, *era = model.split("_")
+    name = f"manifests/mcibi_deeplabv3_{backbone}_{dataset}.json"
+    return _read_manifest(
+        goldens_dir() / (f"manifests_2021/cfgs_{dataset}_{backbone}.json" if era else name)
+    )
+
+
+def manifest(model: str) -> list[tuple[str, tuple[int, ...], str]]:
+    """Returns [(key, shape, dtype)] of the state dict of a model, in its order.
+
+    Args:
+        model: as for `manifest_entry`.
+    """
+    return [(key, tuple(shape), dtype) for key, shape, dtype in manifest_entry(model)["manifest"]]
+
+
+def _read_manifest(path: pathlib.Path) -> dict:
+    entry = json.loads(path.read_text(encoding="utf-8"))
+    if entry["kind"] == "diff":
+        base = _read_manifest(path.parent / entry["base"])["manifest"]
+        changed = {row[0]: row for row in entry["changed"]}
+        assert not entry["added"], "no set adds entries, and where they belong is not stored"
+        rows = [changed.get(row[0], row) for row in base if row[0] not in entry["removed"]]
+        if not entry.get("same_key_order_as_now", True):
+            rows = _shortcuts_last(rows)
+        entry["manifest"] = rows
+    assert len(entry["manifest"]) == entry["num_entries"], path
+    return entry
+
+
+def _shortcuts_last(rows: list) -> list:
+    """The order of 2021: in a residual block, the shortcut comes behind everything else."""
+
+    def block(row: list) -> str:
+        return re.match(r"backbone_net\.layer\d\.\d+|", row[0]).group()
+
+    return [
+        row
+        for _, group in itertools.groupby(rows, block)
+        for row in sorted(group, key=lambda row: ".downsample." in row[0])
+    ]
 
 
 def seed_string() -> str:
@@ -141,3 +214,36 @@ def stats(array: np.ndarray) -> np.ndarray:
     """Returns [mean, population standard deviation, largest absolute value] in float64."""
     array = np.asarray(array, np.float64)
     return np.array([array.mean(), array.std(), np.abs(array).max()])
+
+
+# In the backbone rounding stays below 1e-5; an approximate GELU, for one, shows as 6e-4.
+_BACKBONE_TAP = (
+    r"stem|stem_bn1|maxpool|layer\d(_block\d)?|stage\d\.\d|backbone\.\d|patch_embed|tokens_plus_pos"
+)
+
+
+def assert_forward(golden: dict[str, np.ndarray], taps: dict[str, np.ndarray]) -> None:
+    """Compares all intermediates of a forward pass, and all of its prediction, with a golden file.
+
+    Args:
+        golden: from `load("forward/...")`.
+        taps: arrays by name, in PyTorch's layout; none may be missing, and no other may be there.
+    """
+    expected = {re.sub("__slice$", "", key) for key in golden if key.endswith("__slice")}
+    assert expected == set(taps)
+    for tap in sorted(expected):
+        assert taps[tap].shape == tuple(golden[f"{tap}__shape"]), tap
+        std = golden[f"{tap}__stats"][1]
+        limit = 1e-4 if re.fullmatch(_BACKBONE_TAP, tap) else 1e-3
+        limit = 3e-3 if tap.startswith("selfatt_") else limit
+        limit = 2e-4 if tap.endswith("logits") else limit
+        worst = np.abs(take_slice(taps[tap], 512) - golden[f"{tap}__slice"]).max() / std
+        assert worst <= limit, f"{tap}: {worst:.1e} of its standard deviation"
+
+    logits = taps["stage2_logits"]
+    if "stage2_logits" in golden:
+        stored = golden["stage2_logits"]
+    else:
+        stored, logits = golden["stage2_logits_ds2"], logits[:, :, ::2, ::2]
+    worst = np.abs(logits - stored).max() / golden["stage2_logits__stats"][1]
+    assert worst <= 2e-4, f"stage2_logits: {worst:.1e} of its standard deviation"

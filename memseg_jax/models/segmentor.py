@@ -294,8 +294,14 @@ def build_segmentor(config: ml_collections.ConfigDict) -> Segmentor:
             "A background class counts, 'not labelled' does not."
         )
     dtype = jnp.dtype(model.compute_dtype)
+    backbone = build_backbone(model.backbone, model.backbone_width, dtype)
+    if model.downsample > 1 and model.auxiliary and backbone.auxiliary_levels:
+        raise UserError(
+            "config.model.downsample leaves only the backbone's last map, and the auxiliary head "
+            f"of {model.backbone} needs another one: set config.model.auxiliary to False"
+        )
     return Segmentor(
-        backbone=build_backbone(model.backbone, model.backbone_width, dtype),
+        backbone=backbone,
         num_classes=num_classes,
         feature_dim=model.feature_dim,
         aspp_dim=model.aspp_dim,

@@ -384,3 +384,12 @@ def test_layout_round_trip(shape):
     theirs = ours.transpose(3, 2, 0, 1) if len(shape) == 4 else ours
     assert names.torch_shape(shape) == theirs.shape
     np.testing.assert_array_equal(names.from_torch_layout(theirs), ours)
+
+
+def test_a_halved_map_leaves_nothing_for_an_auxiliary_head():
+    config = small_config()
+    config.model.downsample = 2
+    with pytest.raises(UserError, match=r"auxiliary head of resnet18.*auxiliary to False"):
+        build_segmentor(config)
+    config.model.auxiliary = False
+    assert build_segmentor(config).output_stride == 16
