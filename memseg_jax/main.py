@@ -5,8 +5,10 @@ import os
 import re
 import sys
 import textwrap
+from collections.abc import Callable, Mapping
 from logging import WARNING, Formatter
 from pathlib import Path
+from typing import Any
 
 from absl import flags, logging
 from ml_collections import config_flags
@@ -15,7 +17,7 @@ from memseg_jax import suggest
 from memseg_jax.errors import UserError
 
 # Only light imports: `--help` must be quick, and every worker process imports this module.
-MODES = ("train", "evaluate", "predict", "check_data")
+MODES = ("train", "evaluate", "predict", "check_data", "benchmark")
 USAGE = """\
 Semantic segmentation in JAX: train a model, evaluate it, and segment your own images.
 
@@ -24,6 +26,7 @@ examples:
   python -m memseg_jax.main --config configs/quickstart.py --config.train.batch_size=8
   python -m memseg_jax.main --config configs/quickstart.py --mode evaluate
   python -m memseg_jax.main --config configs/quickstart.py --mode predict --input photos/
+  python -m memseg_jax.main --config configs/quickstart.py --mode benchmark
 
 flags:"""
 FLAGS = {  # name -> (default, the modes that read it, help)
@@ -47,8 +50,13 @@ def main(argv: list[str]) -> int:
     Returns:
         The exit status. What the user can fix is explained on stderr without a traceback.
     """
+    return status_of(_run, argv)
+
+
+def status_of(function: Callable[[list[str]], int], argv: list[str]) -> int:
+    """Calls `function(argv)`; explains on stderr what the user can fix. Returns the exit status."""
     try:
-        return _run(argv)
+        return function(argv)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
@@ -86,9 +94,8 @@ def set_up_logging() -> None:
 
 
 def _run(argv: list[str]) -> int:
-    asked = {argument.lstrip("-") for argument in argv[1:] if argument.startswith("-")}
-    if asked & {"help", "h", "helpshort", "helpfull"}:
-        print(_help_text() + (flags.FLAGS.get_help() if "helpfull" in asked else ""))
+    if asks_for_help(argv):
+        print(_help_text() + (flags.FLAGS.get_help() if "--helpfull" in argv else ""))
         return 0
     values = _parse(argv)
     set_up_logging()
@@ -96,6 +103,9 @@ def _run(argv: list[str]) -> int:
     if values.mode == "check_data":
         return module.run(values.config)
     enable_compilation_cache()
+    if values.mode == "benchmark":  # it measures the config, not a run
+        module.run(values.config, values.workdir)
+        return 0
     workdir = values.workdir or os.path.join("runs", _run_name(values["config"].config_filename))
     arguments = [values.config, workdir]
     if values.mode != "train":
@@ -107,11 +117,21 @@ def _run(argv: list[str]) -> int:
     return 0
 
 
+def asks_for_help(argv: list[str]) -> bool:
+    """Whether --help is on the command line."""
+    asked = {argument.lstrip("-") for argument in argv[1:] if argument.startswith("-")}
+    return bool(asked & {"help", "h", "helpshort", "helpfull"})
+
+
+def flag_help(name: str, text: str) -> str:
+    """Returns the paragraph of one flag for --help."""
+    return textwrap.fill(f"  --{name:<17}{text}", 99, subsequent_indent=" " * 21)
+
+
 def _help_text() -> str:
     lines = [USAGE]
     for name, (_, modes, text) in FLAGS.items():
-        text = text if modes == MODES else f"{', '.join(modes)}: {text}"
-        lines.append(textwrap.fill(f"  --{name:<17}{text}", 99, subsequent_indent=" " * 21))
+        lines.append(flag_help(name, text if modes == MODES else f"{', '.join(modes)}: {text}"))
     return "\n".join([*lines, "  --helpfull         also the flags of absl", ""])
 
 
@@ -121,38 +141,63 @@ def _run_name(config_flag: str) -> str:
     return re.sub(r"[^\w.-]+", "_", Path(path).stem + (f"_{argument}" if argument else ""))
 
 
-def _parse(argv: list[str]) -> flags.FlagValues:
-    """Parses and checks the command line; everything that is wrong becomes a `UserError`."""
-    config_flag, rest = suggest.take_config_flag(argv[1:])
+def parse_flags(
+    argv: list[str], definitions: Mapping[str, tuple[Any, str]], with_config: bool = True
+) -> flags.FlagValues:
+    """Parses a command line, usually one that has --config and overrides of its fields.
+
+    Args:
+        argv: the program's name and its arguments.
+        definitions: the other flags: name -> (default, help). A flag whose default is a bool
+            takes none or true or false, all others take text.
+        with_config: whether there is --config; it is required then.
+
+    Returns:
+        The values; `config` is the config with its overrides.
+
+    Raises:
+        UserError: anything that is wrong, with what was probably meant.
+    """
+    config_flag, rest = suggest.take_config_flag(argv[1:]) if with_config else ("", argv[1:])
     config = suggest.load_config(config_flag, rest) if config_flag else None
     if config_flag:  # the parser wants --config before its overrides; people need not
         argv = [argv[0], f"--config={config_flag}", *rest]
-    # Our own registry beside absl's global one, so that `main` can be called repeatedly.
+    # Our own registry beside absl's global one, so that a program can be called repeatedly.
     values = flags.FlagValues()
-    config_flags.DEFINE_config_file("config", flag_values=values, sys_argv=argv)
-    for name, (default, _, text) in list(FLAGS.items())[1:]:
-        define = flags.DEFINE_boolean if default is False else flags.DEFINE_string
+    if with_config:
+        config_flags.DEFINE_config_file("config", flag_values=values, sys_argv=argv)
+    for name, (default, text) in definitions.items():
+        define = flags.DEFINE_boolean if isinstance(default, bool) else flags.DEFINE_string
         define(name, default, text, flag_values=values)
     values.append_flag_values(flags.FLAGS)
     try:
         rest = values(argv)[1:]
     except flags.UnrecognizedFlagError as error:
-        if config is None and error.flagname.startswith(("config.", "noconfig.")):
+        if config is None and error.flagname.startswith(("config.", "noconfig.")) and with_config:
             raise suggest.config_required() from error
-        hint = suggest.did_you_mean(error.flagname, FLAGS, "--")
+        known = ["config", *definitions] if with_config else definitions
+        hint = suggest.did_you_mean(error.flagname, known, "--")
         raise UserError(f"there is no flag --{error.flagname}. {hint}") from error
     except flags.Error as error:
         raise UserError(suggest.explain_flag_error(str(error), config)) from error
     flags.FLAGS.mark_as_parsed()  # grain's worker processes ask for it
-
-    mode = values.mode
     if rest:
         raise UserError(f"unexpected argument {rest[0]!r}: flags are --name=value or --name value")
+    if with_config:
+        if config is None:
+            raise suggest.config_required()
+        suggest.check_override_values(config, values["config"].override_values)
+    return values
+
+
+def _parse(argv: list[str]) -> flags.FlagValues:
+    """Parses the command line and checks what goes together."""
+    definitions = {name: (default, text) for name, (default, _, text) in FLAGS.items()}
+    del definitions["config"]
+    values = parse_flags(argv, definitions)
+    mode = values.mode
     if mode not in MODES:
         raise UserError(f"there is no mode {mode!r}. {suggest.did_you_mean(mode, MODES)}")
-    if config is None:
-        raise suggest.config_required()
-    suggest.check_override_values(config, values["config"].override_values)
     for name, (_, modes, _) in FLAGS.items():
         if values[name].present and mode not in modes:
             raise UserError(f"--{name} is only for --mode {' and '.join(modes)}")
