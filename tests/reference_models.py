@@ -3,8 +3,6 @@
 import re
 import zlib
 
-import jax
-import numpy as np
 import pytest
 
 from configs import common
@@ -53,31 +51,6 @@ def rule_variables(model: Segmentor) -> dict:
         filled[path] = names.from_torch_layout(value)
         assert filled[path].shape == leaf.shape, path
     return names.unflatten(filled)
-
-
-def taps_of(model: Segmentor, variables: dict, images: np.ndarray) -> dict[str, np.ndarray]:
-    """All named intermediates in evaluation, by the reference's names and layout (NCHW).
-
-    Args:
-        model: the segmentor.
-        variables: params, batch_stats and memory.
-        images: [batch, 3, height, width].
-    """
-
-    @jax.jit
-    def forward(variables, x):
-        memory = variables["memory"]
-        rest = {k: variables[k] for k in ("params", "batch_stats")}
-        _, taps = model.apply(rest, x, memory, mutable=["taps"])
-        return taps["taps"]
-
-    taps = names.flatten(forward(variables, images.transpose(0, 2, 3, 1)))
-    return {
-        path.rsplit("/", 1)[-1]: (
-            np.asarray(value).transpose(0, 3, 1, 2) if value.ndim == 4 else np.asarray(value)
-        )
-        for path, value in taps.items()
-    }
 
 
 def reference_list(variables: dict) -> dict[str, str]:

@@ -7,9 +7,10 @@ import re
 import numpy as np
 import pytest
 
+from converters.taps import taps_of
 from memseg_jax.models.segmentor import build_segmentor
 from tests.goldens import golden_files, load, rule_image, take_slice
-from tests.reference_models import reference_config, rule_variables, taps_of
+from tests.reference_models import reference_config, rule_variables
 
 BACKBONE_TAP = (
     r"stem|stem_bn1|maxpool|layer\d(_block\d)?|stage\d\.\d|backbone\.\d|patch_embed|tokens_plus_pos"
