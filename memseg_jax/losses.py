@@ -1,15 +1,29 @@
 """Losses as pure functions of logits and labels."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
+import numpy as np
+from jax import lax
 
-from memseg_jax.models.layers import resize_bilinear
+from memseg_jax.models.layers import bilinear_matrix, bilinear_taps
 
 Array = jax.Array
 
+# What one image's logits at label size may take at a time. Small enough for a processor's cache,
+# large enough to keep a GPU busy. The batch is not counted: every device has its own part of it.
+BLOCK_BYTES = 4 * 2**20
+
 
 def cross_entropy(
-    logits: Array, labels: Array, *, groups: int = 1, class_weights: Array | None = None
+    logits: Array,
+    labels: Array,
+    *,
+    groups: int = 1,
+    class_weights: Array | None = None,
+    total_weights: Array | None = None,
+    block_bytes: int = BLOCK_BYTES,
 ) -> Array:
     """Cross entropy at label size: the mean over each group's labelled pixels, then over groups.
 
@@ -17,30 +31,205 @@ def cross_entropy(
     part of the number of processes. A group without any labelled pixel counts as 0 (PyTorch
     gives NaN there).
 
+    The logits at label size never exist as a whole, neither here nor in the gradient; see
+    `entropy_sums`.
+
     Args:
         logits: [batch, h, w, classes], resized bilinearly to the size of the labels.
         labels: integer [batch, H, W]; values outside 0..classes-1 are ignored.
         groups: number of equal, contiguous parts of the batch.
         class_weights: [classes]; the mean is then weighted, as PyTorch's `weight=` does it.
+        total_weights: [groups], the denominators of the means where these images are only a part
+            of the batch: `group_weights` of the whole. None: these images are the whole.
+        block_bytes: memory for the logits of one image at label size.
 
     Returns:
         A scalar.
     """
+    sums = entropy_sums(logits, labels, class_weights, block_bytes)
+    loss, weight = (jnp.sum(x.reshape(groups, -1), axis=1) for x in sums)
+    if total_weights is not None:
+        weight = total_weights.astype(loss.dtype)
+    return jnp.mean(loss / jnp.where(weight > 0, weight, 1))
+
+
+def group_weights(
+    labels: Array, classes: int, *, groups: int = 1, class_weights: Array | None = None
+) -> Array:
+    """The denominators of the means in `cross_entropy`: number of labelled pixels, or weights.
+
+    Args:
+        labels: integer [batch, H, W].
+        classes: number of classes.
+        groups: as in `cross_entropy`.
+        class_weights: as in `cross_entropy`.
+
+    Returns:
+        [groups].
+    """
+    weight = _pixel_weights(labels, classes, class_weights, jnp.result_type(float))
+    # By image first: the batch may be spread over devices, and what they exchange is then small.
+    return jnp.sum(jnp.sum(weight, axis=(1, 2)).reshape(groups, -1), axis=1)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
+def entropy_sums(
+    logits: Array, labels: Array, class_weights: Array | None, block_bytes: int
+) -> tuple[Array, Array]:
+    """Every image's cross entropy at label size, summed over its labelled pixels.
+
+    Goes through the label rows block by block: resizes the few rows of logits that a block needs,
+    takes the softmax, and - when differentiated - returns the gradient of the block to the size of
+    the logits at once. Nothing but that gradient, which is as large as the logits, is kept for
+    the backward pass, and no block is computed twice.
+
+    Args:
+        logits: [batch, h, w, classes].
+        labels: integer [batch, H, W]; values outside 0..classes-1 are ignored.
+        class_weights: [classes], or None for equal weights.
+        block_bytes: memory for the logits of one image at label size.
+
+    Returns:
+        The weighted sums of the pixels' losses, and of their weights: [batch] each.
+    """
+    # Without the gradient, the compiler drops what only the gradient needs.
+    return _sums_and_gradient(logits, labels, class_weights, block_bytes)[0]
+
+
+def _sums_and_gradient(
+    logits: Array, labels: Array, class_weights: Array | None, block_bytes: int
+) -> tuple[tuple[Array, Array], Array]:
+    """Returns `entropy_sums`, and the gradient of the first sum for the logits."""
+    batch, height, width, classes = logits.shape
+    label_height, label_width = labels.shape[1:]
+    dtype = jnp.promote_types(logits.dtype, jnp.float32)
+    starts, rows = _row_blocks(
+        height, label_height, block_bytes // (label_width * classes * dtype.itemsize)
+    )
+    rows = jnp.asarray(rows, dtype)
+    columns = None
+    if width != label_width:
+        columns = jnp.asarray(bilinear_matrix(width, label_width), dtype)
+
+    # The last block may reach beyond the labels: with pixels of no class.
+    blocks, block_height, cell_rows = rows.shape
+    padding = (0, blocks * block_height - label_height)
+    labels = jnp.pad(labels, ((0, 0), padding, (0, 0)), constant_values=classes)
+    labels = labels.reshape(batch, blocks, block_height, label_width)
+
+    def add_block(carry: tuple, block: tuple) -> tuple[tuple, None]:
+        loss, weight, gradient = carry
+        start, rows, labels = block
+        cells = lax.dynamic_slice_in_dim(logits, start, cell_rows, axis=1).astype(dtype)
+        pixels, resize_transposed = jax.vjp(lambda x: _resize_rows(x, rows, columns), cells)
+        pixel_loss, pixel_weight, slope = _pixel_entropy(pixels, labels, class_weights)
+        (slope,) = resize_transposed(slope)
+        slope += lax.dynamic_slice_in_dim(gradient, start, cell_rows, axis=1)
+        gradient = lax.dynamic_update_slice_in_dim(gradient, slope, start, axis=1)
+        loss += jnp.sum(pixel_loss, axis=(1, 2))
+        weight += jnp.sum(pixel_weight, axis=(1, 2))
+        return (loss, weight, gradient), None
+
+    zeros = (jnp.zeros(batch, dtype), jnp.zeros(batch, dtype), jnp.zeros(logits.shape, dtype))
+    over = (jnp.asarray(starts), rows, jnp.moveaxis(labels, 1, 0))
+    (loss, weight, gradient), _ = lax.scan(add_block, zeros, over)
+    return (loss, weight), gradient.astype(logits.dtype)
+
+
+def _sums_backward(
+    block_bytes: int, gradient: Array, cotangents: tuple[Array, Array]
+) -> tuple[Array, None, None]:
+    scaled = gradient * cotangents[0][:, None, None, None]
+    return scaled.astype(gradient.dtype), None, None
+
+
+entropy_sums.defvjp(_sums_and_gradient, _sums_backward)
+
+
+def _row_blocks(height: int, label_height: int, rows: int) -> tuple[np.ndarray, np.ndarray]:
+    """Divides the rows of the labels into blocks, all of one size.
+
+    Args:
+        height: rows of the logits.
+        label_height: rows of the labels.
+        rows: label rows in a block, at most.
+
+    Returns:
+        The first row of logits that each block needs, int32 [blocks]; and the matrices that make
+        its label rows from it and the following ones, [blocks, label rows, logit rows]. Label
+        rows beyond the end are 0.
+    """
+    blocks = -(-label_height // max(rows, 1))
+    rows = -(-label_height // blocks)
+    lower, upper, _ = bilinear_taps(height, label_height)
+    first = np.arange(0, label_height, rows)
+    last = np.minimum(first + rows, label_height) - 1
+    needed = int(np.max(upper[last] - lower[first])) + 1
+    starts = np.minimum(lower[first], height - needed)
+    matrix = np.zeros((len(first) * rows, height))
+    matrix[:label_height] = bilinear_matrix(height, label_height)
+    matrices = matrix.reshape(len(first), rows, height)
+    columns = starts[:, None] + np.arange(needed)
+    return starts.astype(np.int32), np.take_along_axis(matrices, columns[:, None, :], axis=2)
+
+
+def _resize_rows(cells: Array, rows: Array, columns: Array | None) -> Array:
+    """Resizes some rows of logits.
+
+    Args:
+        cells: [batch, logit rows, w, classes].
+        rows: [label rows, logit rows].
+        columns: [W, w]; None: the width stays.
+
+    Returns:
+        [batch, label rows, W, classes].
+    """
+    # One matrix product for every image and row: a single one would have to be transposed.
+    batch, height = cells.shape[:2]
+    if columns is not None:
+        columns = jnp.broadcast_to(columns, (batch, height, *columns.shape))
+        cells = jnp.matmul(columns, cells, precision="highest")
+    rows = jnp.broadcast_to(rows, (batch, *rows.shape))
+    resized = jnp.matmul(rows, cells.reshape(batch, height, -1), precision="highest")
+    return resized.reshape(batch, rows.shape[1], *cells.shape[2:])
+
+
+def _pixel_entropy(
+    logits: Array, labels: Array, class_weights: Array | None
+) -> tuple[Array, Array, Array]:
+    """Weighted cross entropy of every pixel, the weight, and the gradient of the first.
+
+    Args:
+        logits: [batch, height, width, classes].
+        labels: integer [batch, height, width].
+        class_weights: [classes] or None.
+
+    Returns:
+        [batch, height, width], [batch, height, width], [batch, height, width, classes].
+    """
     classes = logits.shape[-1]
-    logits = resize_bilinear(logits, labels.shape[1:3])
+    weight = _pixel_weights(labels, classes, class_weights, logits.dtype)
+    # Compared rather than indexed: an elementwise operation, where a gather's gradient scatters.
+    own = labels[..., None] == jnp.arange(classes)
+    logits -= jnp.max(logits, axis=-1, keepdims=True)
+    log_total = jnp.log(jnp.sum(jnp.exp(logits), axis=-1, keepdims=True))
+    chosen = jnp.sum(jnp.where(own, logits, 0), axis=-1)
+    loss = jnp.where(weight > 0, log_total[..., 0] - chosen, 0) * weight
+    # A second exponential costs less than keeping the first.
+    slope = (jnp.exp(logits - log_total) - own) * weight[..., None]
+    return loss, weight, slope
+
+
+def _pixel_weights(
+    labels: Array, classes: int, class_weights: Array | None, dtype: jnp.dtype
+) -> Array:
+    """How much every pixel counts: 0 where it is ignored, otherwise its class's weight or 1."""
     labels = labels.astype(jnp.int32)
     valid = (labels >= 0) & (labels < classes)
-    label = jnp.where(valid, labels, 0)
-    log_normaliser = jax.nn.logsumexp(logits, axis=-1)
-    chosen = jnp.take_along_axis(logits, label[..., None], axis=-1)[..., 0]
-    weight = valid.astype(logits.dtype)
+    weight = valid.astype(dtype)
     if class_weights is not None:
-        weight = weight * class_weights[label]
-    weight = weight.reshape(groups, -1)
-    loss = (log_normaliser - chosen).reshape(groups, -1)
-    loss = jnp.sum(jnp.where(weight > 0, loss, 0) * weight, axis=1)
-    total = jnp.sum(weight, axis=1)
-    return jnp.mean(loss / jnp.where(total > 0, total, 1))
+        weight *= class_weights.astype(dtype)[jnp.where(valid, labels, 0)]
+    return weight
 
 
 def consistency_loss(logits: Array) -> Array:

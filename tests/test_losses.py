@@ -4,6 +4,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from memseg_jax.losses import consistency_loss, cross_entropy
 from memseg_jax.models.layers import bilinear_matrix
@@ -13,41 +15,44 @@ CLASSES = 5
 IGNORED = [5, 6, 200, 255]  # 5 is the first value that is no class
 
 
-entropy = fast_jit(cross_entropy, static_argnames="groups")
-value_and_gradient = fast_jit(jax.value_and_grad(cross_entropy), static_argnames="groups")
+STATIC = ("groups", "block_bytes")
+entropy = fast_jit(cross_entropy, static_argnames=STATIC)
+value_and_gradient = fast_jit(jax.value_and_grad(cross_entropy), static_argnames=STATIC)
 
 
-def draw(batch=4, size=(3, 4), label_size=(6, 7), ignored=0.3, seed=0):
+def draw(batch=4, size=(3, 4), label_size=(6, 7), ignored=0.3, seed=0, classes=CLASSES):
     rng = np.random.default_rng(seed)
-    logits = 3 * rng.standard_normal((batch, *size, CLASSES)).astype(np.float32)
-    labels = rng.integers(0, CLASSES, (batch, *label_size)).astype(np.uint8)
+    logits = 3 * rng.standard_normal((batch, *size, classes)).astype(np.float32)
+    labels = rng.integers(0, classes, (batch, *label_size)).astype(np.uint8)
     outside = rng.random(labels.shape) < ignored
-    labels[outside] = rng.choice(IGNORED, outside.sum())
+    labels[outside] = rng.choice(IGNORED if classes == CLASSES else [255], outside.sum())
     return logits, labels
 
 
-def pixel_losses(logits, labels):
-    """-log softmax of the labelled class, and which pixels are labelled; labels >= K are not."""
-    logits = np.asarray(logits, np.float64)
-    if logits.shape[1:3] != labels.shape[1:]:
-        rows, columns = (bilinear_matrix(logits.shape[i], labels.shape[i]) for i in (1, 2))
-        logits = np.einsum("bhwk,Hh,Ww->bHWk", logits, rows, columns)
-    top = logits.max(axis=-1, keepdims=True)
-    log_probabilities = logits - top - np.log(np.exp(logits - top).sum(-1, keepdims=True))
-    valid = labels < CLASSES
-    index = np.where(valid, labels, 0).astype(np.int64)[..., None]
-    return -np.take_along_axis(log_probabilities, index, axis=-1)[..., 0], valid
+def resize_matrices(logits, labels):
+    return (bilinear_matrix(logits.shape[i], labels.shape[i]) for i in (1, 2))
 
 
-def plain_cross_entropy(logits, labels, groups=1, class_weights=None):
-    loss, valid = pixel_losses(logits, labels)
-    weight = valid.astype(np.float64)
-    if class_weights is not None:
-        weight *= np.asarray(class_weights)[np.where(valid, labels, 0)]
-    loss, weight = loss.reshape(groups, -1), weight.reshape(groups, -1)
-    total = weight.sum(axis=1)
-    sums = (loss * weight).sum(axis=1)
-    return np.mean([s / t if t else 0.0 for s, t in zip(sums, total)])
+def plain_value_and_gradient(logits, labels, groups=1, class_weights=None):
+    """Everything at label size: the resized logits, their softmax, and the gradient of both."""
+    logits, classes = np.asarray(logits, np.float64), logits.shape[-1]
+    rows, columns = resize_matrices(logits, labels)
+    pixels = np.einsum("bhwk,Hh,Ww->bHWk", logits, rows, columns, optimize=True)
+    pixels -= pixels.max(axis=-1, keepdims=True)
+    log_probabilities = pixels - np.log(np.exp(pixels).sum(-1, keepdims=True))
+    valid = (labels >= 0) & (labels < classes)
+    own = np.eye(classes)[np.where(valid, labels, 0)]
+    weight = valid * (own @ (np.ones(classes) if class_weights is None else class_weights))
+    total = weight.reshape(groups, -1).sum(axis=1)
+    share = np.where(total > 0, 1 / np.where(total > 0, total, 1), 0) / groups
+    share = weight * np.repeat(share, len(labels) // groups)[:, None, None]
+    loss = -np.sum(share * np.sum(own * log_probabilities, axis=-1))
+    slope = share[..., None] * (np.exp(log_probabilities) - own)
+    return loss, np.einsum("bHWk,Hh,Ww->bhwk", slope, rows, columns, optimize=True)
+
+
+def plain_cross_entropy(*args, **kw):
+    return plain_value_and_gradient(*args, **kw)[0]
 
 
 @pytest.mark.parametrize("groups", [1, 2, 4])
@@ -57,6 +62,76 @@ def test_cross_entropy_equals_float64(label_size, groups):
     actual = entropy(logits, labels, groups=groups)
     assert actual.shape == ()
     assert float(actual) == pytest.approx(plain_cross_entropy(logits, labels, groups), rel=1e-6)
+
+
+sizes = st.tuples(st.integers(1, 12), st.integers(1, 12))
+
+
+@settings(max_examples=20, deadline=None)
+@given(
+    size=sizes,
+    label_size=sizes,
+    classes=st.sampled_from([2, 19, 254]),
+    groups=st.sampled_from([1, 2]),
+    weighted=st.booleans(),
+    ignored=st.sampled_from([0.0, 0.5, 1.0]),
+    block_rows=st.integers(1, 5),
+    seed=st.integers(0, 9),
+)
+def test_blocks_give_the_numbers_of_the_whole(
+    size, label_size, classes, groups, weighted, ignored, block_rows, seed
+):
+    logits, labels = draw(2, size, label_size, ignored, seed, classes)
+    labels[0, : label_size[0] // 2] = 255
+    weights = np.random.default_rng(seed).uniform(0, 2, classes) if weighted else None
+    expected, expected_gradient = plain_value_and_gradient(logits, labels, groups, weights)
+    scale = max(np.abs(expected_gradient).max(), 1e-30)
+    for dtype, limit in ((np.float32, 2e-6), (np.float64, 1e-12)):
+        block_bytes = block_rows * label_size[1] * classes * dtype().itemsize
+        with jax.enable_x64(True):
+            loss, gradient = value_and_gradient(
+                logits.astype(dtype),
+                labels,
+                groups=groups,
+                class_weights=weights,
+                block_bytes=block_bytes,
+            )
+        assert loss.dtype == gradient.dtype == dtype
+        assert loss == pytest.approx(expected, rel=limit, abs=limit)
+        np.testing.assert_allclose(gradient, expected_gradient, atol=limit * scale, rtol=0)
+
+
+@pytest.mark.parametrize(
+    ("size", "label_size"),
+    [((8, 8), (64, 64)), ((9, 5), (70, 33)), ((64, 40), (64, 40)), ((70, 33), (9, 20))],
+)
+def test_size_of_the_blocks_changes_nothing(size, label_size):
+    logits, labels = draw(2, size, label_size)
+    whole = value_and_gradient(logits, labels, block_bytes=2**30)
+    for rows in (0, 3, 8):  # not even one row fits: one row is taken
+        block_bytes = rows * label_size[1] * CLASSES * 4
+        loss, gradient = value_and_gradient(logits, labels, block_bytes=block_bytes)
+        assert float(loss) == pytest.approx(float(whole[0]), rel=1e-6)
+        np.testing.assert_allclose(gradient, whole[1], atol=1e-6 * np.abs(whole[1]).max())
+
+
+def test_bfloat16_logits_are_resized_and_summed_in_float32():
+    logits, labels = draw(2, (4, 4), (32, 32))
+    rough = jnp.asarray(logits, jnp.bfloat16)
+    loss, gradient = value_and_gradient(rough, labels, block_bytes=32 * CLASSES * 4)
+    expected, expected_gradient = plain_value_and_gradient(np.asarray(rough), labels)
+    assert loss.dtype == jnp.float32
+    assert gradient.dtype == jnp.bfloat16
+    assert float(loss) == pytest.approx(expected, rel=1e-6)
+    two_roundings = 2 * 2**-8
+    np.testing.assert_allclose(np.float64(gradient), expected_gradient, two_roundings, atol=1e-8)
+
+
+def test_gradient_scales_with_what_comes_from_above():
+    logits, labels = draw()
+    _, gradient = value_and_gradient(logits, labels)
+    scaled = jax.grad(lambda x: 0.25 * cross_entropy(x, labels) + jnp.sum(x))(logits)
+    np.testing.assert_allclose(scaled, 0.25 * gradient + 1, atol=1e-6)
 
 
 def test_groups_are_not_a_mean_over_all_pixels():
