@@ -15,7 +15,7 @@ from memseg_jax.models.vit import VARIANTS, ViT, build, fit_positions
 def abstract_params(model):
     images = jax.ShapeDtypeStruct((1, 32, 32, 3), jnp.float32)
     tree = jax.eval_shape(lambda x: model.init(jax.random.key(0), x, train=False), images)
-    return names.flatten(tree["params"], "params/backbone")
+    return names.flatten({"params": {"backbone": tree["params"]}})
 
 
 def small(**kwargs):
