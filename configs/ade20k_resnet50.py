@@ -10,6 +10,9 @@ steps, crops of 512x512. The published model starts from ImageNet weights:
 https://download.openmmlab.com/pretrain/third_party/resnet50_v1c-2cccc1ad.pth
 
 The baseline without memory (published: 43.19) is `--config.model.memory.enabled=False`.
+
+`--config configs/ade20k_resnet50.py:ms_flip` is the test with several scales and mirror images (ms
++ flip); with `--mode evaluate` it takes `--workdir runs/ade20k_resnet50`, too.
 """
 
 import ml_collections
@@ -18,8 +21,13 @@ from configs import common
 from memseg_jax.data import ade20k
 
 
-def get_config() -> ml_collections.ConfigDict:
-    """Returns the recipe, in the 8 groups of the published models."""
+def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
+    """Returns the recipe, in the 8 groups of the published models.
+
+    Args:
+        arg: "ms_flip" for the test with several scales and mirror images.
+    """
+    words = common.words_of(arg)
     config = common.get_config()
     config.replica_groups = 8
     config.data.name = "ade20k"
@@ -31,4 +39,6 @@ def get_config() -> ml_collections.ConfigDict:
     config.loss.consistency = 1.0
     config.train.batch_size = 16
     config.train.epochs = 130
+    if "ms_flip" in words:
+        common.set_ms_flip(config)
     return config

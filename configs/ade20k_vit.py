@@ -8,15 +8,23 @@ r"""ADE20K with ViT-Large, as published: 49.73 mIoU (single scale), 50.99 (ms + 
 Recipe: batch 16, learning rate 0.01, 130 epochs of 1263 steps, crops of 512x512. See
 `ade20k_resnet50.py` for the folder DATA. The published model starts from ImageNet weights: that
 file of release v0.1-vitjx of https://github.com/rwightman/pytorch-image-models
+
+`--config configs/ade20k_vit.py:ms_flip` is the test with several scales and mirror images (ms +
+flip); with `--mode evaluate` it takes `--workdir runs/ade20k_vit`, too.
 """
 
 import ml_collections
 
-from configs import ade20k_resnet50
+from configs import ade20k_resnet50, common
 
 
-def get_config() -> ml_collections.ConfigDict:
-    """Returns the recipe: that of ResNet-50 with what is different for ViT-Large."""
+def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
+    """Returns the recipe: that of ResNet-50 with what is different for ViT-Large.
+
+    Args:
+        arg: "ms_flip" for the test with several scales and mirror images.
+    """
+    words = common.words_of(arg)
     config = ade20k_resnet50.get_config()
     config.model.backbone = "vitlarge"
     config.model.aspp_dilations = (1, 6, 12, 18)
@@ -26,4 +34,6 @@ def get_config() -> ml_collections.ConfigDict:
     config.eval.window = (512, 512)
     config.eval.stride = (341, 341)
     config.eval.softmax_before_resize = True
+    if "ms_flip" in words:
+        common.set_ms_flip(config, window=(512, 512))
     return config

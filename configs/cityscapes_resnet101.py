@@ -8,6 +8,9 @@ r"""Cityscapes with ResNet-101-D8, as published: 82.03 mIoU on the test split (m
 Recipe: batch 16, learning rate 0.01, 440 epochs of 217 steps, crops of 512x1024. See
 `cityscapes_resnet50.py` for the folder DATA and the splits. The published model starts from
 ImageNet weights: https://download.openmmlab.com/pretrain/third_party/resnet101_v1c-e67eebb6.pth
+
+`--config configs/cityscapes_resnet101.py:ms_flip` is the test with several scales and mirror images
+(ms + flip); with `--mode evaluate` it takes `--workdir runs/cityscapes_resnet101`, too.
 """
 
 import ml_collections
@@ -15,8 +18,12 @@ import ml_collections
 from configs import cityscapes_resnet50
 
 
-def get_config() -> ml_collections.ConfigDict:
-    """Returns the recipe: that of ResNet-50 with what is different for ResNet-101-D8."""
-    config = cityscapes_resnet50.get_config()
+def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
+    """Returns the recipe: that of ResNet-50 with what is different for ResNet-101-D8.
+
+    Args:
+        arg: "ms_flip" for the test with several scales and mirror images.
+    """
+    config = cityscapes_resnet50.get_config(arg)
     config.model.backbone = "resnet101"
     return config

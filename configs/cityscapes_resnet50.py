@@ -13,6 +13,9 @@ The published score is that of the benchmark server on the test split, whose lab
 Here `val` is scored, which is part of the training split `trainval`: that shows how the training
 goes, not how good the model is. For a score of unseen images, train on `train` alone:
 `--config.data.train_split=train`.
+
+`--config configs/cityscapes_resnet50.py:ms_flip` is the test with several scales and mirror images
+(ms + flip); with `--mode evaluate` it takes `--workdir runs/cityscapes_resnet50`, too.
 """
 
 import ml_collections
@@ -21,8 +24,13 @@ from configs import common
 from memseg_jax.data import cityscapes
 
 
-def get_config() -> ml_collections.ConfigDict:
-    """Returns the recipe, in the 8 groups of the published models."""
+def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
+    """Returns the recipe, in the 8 groups of the published models.
+
+    Args:
+        arg: "ms_flip" for the test with several scales and mirror images.
+    """
+    words = common.words_of(arg)
     config = common.get_config()
     config.replica_groups = 8
     config.data.name = "cityscapes"
@@ -37,4 +45,6 @@ def get_config() -> ml_collections.ConfigDict:
     config.model.memory.base_lr = 0.009  # below the learning rate: the momentum starts at 1
     config.train.batch_size = 16
     config.train.epochs = 440
+    if "ms_flip" in words:
+        common.set_ms_flip(config, window=(1024, 512))  # 1024 high, as the reference has it
     return config

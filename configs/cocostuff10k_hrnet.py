@@ -11,6 +11,10 @@ https://download.openmmlab.com/pretrain/third_party/hrnetv2_w48-d2186c55.pth
 
 `--config configs/cocostuff10k_hrnet.py:2025` is the reference's present form, whose stem has one
 ReLU more.
+
+`--config configs/cocostuff10k_hrnet.py:ms_flip` is the test with several scales and mirror images
+(ms + flip), `:2025,ms_flip` both; with `--mode evaluate` it takes `--workdir
+runs/cocostuff10k_hrnet`, too.
 """
 
 import ml_collections
@@ -22,9 +26,13 @@ def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
     """Returns the recipe: that of ResNet-50 with what is different for HRNetV2-W48.
 
     Args:
-        arg: "2025" for the form of the reference since 2025.
+        arg: "2025" for the form of the reference since 2025, "ms_flip" for the test with several
+            scales and mirror images, "2025,ms_flip" for both.
     """
+    words = common.words_of(arg, forms=True)
     config = cocostuff10k_resnet50.get_config()
-    config.model.backbone = "hrnetv2w48_relu" if common.is_2025(arg) else "hrnetv2w48"
+    config.model.backbone = "hrnetv2w48_relu" if "2025" in words else "hrnetv2w48"
     config.model.auxiliary = False
+    if "ms_flip" in words:
+        common.set_ms_flip(config, common.SCALES[:-1], window=(512, 512))
     return config

@@ -8,6 +8,9 @@ r"""COCO-Stuff-10k with ResNeSt-101-D8, as published: 41.18 mIoU (single scale),
 Recipe: batch 32, learning rate 0.001, 150 epochs of 281 steps, crops of 512x512. See
 `cocostuff10k_resnet50.py` for the folder DATA. The published model starts from ImageNet weights:
 https://download.openmmlab.com/pretrain/third_party/resnest101_d2-f3b931b2.pth
+
+`--config configs/cocostuff10k_resnest101.py:ms_flip` is the test with several scales and mirror
+images (ms + flip); with `--mode evaluate` it takes `--workdir runs/cocostuff10k_resnest101`, too.
 """
 
 import ml_collections
@@ -15,9 +18,13 @@ import ml_collections
 from configs import cocostuff10k_resnet50
 
 
-def get_config() -> ml_collections.ConfigDict:
-    """Returns the recipe: that of ResNet-50 with what is different for ResNeSt-101-D8."""
-    config = cocostuff10k_resnet50.get_config()
+def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
+    """Returns the recipe: that of ResNet-50 with what is different for ResNeSt-101-D8.
+
+    Args:
+        arg: "ms_flip" for the test with several scales and mirror images.
+    """
+    config = cocostuff10k_resnet50.get_config(arg)
     config.model.backbone = "resnest101"
     config.optimizer.min_lr = 1e-4
     config.optimizer.weight_decay = 5e-4

@@ -10,6 +10,9 @@ where DATA holds `images/`, `annotations/` and `imageLists/`. Recipe: batch 16, 
 https://download.openmmlab.com/pretrain/third_party/resnet50_v1c-2cccc1ad.pth
 
 There is no validation split: the test split is scored during the training, too.
+
+`--config configs/cocostuff10k_resnet50.py:ms_flip` is the test with several scales and mirror
+images (ms + flip); with `--mode evaluate` it takes `--workdir runs/cocostuff10k_resnet50`, too.
 """
 
 import ml_collections
@@ -18,8 +21,13 @@ from configs import common
 from memseg_jax.data import cocostuff10k
 
 
-def get_config() -> ml_collections.ConfigDict:
-    """Returns the recipe, in the 8 groups of the published models."""
+def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
+    """Returns the recipe, in the 8 groups of the published models.
+
+    Args:
+        arg: "ms_flip" for the test with several scales and mirror images.
+    """
+    words = common.words_of(arg)
     config = common.get_config()
     config.replica_groups = 8
     config.data.name = "cocostuff10k"
@@ -33,4 +41,6 @@ def get_config() -> ml_collections.ConfigDict:
     config.optimizer.weight_decay = 1e-4
     config.train.batch_size = 16
     config.train.epochs = 110
+    if "ms_flip" in words:
+        common.set_ms_flip(config, scales=common.SCALES[:-1])
     return config

@@ -11,6 +11,10 @@ that file of release v0.1-vitjx of https://github.com/rwightman/pytorch-image-mo
 
 `--config configs/cocostuff10k_vit.py:2025` is the reference's present form (44.27 and 45.50): a
 position table for 512x512 images instead of 473x473, and ASPP dilations 1, 12, 24, 36.
+
+`--config configs/cocostuff10k_vit.py:ms_flip` is the test with several scales and mirror images (ms
++ flip), `:2025,ms_flip` both; with `--mode evaluate` it takes `--workdir runs/cocostuff10k_vit`,
+too.
 """
 
 import ml_collections
@@ -22,10 +26,12 @@ def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
     """Returns the recipe: that of ResNet-50 with what is different for ViT-Large.
 
     Args:
-        arg: "2025" for the form of the reference since 2025.
+        arg: "2025" for the form of the reference since 2025, "ms_flip" for the test with several
+            scales and mirror images, "2025,ms_flip" for both.
     """
+    words = common.words_of(arg, forms=True)
     config = cocostuff10k_resnet50.get_config()
-    if common.is_2025(arg):
+    if "2025" in words:
         config.model.backbone = "vitlarge"
         config.model.aspp_dilations = (1, 12, 24, 36)
     else:
@@ -37,4 +43,6 @@ def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
     config.eval.window = (512, 512)
     config.eval.stride = (341, 341)
     config.eval.softmax_before_resize = True
+    if "ms_flip" in words:
+        common.set_ms_flip(config, window=(512, 512))
     return config

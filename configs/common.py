@@ -58,6 +58,8 @@ def get_config() -> ml_collections.ConfigDict:
     config.eval = evaluate = ml_collections.ConfigDict()
     evaluate.base_size = (2048, 512)
     evaluate.keep_ratio = True
+    evaluate.scales = (1.0,)  # the mean over these factors on the image's size is the prediction
+    evaluate.flip = False  # also over mirror images
     evaluate.mode = "whole"  # or "slide"
     evaluate.window = (512, 512)  # height, width of a sliding window
     evaluate.stride = (341, 341)
@@ -67,6 +69,7 @@ def get_config() -> ml_collections.ConfigDict:
     # are padded to a multiple of `size_multiple` with the padding masked out in every layer.
     evaluate.exact_sizes = 4
     evaluate.size_multiple = 128
+    evaluate.save_predictions = ""  # folder for the label maps of --mode evaluate; "": none
 
     config.model = model = ml_collections.ConfigDict()
     # resnet18, resnet50, resnet101, resnest101, hrnetv2w48 (hrnetv2w48_relu: the reference's stem
@@ -81,6 +84,10 @@ def get_config() -> ml_collections.ConfigDict:
     model.activation = "relu"  # of the head; or "leaky_relu" (slope 0.01)
     model.auxiliary = True
     model.compute_dtype = "float32"  # or "bfloat16"; parameters and statistics stay float32
+    # What a training step keeps for its backward pass. "none": everything. "blocks": the inputs of
+    # residual and transformer blocks, of the attentions and of the layers between them; the inside
+    # is computed a second time. The numbers are the same, the memory is a fraction.
+    model.remat = "none"
 
     model.memory = memory = ml_collections.ConfigDict()
     memory.enabled = True  # False: the plain DeepLabV3 baseline
@@ -111,6 +118,11 @@ def get_config() -> ml_collections.ConfigDict:
 
     config.train = train = ml_collections.ConfigDict()
     train.batch_size = 16
+    # Parts that a batch is computed in, one after the other, where it does not fit into memory as a
+    # whole. Losses, gradients and memory are those of the whole batch, with two exceptions: every
+    # part is normalised with its own batch statistics, as if it were the batch, and draws its own
+    # dropout. Costs one more forward pass of the backbone: the memory's update comes first.
+    train.accumulate = 1
     train.epochs = 130
     train.log_every = 50  # steps
     train.eval_every = 10  # epochs; 0: only at the end
@@ -121,17 +133,60 @@ def get_config() -> ml_collections.ConfigDict:
     return config
 
 
-def is_2025(arg: str | None) -> bool:
-    """Whether a config's argument (`--config FILE.py:ARG`) asks for the reference's form of 2025.
+SCALES = (0.5, 0.75, 1.0, 1.25, 1.5, 1.75)  # of the published test-time settings
 
-    Without argument, or with 2021, it is the form of the published models.
+_WORDS = {
+    "ms_flip": "the published test with several scales and mirror images",
+    "2021": "the form of the published models, the default",
+    "2025": "the reference's present form",
+}
+
+
+def words_of(arg: str | None, forms: bool = False) -> frozenset[str]:
+    """Reads a config's argument: `--config FILE.py:WORD` or `--config FILE.py:WORD,WORD`.
+
+    Args:
+        arg: words with commas between them, or None.
+        forms: whether the model has a form of 2021 and one of 2025.
+
+    Returns:
+        The words: "ms_flip" and, with `forms`, "2021" or "2025".
 
     Raises:
-        UserError: the argument is something else.
+        UserError: there is a word that means nothing, or both forms.
     """
-    if arg not in (None, "2021", "2025"):
-        raise UserError(
-            f"the config has no form {arg!r}: expected 2021 (that of the published models, the "
-            "default) or 2025 (the reference's present one)"
-        )
-    return arg == "2025"
+    words = frozenset(arg.split(",") if arg else ())
+    known = {word: _WORDS[word] for word in _WORDS if forms or word == "ms_flip"}
+    meanings = ", ".join(f"{word} ({meaning})" for word, meaning in known.items())
+    for word in sorted(words - set(known)):
+        raise UserError(f"--config FILE:{arg}: this config does not know {word!r}, but: {meanings}")
+    if words >= {"2021", "2025"}:
+        raise UserError(f"--config FILE:{arg}: choose one of 2021 and 2025")
+    return words
+
+
+def set_ms_flip(
+    config: ml_collections.ConfigDict,
+    scales: tuple[float, ...] = SCALES,
+    window: tuple[int, int] | None = None,
+) -> None:
+    """Sets the reference's test with several scales and mirror images.
+
+    The reference recorded these settings after the models were published; its scores with them are
+    0.0 to 0.3 from the published ones.
+
+    Args:
+        config: is changed.
+        scales: factors on the image's size.
+        window: height and width of sliding windows; None: whole images.
+    """
+    config.eval.scales = scales
+    config.eval.flip = True
+    config.eval.softmax_before_resize = True
+    config.eval.size_multiple = 512  # six times as many sizes as images have: few programs
+    if window:
+        config.eval.mode = "slide"
+        config.eval.window = window
+        config.eval.stride = (341, 341)
+    else:
+        config.eval.exact_sizes = 0

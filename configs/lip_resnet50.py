@@ -11,6 +11,9 @@ where DATA holds `train_images/`, `train_segmentations/`, `val_images/` and `val
 https://download.openmmlab.com/pretrain/third_party/resnet50_v1c-2cccc1ad.pth
 
 The second score is with flip alone: images are squashed to 473x473, at one scale.
+
+`--config configs/lip_resnet50.py:ms_flip` is the test with mirror images (flip); with `--mode
+evaluate` it takes `--workdir runs/lip_resnet50`, too.
 """
 
 import ml_collections
@@ -19,8 +22,13 @@ from configs import common
 from memseg_jax.data import lip
 
 
-def get_config() -> ml_collections.ConfigDict:
-    """Returns the recipe, in the 8 groups of the published models."""
+def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
+    """Returns the recipe, in the 8 groups of the published models.
+
+    Args:
+        arg: "ms_flip" for the test with mirror images.
+    """
+    words = common.words_of(arg)
     config = common.get_config()
     config.replica_groups = 8
     config.data.name = "lip"
@@ -38,4 +46,5 @@ def get_config() -> ml_collections.ConfigDict:
     config.model.activation = "leaky_relu"
     config.train.batch_size = 32
     config.train.epochs = 150
+    config.eval.flip = "ms_flip" in words  # and one scale, for this data set
     return config

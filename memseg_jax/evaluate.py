@@ -4,7 +4,7 @@ import dataclasses
 import logging
 import pathlib
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
@@ -12,10 +12,11 @@ import ml_collections
 import numpy as np
 
 from memseg_jax import checkpoint, metrics, run_record, visualize
-from memseg_jax.data import open_split
+from memseg_jax.data import benchmark_of, open_split
 from memseg_jax.data.reading import map_ahead
 from memseg_jax.inference import Predictor
 from memseg_jax.models.segmentor import build_segmentor
+from memseg_jax.prediction_files import PredictionWriter
 from memseg_jax.sharding import make_mesh
 from memseg_jax.state import abstract_variables
 
@@ -43,7 +44,13 @@ class Evaluation:
     seconds: float
 
 
-def evaluate_source(predictor: Predictor, source: Any, num_classes: int, threads: int = 4):
+def evaluate_source(
+    predictor: Predictor,
+    source: Any,
+    num_classes: int,
+    threads: int = 4,
+    save: Callable[[str, np.ndarray], None] | None = None,
+) -> Evaluation:
     """Segments every image of a source and compares with its label.
 
     One confusion matrix is all that is kept, besides a few examples: memory does not grow with
@@ -54,6 +61,7 @@ def evaluate_source(predictor: Predictor, source: Any, num_classes: int, threads
         source: images and labels, see `memseg_jax.data`.
         num_classes: number of classes.
         threads: number of images that are read ahead.
+        save: called with the name and the label map of every sample.
 
     Returns:
         An `Evaluation`.
@@ -73,6 +81,8 @@ def evaluate_source(predictor: Predictor, source: Any, num_classes: int, threads
     for done, prediction in enumerate(predictor.predict(images()), 1):
         sample = waiting.pop(prediction.key)
         matrix += metrics.confusion_matrix(prediction.label, sample["label"], num_classes)
+        if save:
+            save(sample["name"], prediction.label)
         if prediction.key in shown:
             examples[prediction.key] = (sample["image"], sample["label"], prediction.label)
         if time.monotonic() - reported > _REPORT_EVERY:
@@ -113,36 +123,52 @@ def report(
 def run(config: ml_collections.ConfigDict, workdir: str, which: str | int = "best") -> dict:
     """Evaluates a checkpoint of `workdir` on `config.data.eval_split`.
 
+    A split whose labels are not public is only segmented, into `config.eval.save_predictions`.
+
     Args:
         config: the whole config; `config.eval` decides how images are segmented.
         workdir: folder of a run.
         which: "best", "last" or a step.
 
     Returns:
-        The scores.
+        The scores; empty if there are no labels.
 
     Raises:
-        UserError: there is no such checkpoint, it is of another model, or the data are bad.
+        UserError: there is no such checkpoint, it is of another model, the data are bad, or label
+            maps cannot be written.
     """
     _, meta = checkpoint.read_meta(workdir, which)  # first: a misspelt workdir is not to be made
     class_names = tuple(config.data.class_names)
     run_record.check_class_names(meta, class_names)
     folder = checkpoint.prepare_workdir(workdir)
-    source = open_split(config.data, config.data.eval_split)
+    split, save_to = config.data.eval_split, config.eval.save_predictions
+    source = open_split(config.data, split, needs_labels=not save_to)
     model = build_segmentor(config)
     palette = visualize.resolve_palette(config.data.palette, len(class_names))
     variables, _ = checkpoint.restore_for_inference(folder, abstract_variables(model), which)
-    log.info(
-        "evaluating step %d on %d images (%s)", meta["step"], len(source), config.data.eval_split
+    mesh = make_mesh(jax.local_devices())
+    predictor = Predictor(model, variables, config.eval, mesh, config.augment.flip_pairs)
+    writer = None
+    if save_to:
+        writer = PredictionWriter(save_to, config.data.root, palette, benchmark_of(config.data))
+    log.info("evaluating step %d on %d images (%s)", meta["step"], len(source), split)
+    result = evaluate_source(
+        predictor, source, len(class_names), config.data.threads, writer and writer.save
     )
-    predictor = Predictor(model, variables, config.eval, make_mesh(jax.local_devices()))
-    result = evaluate_source(predictor, source, len(class_names), config.data.threads)
+    if not getattr(source, "has_labels", True):
+        print(f"no scores: the labels of split {split!r} are not public")
+        print(writer.finish(), flush=True)
+        return {}
     extra = {
         "step": meta["step"],
-        "split": config.data.eval_split,
+        "split": split,
         "images": len(source),
         "mode": config.eval.mode,
+        "scales": list(config.eval.scales),
+        "flip": config.eval.flip,
         "seconds": round(result.seconds, 3),
     }
     report(result, folder, class_names, palette, extra)
+    if writer:
+        print(writer.finish(), flush=True)
     return result.scores

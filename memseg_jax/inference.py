@@ -1,15 +1,25 @@
-"""From images of any size to label maps of the same size: whole images or sliding windows.
+"""From images of any size to label maps of the same size.
 
-Networks are compiled for one input size each. The first few sizes get a program of their own;
-images of further sizes share programs: they are padded to a multiple, and every layer masks the
-padding, so that the numbers stay those of the exact size.
+Whole images or sliding windows; one pass, or the mean of several scales and mirror images.
+
+Networks are compiled for one input size each. The first `config.eval.exact_sizes` sizes get a
+program of their own; images of further sizes share programs: they are padded to multiples of
+`config.eval.size_multiple`, and every layer masks the padding, so that the numbers stay those of
+the exact size. That bounds the programs by the number of padded sizes, whatever the number of
+images and scales: photographs with short side 512 and long side up to 1024, at the six published
+scales, need at most 8 networks with a multiple of 512, and 22 with 256. A few small programs come
+with each: the sum over passes one per padded input and result, the label map one per result.
+
+Backbones that cannot mask padding (HRNet, ViT) get a program for every input size. Sliding windows
+have one size, except where an image is smaller than the window: it is a window as it is.
 """
 
 import collections
 import dataclasses
 import functools
+import math
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import jax
@@ -18,100 +28,18 @@ import ml_collections
 import numpy as np
 from jax.sharding import Mesh
 
+from memseg_jax import passes, score_maps, windows
 from memseg_jax.compilation import compile_with_notice
 from memseg_jax.data.transforms import evaluation_transform
 from memseg_jax.errors import UserError
-from memseg_jax.models.layers import Extent, bilinear_matrix
+from memseg_jax.models.layers import Extent
 from memseg_jax.models.segmentor import Segmentor
 from memseg_jax.sharding import replicated, split_batch
 
 Array = jax.Array
 Size = tuple[int, int]
 
-# Label maps are computed this many rows at a time: scores at full size for all classes would be
-# the largest array of an evaluation by far.
-_ROWS = 64
 _OUTPUT_MULTIPLE = 128  # output sizes are padded to this, which only adds rows of zeros
-
-
-# ---- Pure parts ---------------------------------------------------------------------------------
-
-
-def window_starts(size: int, window: int, stride: int) -> list[int]:
-    """First positions of the windows that cover `size`; the last one is shifted back inside."""
-    window = min(window, size)
-    count = max(size - window + stride - 1, 0) // stride + 1
-    return [min(i * stride, size - window) for i in range(count)]
-
-
-def windows_of(size: Size, window: Size, stride: Size) -> list[tuple[slice, slice]]:
-    """The windows that cover an image, row by row.
-
-    Args:
-        size: height and width of the image.
-        window: height and width of a window; an image that is smaller is taken as it is.
-        stride: vertical and horizontal step.
-    """
-    rows = window_starts(size[0], window[0], stride[0])
-    columns = window_starts(size[1], window[1], stride[1])
-    height, width = min(window[0], size[0]), min(window[1], size[1])
-    return [(slice(y, y + height), slice(x, x + width)) for y in rows for x in columns]
-
-
-def resize_matrix(source: int, target: int, rows: int, columns: int) -> np.ndarray:
-    """A bilinear resize matrix inside a larger matrix of zeros: float32 [rows, columns]."""
-    matrix = np.zeros((rows, columns), np.float32)
-    matrix[:target, :source] = bilinear_matrix(source, target)
-    return matrix
-
-
-def resize_scores(scores: Array, rows: Array, columns: Array) -> Array:
-    """Resizes with a matrix per axis and image.
-
-    Args:
-        scores: [batch, h, w, classes].
-        rows: [batch, H, h].
-        columns: [batch, W, w].
-
-    Returns:
-        [batch, H, W, classes].
-    """
-    scores = jnp.einsum("bhwk,bWw->bhWk", scores, columns, precision="highest")
-    return jnp.einsum("bhWk,bHh->bHWk", scores, rows, precision="highest")
-
-
-def label_maps(
-    scores: Array, rows: Array, columns: Array, *, probabilities: bool
-) -> tuple[Array, Array]:
-    """Resizes scores and takes the best class, a few rows at a time.
-
-    Args:
-        scores: [batch, h, w, classes], logits or probabilities.
-        rows: [batch, H, h], H a multiple of 64.
-        columns: [batch, W, w].
-        probabilities: whether the scores are probabilities; logits go through a softmax to give
-            the confidence.
-
-    Returns:
-        The best class, uint8 [batch, H, W], and its probability, float32 [batch, H, W].
-    """
-    scores = jnp.einsum("bhwk,bWw->bhWk", scores, columns, precision="highest")
-
-    def block(rows: Array) -> tuple[Array, Array]:
-        x = jnp.einsum("bhWk,bHh->bHWk", scores, rows, precision="highest")
-        best = jnp.max(x, axis=-1)
-        if not probabilities:
-            best = jnp.exp(best - jax.nn.logsumexp(x, axis=-1))
-        return jnp.argmax(x, axis=-1).astype(jnp.uint8), best
-
-    batch, height, _ = rows.shape
-    blocks = rows.reshape(batch, height // _ROWS, _ROWS, -1).swapaxes(0, 1)
-    labels, confidence = jax.lax.map(block, blocks)
-
-    def joined(x: Array) -> Array:
-        return x.swapaxes(0, 1).reshape(batch, height, -1)
-
-    return joined(labels), joined(confidence)
 
 
 @dataclasses.dataclass
@@ -140,9 +68,6 @@ def _round_up(value: int, multiple: int) -> int:
     return -(-value // multiple) * multiple
 
 
-# ---- Images in, label maps out ------------------------------------------------------------------
-
-
 @dataclasses.dataclass(frozen=True)
 class Prediction:
     """The result for one image.
@@ -160,11 +85,12 @@ class Prediction:
 
 @dataclasses.dataclass(frozen=True)
 class _Item:
-    """One network input on its way: an image, or a window of one."""
+    """One network input on its way: an image, a window of one, or one pass over an image."""
 
     key: Any
     image: np.ndarray  # normalised [height, width, 3]
     output: Size  # size of the result
+    mirrored: bool = False
 
 
 class Predictor:
@@ -177,9 +103,10 @@ class Predictor:
         variables: params, batch_stats and memory; put onto the mesh here.
         evaluation: `config.eval`.
         mesh: devices of this process; a batch is split over them.
+        flip_pairs: `config.augment.flip_pairs`, the classes that a mirror exchanges.
 
     Raises:
-        UserError: a field of `config.eval` has an impossible value.
+        UserError: a field of `config.eval` or a pair of classes has an impossible value.
     """
 
     def __init__(
@@ -188,8 +115,9 @@ class Predictor:
         variables: dict[str, Any],
         evaluation: ml_collections.ConfigDict,
         mesh: Mesh,
+        flip_pairs: Sequence[Sequence[int]] = (),
     ):
-        check_evaluation(evaluation, model)
+        check_evaluation(evaluation, model, flip_pairs)
         self._model = model
         self._variables = jax.device_put(variables, replicated(mesh))
         self._evaluation = evaluation
@@ -199,12 +127,25 @@ class Predictor:
         exact_sizes = evaluation.exact_sizes if model.backbone.supports_extent else sys.maxsize
         self._sizes = SizePolicy(exact_sizes, evaluation.size_multiple)
         self._programs: dict[Any, Any] = {}
+        self._passes = len(evaluation.scales) * (2 if evaluation.flip else 1)
+        self._averages = self._passes > 1 or evaluation.scales[0] != 1
+        self._mirrored_classes = None
+        if evaluation.flip:
+            self._mirrored_classes = passes.mirrored_classes(flip_pairs, model.num_classes)
+        # With several scales the sizes of results are as many as those of inputs.
+        self._multiple = _round_up(
+            evaluation.size_multiple if self._averages else 1, _OUTPUT_MULTIPLE
+        )
         slide = evaluation.mode == "slide"
         softmax = evaluation.softmax_before_resize
         self._network = jax.jit(functools.partial(_network, model, softmax=softmax and not slide))
         self._window_scores = jax.jit(functools.partial(_window_scores, softmax=softmax and slide))
-        self._accumulate = jax.jit(_accumulate, donate_argnums=0)
-        self._label_maps = jax.jit(functools.partial(label_maps, probabilities=softmax))
+        self._accumulate = jax.jit(windows.accumulate, donate_argnums=0)
+        self._label_maps = jax.jit(functools.partial(score_maps.label_maps, probabilities=softmax))
+        self._add_resized = jax.jit(score_maps.add_resized, donate_argnums=0)
+        self._mean_label_map = jax.jit(
+            functools.partial(score_maps.mean_label_map, passes=self._passes, probabilities=softmax)
+        )
 
     def replace_variables(self, variables: dict[str, Any]) -> None:
         """Goes on with other weights of the same model; no program is compiled again.
@@ -237,14 +178,81 @@ class Predictor:
             One `Prediction` an input.
         """
         items = (_Item(*x) for x in inputs)
-        if self._evaluation.mode == "slide":
+        slide = self._evaluation.mode == "slide"
+        if self._averages:
+            yield from (self._average_windows if slide else self._average_whole)(items)
+        elif slide:
             for item in items:
-                yield self._slide(item)
+                yield from self._labels([item], *self._slide(item))
         else:
             for group, padded, exact in self._batches(items):
                 scores = self._forward(group, padded, exact)
                 rows, columns = self._matrices(group, scores.shape[1:3])
                 yield from self._labels(group, scores, rows, columns)
+
+    def _passes_over(self, item: _Item, key: Any) -> Iterator[_Item]:
+        evaluation = self._evaluation
+        for image, mirrored in passes.passes(item.image, evaluation.scales, evaluation.flip):
+            yield _Item(key, image, item.output, mirrored)
+
+    def _average_whole(self, items: Iterable[_Item]) -> Iterator[Prediction]:
+        """Batches are of passes of one size over any images; an image is done with its last pass.
+
+        Until then its scores are kept at the network's stride, so that the array at full size is
+        that of one image at a time.
+        """
+        parts = (
+            part
+            for number, item in enumerate(items)
+            for part in self._passes_over(item, (number, item.key))
+        )
+        waiting = collections.defaultdict(list)
+        for group, padded, exact in self._batches(parts):
+            scores = self._on_one_device(self._forward(group, padded, exact))
+            for index, part in enumerate(group):
+                number, key = part.key
+                waiting[number].append((scores, index, *self._pair(part, scores.shape[1:3]), part))
+                if len(waiting[number]) == self._passes:
+                    total = None
+                    for done in waiting.pop(number):
+                        total = self._add(total, *done)
+                    yield self._mean(key, total, part.output)
+
+    def _average_windows(self, items: Iterable[_Item]) -> Iterator[Prediction]:
+        """One image after the other, one pass after the other."""
+        for item in items:
+            total = None
+            for part in self._passes_over(item, item.key):
+                canvas, rows, columns = self._slide(part)
+                total = self._add(total, canvas, 0, rows[0], columns[0], part)
+            yield self._mean(item.key, total, item.output)
+
+    def _add(
+        self, total: Array | None, scores: Array, index: int, rows: Any, columns: Any, part: _Item
+    ) -> Array:
+        """Adds the scores of a pass to the sum at full size, which starts as None."""
+        size = (rows.shape[0], columns.shape[0])
+        if total is None:
+            total = jnp.zeros((*size, scores.shape[-1]), jnp.float32)
+        return self._compiled(
+            "sum",
+            self._add_resized,
+            f"the sum of passes for results up to {size[0]}x{size[1]}",
+            total,
+            scores,
+            np.int32(index),
+            rows,
+            columns,
+            self._mirrored_classes if part.mirrored else None,
+        )
+
+    def _mean(self, key: Any, total: Array, output: Size) -> Prediction:
+        """The result of an image, given the sum of all its passes."""
+        height, width = output
+        what = f"label maps up to {total.shape[0]}x{total.shape[1]}"
+        label, confidence = self._compiled("mean", self._mean_label_map, what, total)
+        label, confidence = np.asarray(label), np.asarray(confidence)
+        return Prediction(key, label[:height, :width].copy(), confidence[:height, :width].copy())
 
     def _batches(self, items: Iterable[_Item]) -> Iterator[tuple[list[_Item], Size, bool]]:
         """Groups items by input size into batches; what is left over comes at the end."""
@@ -286,20 +294,37 @@ class Predictor:
             "network", self._network, what, self._variables, self._place(images), extent
         )
 
+    def _on_one_device(self, array: Array) -> Array:
+        return jax.device_put(array, jax.local_devices()[0])
+
+    def _pair(
+        self, item: _Item, shape: Size, full: Size | None = None
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """Matrices that resize the real part of an item's scores to its output size.
+
+        Args:
+            item: the item.
+            shape: height and width of its scores, padding included.
+            full: the same of the result; None: the output size, rounded up.
+        """
+        stride = self._model.output_stride
+        pair = []
+        for axis, mirrored in ((0, False), (1, item.mirrored)):
+            real, target = -(-item.image.shape[axis] // stride), item.output[axis]
+            rows = full[axis] if full else _round_up(target, self._multiple)
+            pair.append(score_maps.resize_matrix(real, target, rows, shape[axis], mirrored))
+        return pair[0], pair[1]
+
     def _matrices(
         self, group: list[_Item], shape: Size, multiple: int = _OUTPUT_MULTIPLE
     ) -> tuple[Array, Array]:
-        """Matrices that resize the real part of each item's scores to its output size."""
-        stride = self._model.output_stride
-        height, width = (
-            _round_up(max(item.output[axis] for item in group), multiple) for axis in (0, 1)
+        """The matrices of a batch: [batch, H, h] and [batch, W, w]."""
+        full = [_round_up(max(item.output[axis] for item in group), multiple) for axis in (0, 1)]
+        rows, columns = (
+            np.zeros((self._batch, full[axis], shape[axis]), np.float32) for axis in (0, 1)
         )
-        rows = np.zeros((self._batch, height, shape[0]), np.float32)
-        columns = np.zeros((self._batch, width, shape[1]), np.float32)
         for index, item in enumerate(group):
-            h, w = (-(-n // stride) for n in item.image.shape[:2])
-            rows[index] = resize_matrix(h, item.output[0], height, shape[0])
-            columns[index] = resize_matrix(w, item.output[1], width, shape[1])
+            rows[index], columns[index] = self._pair(item, shape, full)
         return self._place(rows), self._place(columns)
 
     def _labels(
@@ -316,18 +341,23 @@ class Predictor:
                 confidence[index, :height, :width].copy(),
             )
 
-    def _slide(self, item: _Item) -> Prediction:
-        """Adds up the windows' scores at the size of the network's input, then resizes."""
+    def _slide(self, item: _Item) -> tuple[Array, Array, Array]:
+        """Adds up the windows' scores at the size of the network's input.
+
+        Returns:
+            The sum [1, h, w, classes], and the matrices [1, H, h] and [1, W, w] that divide it by
+            the number of windows at each place and resize it to the output size.
+        """
         size = item.image.shape[:2]
         evaluation = self._evaluation
-        windows = windows_of(size, tuple(evaluation.window), tuple(evaluation.stride))
-        window = (windows[0][0].stop - windows[0][0].start, windows[0][1].stop)
+        places = windows.windows_of(size, tuple(evaluation.window), tuple(evaluation.stride))
+        window = (places[0][0].stop - places[0][0].start, places[0][1].stop)
         padded, exact = self._sizes.padded(window)
         canvas = None
-        for first in range(0, len(windows), self._batch):
+        for first in range(0, len(places), self._batch):
             group = [
-                _Item(place_, item.image[place_], window)
-                for place_ in windows[first : first + self._batch]
+                _Item(place, item.image[place], window)
+                for place in places[first : first + self._batch]
             ]
             scores = self._forward(group, padded, exact)
             rows, columns = self._matrices(group, scores.shape[1:3], multiple=1)
@@ -335,7 +365,7 @@ class Predictor:
                 "windows", self._window_scores, "window scores", scores, rows, columns
             )
             if canvas is None:
-                shape = [max(_round_up(n, _OUTPUT_MULTIPLE), w) for n, w in zip(size, window)]
+                shape = [max(_round_up(n, self._multiple), w) for n, w in zip(size, window)]
                 canvas = jax.device_put(np.zeros((*shape, scores.shape[-1]), np.float32))
             starts = np.zeros((self._batch, 2), np.int32)
             for index, (y, x) in enumerate(w.key for w in group):
@@ -346,24 +376,19 @@ class Predictor:
                 self._accumulate,
                 f"the sum of windows for images up to {canvas.shape[0]}x{canvas.shape[1]}",
                 canvas,
-                jax.device_put(scores, jax.local_devices()[0]),
+                self._on_one_device(scores),
                 jax.device_put(starts),
                 jax.device_put(active),
             )
-        # How many windows cover a pixel is a product of a count per row and one per column, so
-        # dividing by it can be part of the resize.
         matrices = []
-        for axis in (0, 1):
-            cover = np.zeros(canvas.shape[axis], np.float32)
-            for part in {w[axis].start: w[axis] for w in windows}.values():
-                cover[part] += 1
-            target = item.output[axis]
-            matrix = resize_matrix(
-                size[axis], target, _round_up(target, _OUTPUT_MULTIPLE), canvas.shape[axis]
+        for axis, mirrored in ((0, False), (1, item.mirrored)):
+            target, length = item.output[axis], canvas.shape[axis]
+            matrix = score_maps.resize_matrix(
+                size[axis], target, _round_up(target, self._multiple), length, mirrored
             )
-            matrices.append(jax.device_put((matrix / np.maximum(cover, 1))[None]))
-        (prediction,) = self._labels([item], canvas[None], *matrices)
-        return prediction
+            cover = windows.cover_counts(places, axis, length)
+            matrices.append(jax.device_put((matrix / cover)[None]))
+        return canvas[None], matrices[0], matrices[1]
 
 
 def _network(
@@ -382,39 +407,37 @@ def _network(
 
 def _window_scores(scores: Array, rows: Array, columns: Array, *, softmax: bool) -> Array:
     """Scores at the size of the windows: [batch, h, w, classes] -> [batch, H, W, classes]."""
-    scores = resize_scores(scores, rows, columns)
+    scores = score_maps.resize_scores(scores, rows, columns)
     return jax.nn.softmax(scores, axis=-1) if softmax else scores
 
 
-def _accumulate(canvas: Array, scores: Array, starts: Array, active: Array) -> Array:
-    """Adds windows to the canvas at their places.
+def check_evaluation(
+    evaluation: ml_collections.ConfigDict,
+    model: Segmentor,
+    flip_pairs: Sequence[Sequence[int]] = (),
+) -> None:
+    """Refuses values of `config.eval` that no image could be segmented with.
 
     Args:
-        canvas: [height, width, classes].
-        scores: [batch, h, w, classes].
-        starts: int32 [batch, 2].
-        active: bool [batch]; the others are left out.
-    """
-
-    def add(canvas: Array, window: tuple[Array, Array, Array]) -> tuple[Array, None]:
-        scores, start, active = window
-        corner = (start[0], start[1], 0)
-        old = jax.lax.dynamic_slice(canvas, corner, scores.shape)
-        new = old + jnp.where(active, scores, 0)
-        return jax.lax.dynamic_update_slice(canvas, new, corner), None
-
-    return jax.lax.scan(add, canvas, (scores, starts, active))[0]
-
-
-def check_evaluation(evaluation: ml_collections.ConfigDict, model: Segmentor) -> None:
-    """Refuses values of `config.eval` that no image could be segmented with.
+        evaluation: `config.eval`.
+        model: the segmentor.
+        flip_pairs: `config.augment.flip_pairs`, which only matter if images are mirrored.
 
     Raises:
         UserError: names the field.
     """
+    if evaluation.flip:
+        passes.mirrored_classes(flip_pairs, model.num_classes)
     stride = model.output_stride
     if evaluation.mode not in ("whole", "slide"):
         raise UserError(f"config.eval.mode is {evaluation.mode!r}; expected 'whole' or 'slide'")
+    scales = tuple(evaluation.scales)
+    numbers = all(isinstance(s, (int, float)) and 0 < s < math.inf for s in scales)
+    if not scales or not numbers:
+        raise UserError(
+            f"config.eval.scales is {scales}; expected at least one positive number such as "
+            "(0.75, 1.0, 1.25)"
+        )
     if evaluation.batch_size < 1:
         raise UserError(f"config.eval.batch_size is {evaluation.batch_size}; expected 1 or more")
     if evaluation.size_multiple < stride or evaluation.size_multiple % stride:

@@ -161,7 +161,8 @@ def run(
     variables, _ = checkpoint.restore_for_inference(workdir, abstract_variables(model), which)
     palette = visualize.resolve_palette(meta["palette"], len(meta["class_names"]))
     _make_folder(folder)
-    predictor = Predictor(model, variables, config.eval, make_mesh(jax.local_devices()))
+    mesh = make_mesh(jax.local_devices())
+    predictor = Predictor(model, variables, config.eval, mesh, config.augment.flip_pairs)
     log.info("segmenting %d pictures with step %d", len(pictures), meta["step"])
 
     waiting: dict[int, np.ndarray] = {}

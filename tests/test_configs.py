@@ -273,7 +273,7 @@ def test_every_published_row_has_a_config():
 def test_published_recipe(row):
     name = config_name(row)
     config = load(name)
-    facts = dict(published()[row])
+    facts = {f: v for f, v in published()[row].items() if not f.startswith("test_ms_flip/")}
     assert config.replica_groups == 8
     assert not config.loss.class_weights
     scores = (facts.pop("published_miou/single"), facts.pop("published_miou/ms_flip"))
@@ -287,6 +287,26 @@ def test_published_recipe(row):
     theirs = {fact: comparable(config, fact, value) for fact, value in facts.items()}
     different = {f: (ours[f], theirs[f]) for f in facts if not same(ours[f], theirs[f])}
     assert not different
+
+
+@pytest.mark.parametrize("row", sorted(published()))
+def test_published_settings_with_several_scales_and_flip(row):
+    name = config_name(row)
+    config = load(f"{name}:ms_flip")
+    ours = {
+        "mode": config.eval.mode,
+        "crop_hw": window(config, "window"),
+        "stride_hw": window(config, "stride"),
+        "scales": list(config.eval.scales),
+        "flip": config.eval.flip,
+        "softmax_before_resize": config.eval.softmax_before_resize,
+    }
+    assert ours == {fact: published()[row][f"test_ms_flip/{fact}"] for fact in ours}
+    check_evaluation(config.eval, build_segmentor(config))
+    # The argument changes nothing else.
+    plain = load(name)
+    plain.eval = config.eval
+    assert plain == config
 
 
 @pytest.mark.parametrize("name", sorted(PARAMETERS))
@@ -309,6 +329,7 @@ def test_docstring_has_the_commands_and_the_weights(name):
     schedule = f"{config.train.epochs} epochs of {steps(config, config.replica_groups)} steps"
     height, width = config.augment.crop
     assert f"{schedule}, crops of {height}x{width}." in " ".join(text.split())
+    assert f"`--config configs/{name}.py:ms_flip`" in text
 
 
 # ---- Forms of 2021 and 2025 ---------------------------------------------------------------------
@@ -328,9 +349,21 @@ def test_the_form_of_2021_is_the_default(name):
         assert new["model.backbone"] == "hrnetv2w48_relu"
 
 
-def test_unknown_form_is_refused_on_the_command_line(capsys):
-    with pytest.raises(UserError, match=r"no form '2023': expected 2021 .* or 2025"):
+@pytest.mark.parametrize("name", WITH_FORMS)
+def test_form_and_test_settings_combine(name):
+    config = load(f"{name}:2025,ms_flip")
+    assert config.model == load(f"{name}:2025").model
+    assert config.eval == load(f"{name}:ms_flip").eval
+    assert config == load(f"{name}:ms_flip,2025")
+
+
+def test_unknown_arguments_are_refused_on_the_command_line(capsys):
+    with pytest.raises(UserError, match=r"know '2023', but: ms_flip \(.*\), 2021 \(.*\), 2025 \("):
         suggest.load_config(str(CONFIGS / "lip_hrnet.py") + ":2023")
-    with pytest.raises(UserError, match=r"cityscapes_hrnet\.py takes no argument.*:2025"):
+    with pytest.raises(UserError, match=r":2025: this config does not know '2025', but: ms_flip"):
         suggest.load_config(str(CONFIGS / "cityscapes_hrnet.py") + ":2025")
+    with pytest.raises(UserError, match=r"does not know 'flip', but: ms_flip"):
+        suggest.load_config(str(CONFIGS / "ade20k_resnet101.py") + ":ms_flip,flip")
+    with pytest.raises(UserError, match=r"choose one of 2021 and 2025"):
+        suggest.load_config(str(CONFIGS / "ade20k_hrnet.py") + ":2021,2025,ms_flip")
     assert capsys.readouterr().err == ""

@@ -128,6 +128,8 @@ def test_classes_of_the_checkpoint_in_another_order_are_refused(workdir, capsys,
     [
         ("mode=slides", "config.eval.mode is 'slides'; expected 'whole' or 'slide'"),
         ("batch_size=0", "config.eval.batch_size is 0; expected 1 or more"),
+        ("scales=()", "config.eval.scales is (); expected at least one positive number"),
+        ("scales=(1.0,-2)", "config.eval.scales is (1.0, -2); expected"),
         ("size_multiple=30", "config.eval.size_multiple is 30; expected a multiple of"),
     ],
 )

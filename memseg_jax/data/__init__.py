@@ -12,6 +12,8 @@ source is a picklable object with
 * optionally `source.has_labels`: False if the labels of the split are not public, so that all
   pixels of its samples are ignored;
 * optionally `source.official_size`: how many samples a published split should have, or None.
+
+The module may have a `BENCHMARK`, an `official.Benchmark`: what the server of its benchmark takes.
 """
 
 import importlib
@@ -52,9 +54,19 @@ def open_split(data_config, split: str, *, needs_labels: bool = True):
         raise UserError(
             f"split {split!r} of {name}: its labels are not public, so nothing can be trained or "
             "scored on it. Choose another config.data.train_split or config.data.eval_split; "
-            "--mode predict segments its images."
+            "--mode evaluate with --config.eval.save_predictions=FOLDER segments its images."
         )
     return source
+
+
+def benchmark_of(data_config):
+    """Returns the `BENCHMARK` of a data set, or None if it has none.
+
+    Args:
+        data_config: `config.data`, which was opened before.
+    """
+    module = importlib.import_module(f"{__name__}.{data_config.name}")
+    return getattr(module, "BENCHMARK", None)
 
 
 def _unknown_data_set(name: str) -> str:

@@ -45,6 +45,7 @@ DATA_SET = official.DataSet(
     sizes=SPLIT_SIZES,
 )
 _IMAGE_ENDING = "_leftImg8bit"
+BENCHMARK = official.Benchmark("Cityscapes", f"{_IMAGE_ENDING}.png", LABEL_IDS)
 _LABEL_ENDING = "_gtFine_labelIds"
 
 

@@ -45,6 +45,20 @@ class DataSet:
         return f"Expected {self.title} as it is downloaded: {self.layout}. {self.download}"
 
 
+class Benchmark(NamedTuple):
+    """What the server of a benchmark takes: one 8-bit grey PNG an image, all in one folder.
+
+    Attributes:
+        title: of the data set, for people.
+        ending: of file names, behind the name of the sample.
+        values: the value of each class.
+    """
+
+    title: str
+    ending: str
+    values: tuple[int, ...]
+
+
 class Files(NamedTuple):
     """Some files by id, and the folder they were looked for in."""
 
