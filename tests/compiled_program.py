@@ -41,3 +41,13 @@ def collectives(compiled):
         for shape in shapes
         if opcode.removesuffix("-start") in COLLECTIVES
     ]
+
+
+def equations(jaxpr):
+    """Yields the equations of a jaxpr, and those inside of them."""
+    for equation in getattr(jaxpr, "jaxpr", jaxpr).eqns:
+        yield equation
+        for value in equation.params.values():
+            for inner in value if isinstance(value, list | tuple) else [value]:
+                if hasattr(inner, "eqns") or hasattr(inner, "jaxpr"):
+                    yield from equations(inner)

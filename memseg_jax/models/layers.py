@@ -14,6 +14,8 @@ import numpy as np
 from flax import struct
 from jax import lax
 
+from memseg_jax.models.convolution import convolve
+
 Array = jax.Array
 Activation = Callable[[Array], Array]
 
@@ -73,33 +75,6 @@ def spatial_mean(x: Array, extent: Extent | None = None) -> Array:
     mask = extent.mask(x)
     return jnp.sum(jnp.where(mask, x32, 0), axis=(1, 2), keepdims=True) / jnp.sum(
         mask, axis=(1, 2), keepdims=True
-    )
-
-
-def convolve(
-    x: Array, kernel: Array, *, stride: int = 1, dilation: int = 1, groups: int = 1
-) -> Array:
-    """Convolution with PyTorch's padding `dilation * (k - 1) / 2` on both sides.
-
-    Args:
-        x: [batch, height, width, in channels].
-        kernel: [k, k, in channels / groups, out channels], k odd.
-        stride: step between output positions.
-        dilation: step between kernel taps.
-        groups: number of channel groups.
-
-    Returns:
-        [batch, ceil(height / stride), ceil(width / stride), out channels].
-    """
-    padding = [((k - 1) * dilation // 2,) * 2 for k in kernel.shape[:2]]
-    return lax.conv_general_dilated(
-        x,
-        kernel,
-        window_strides=(stride, stride),
-        padding=padding,
-        rhs_dilation=(dilation, dilation),
-        dimension_numbers=("NHWC", "HWIO", "NHWC"),
-        feature_group_count=groups,
     )
 
 

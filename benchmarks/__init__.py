@@ -1,0 +1,1 @@
+"""What the programs cost, side by side with the same computation in PyTorch."""

@@ -1,0 +1,130 @@
+"""What convolutions and whole training steps compile to on an H200, without one.
+
+    pip install jax-cuda13-plugin jax-cuda13-pjrt    # both of the version of jax
+    python -m benchmarks.gpu_programs                # the forms of single convolutions
+    python -m benchmarks.gpu_programs --config configs/ade20k_resnet50.py --devices 8
+
+Nothing is timed. "Temporary" is the memory of a program besides its arguments and results; for a
+step it is that of one device. "TFLOP" counts positions in the padding, too.
+"""
+
+import os
+import sys
+from collections.abc import Sequence
+from typing import Any
+
+os.environ["JAX_PLATFORMS"] = "cpu"
+
+import jax
+import jax.numpy as jnp
+
+from converters import command_line
+from memseg_jax.errors import UserError
+from memseg_jax.flops import count_flops
+from memseg_jax.models import convolution
+from memseg_jax.models.convolution import Geometry
+from tests import h200
+
+FLAGS = {
+    "batch": "images in the single convolutions (default: 16)",
+    "devices": "number of GPUs for a training step (default: 1)",
+}
+SIDE = 64
+CASES = [  # input channels, output channels, geometry
+    (512, 512, Geometry()),
+    (256, 256, Geometry(dilation=2)),
+    (512, 512, Geometry(dilation=4)),
+    (2048, 512, Geometry(dilation=12)),
+    (2048, 512, Geometry(dilation=24)),
+    (2048, 512, Geometry(dilation=36)),
+    (256, 512, Geometry(groups=2)),
+    (256, 512, Geometry(dilation=2, groups=2)),
+]
+
+
+def main(argv: Sequence[str]) -> int:
+    """Prints a Markdown table; returns the exit status."""
+    with_config = any(x.split("=")[0].lstrip("-") == "config" for x in argv[1:])
+    values = command_line.parse(list(argv), FLAGS, doc=__doc__, with_config=with_config)
+    if reason := h200.missing():
+        raise UserError(reason)
+    if with_config:
+        _report_step(values.config, _number("devices", values.devices, 1))
+    else:
+        _report_forms(_number("batch", values.batch, 16))
+    return 0
+
+
+def _number(name: str, text: str | None, default: int) -> int:
+    if text is not None and not (text.isdecimal() and int(text)):
+        raise UserError(f"--{name} {text}: expected a positive whole number such as {default}")
+    return int(text or default)
+
+
+def _report_step(config: Any, devices: int) -> None:
+    found = h200.contents(h200.compile_step(config, h200.make_mesh(devices)))
+    print("| operation | number |\n|---|---|")
+    for name, count in found["convolutions"].items():
+        print(f"| {name} | {count} |")
+    for name, shapes in found["collectives"].items():
+        print(f"| {name}, different shapes | {len(shapes)} |")
+    print(f"\nTemporary: {found['temporary bytes'] / 1e9:.2f} GB")
+
+
+def _report_forms(batch: int) -> None:
+    mesh = h200.make_mesh()
+    print("| channels | dilation | groups | what | type | becomes | temporary | TFLOP |")
+    print("|---|---|---|---|---|---|---|---|")
+    for dtype in (jnp.bfloat16, jnp.float32):
+        for inside, outside, geometry in CASES:
+            x = jax.ShapeDtypeStruct((batch, SIDE, SIDE, inside), dtype)
+            y = jax.ShapeDtypeStruct((batch, SIDE, SIDE, outside), dtype)
+            kernel = jax.ShapeDtypeStruct((3, 3, inside // geometry.groups, outside), dtype)
+            for name, (function, *args) in _programs(x, kernel, y, geometry).items():
+                found = h200.contents(compiled := h200.compile_for(mesh, function, *args))
+                products = _matrix_products(compiled)
+                parts = [f"{count} x {what}" for what, count in found["convolutions"].items()]
+                parts += [f"{products} x matrix product"] if products else []
+                print(
+                    f"| {inside} -> {outside} | {geometry.dilation} | {geometry.groups} | {name} "
+                    f"| {jnp.dtype(dtype).name} | {', '.join(parts)} "
+                    f"| {found['temporary bytes'] / 1e6:.0f} MB "
+                    f"| {count_flops(function, *args) / 1e12:.2f} |",
+                    flush=True,
+                )
+
+
+def _programs(x: Any, kernel: Any, y: Any, geometry: Geometry) -> dict[str, tuple]:
+    """Functions and their arguments by name."""
+
+    def input_gradient(kernel: jax.Array, dy: jax.Array) -> jax.Array:
+        return jax.linear_transpose(lambda x: plainly(x, kernel), x)(dy)[0]
+
+    def plainly(x: jax.Array, kernel: jax.Array) -> jax.Array:
+        return convolution.convolve_plainly(x, kernel, geometry)
+
+    programs = {
+        "forward, XLA's own": (plainly, x, kernel),
+        "input gradient, XLA's own": (input_gradient, kernel, y),
+    }
+    forms = {"XLA's own": convolution.filter_gradient_plainly}
+    if geometry.dilation > 1:
+        forms["folding"] = convolution.filter_gradient_by_folding
+        forms["shifts"] = convolution.filter_gradient_by_shifts
+    for name, form in forms.items():
+        programs[f"filter gradient, {name}"] = (
+            lambda x, dy, form=form: form(x, dy, (3, 3), geometry),
+            x,
+            y,
+        )
+    return programs
+
+
+def _matrix_products(compiled: Any) -> int:
+    """Number of matrix products in a program: dots, alone or in fusions, and calls of cuBLAS."""
+    text = compiled.as_text()
+    return sum(text.count(mark) for mark in (" dot(", '"__cublas$'))
+
+
+if __name__ == "__main__":
+    sys.exit(command_line.run_main(main))

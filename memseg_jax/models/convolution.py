@@ -1,0 +1,241 @@
+"""The convolution that every model uses, in the exact form that each kind of device runs well.
+
+XLA's own form is the right one almost everywhere. It is replaced where it is not:
+
+- Groups: when the batch is split over devices, XLA gathers the whole batch on every device and
+  each of them computes all of it; and on CPU it takes several times as long even on one device.
+  One convolution for each group has neither fault (`convolve_by_group`).
+- Filter gradient of a dilated convolution on GPU: XLA makes it a forward convolution with the whole
+  feature map as its window, for which there is no fast algorithm. It is computed on subsampled
+  maps (`filter_gradient_by_folding`) or tap by tap (`filter_gradient_by_shifts`).
+- Filter gradient on CPU at a dilation of a third of the map or more: tap by tap, because most of
+  the arithmetic of XLA's form is on padding.
+
+All forms compute the same sums in another order. `benchmarks/gpu_programs.py` shows what they
+compile to. The platform is the one that a program is lowered for, not the one at hand.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+Array = jax.Array
+
+# GPU: folding copies both maps once, but computes on padding and makes small maps (of 3 and fewer
+# positions XLA makes no native gradient either); taps one by one copy the overlap of both maps for
+# each tap, but compute nothing outside. Counting bytes and arithmetic at the rates of an H200, not
+# timed, they cost the same where 5 to 6 dilations fit into the map.
+DILATIONS_PER_MAP_TO_FOLD = 6
+
+
+@dataclasses.dataclass(frozen=True)
+class Geometry:
+    """What a convolution does besides its kernel; see `convolve`."""
+
+    stride: int = 1
+    dilation: int = 1
+    groups: int = 1
+
+
+def convolve(
+    x: Array, kernel: Array, *, stride: int = 1, dilation: int = 1, groups: int = 1
+) -> Array:
+    """Convolution with PyTorch's padding `dilation * (k - 1) / 2` on both sides.
+
+    Differentiable once, in reverse mode, where it is dilated or grouped.
+
+    Args:
+        x: [batch, height, width, in channels].
+        kernel: [k, k, in channels / groups, out channels], k odd.
+        stride: step between output positions.
+        dilation: step between kernel taps.
+        groups: number of channel groups.
+
+    Returns:
+        [batch, ceil(height / stride), ceil(width / stride), out channels].
+    """
+    kernel = _drop_unreachable_taps(kernel, x.shape[1:3], dilation)
+    geometry = Geometry(stride, dilation if max(kernel.shape[:2]) > 1 else 1, groups)
+    if geometry.dilation == geometry.groups == 1:
+        return convolve_plainly(x, kernel, geometry)
+    return _convolve(x, kernel, geometry)
+
+
+def _drop_unreachable_taps(kernel: Array, size: tuple[int, int], dilation: int) -> Array:
+    """Cuts off the taps that only ever see padding, equally many on opposite sides."""
+    rows, columns = (
+        max(k // 2 - (side - 1) // dilation, 0) for k, side in zip(kernel.shape[:2], size)
+    )
+    if rows == columns == 0:
+        return kernel
+    return kernel[rows : kernel.shape[0] - rows, columns : kernel.shape[1] - columns]
+
+
+# ---- The whole convolution ---------------------------------------------------------------------
+
+
+def convolve_plainly(x: Array, kernel: Array, geometry: Geometry) -> Array:
+    """`convolve` as one operation of XLA."""
+    padding = [((k - 1) * geometry.dilation // 2,) * 2 for k in kernel.shape[:2]]
+    return lax.conv_general_dilated(
+        x,
+        kernel,
+        window_strides=(geometry.stride,) * 2,
+        padding=padding,
+        rhs_dilation=(geometry.dilation,) * 2,
+        dimension_numbers=("NHWC", "HWIO", "NHWC"),
+        feature_group_count=geometry.groups,
+    )
+
+
+def convolve_by_group(x: Array, kernel: Array, geometry: Geometry) -> Array:
+    """`convolve` as one convolution for each group."""
+    if geometry.groups == 1:
+        return convolve_plainly(x, kernel, geometry)
+    one = dataclasses.replace(geometry, groups=1)
+    groups = [jnp.split(array, geometry.groups, axis=-1) for array in (x, kernel)]
+    return jnp.concatenate([convolve_plainly(*pair, one) for pair in zip(*groups)], axis=-1)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
+def _convolve(x: Array, kernel: Array, geometry: Geometry) -> Array:
+    """`convolve` with gradients of our own."""
+    return convolve_by_group(x, kernel, geometry)
+
+
+def _convolve_forward(
+    x: Array, kernel: Array, geometry: Geometry
+) -> tuple[Array, tuple[Array, Array]]:
+    return _convolve(x, kernel, geometry), (x, kernel)
+
+
+def _convolve_backward(
+    geometry: Geometry, saved: tuple[Array, Array], dy: Array
+) -> tuple[Array, Array]:
+    x, kernel = saved
+    transpose = jax.linear_transpose(lambda x: convolve_by_group(x, kernel, geometry), x)
+    return transpose(dy)[0], filter_gradient(x, dy, kernel.shape[:2], geometry)
+
+
+_convolve.defvjp(_convolve_forward, _convolve_backward)
+
+
+# ---- The filter gradient -----------------------------------------------------------------------
+
+
+def filter_gradient(x: Array, dy: Array, window: tuple[int, int], geometry: Geometry) -> Array:
+    """The gradient of `convolve` by its kernel, in the form that suits the platform.
+
+    Args:
+        x: [batch, height, width, in channels].
+        dy: gradient by the result, [batch, ceil(height / stride), ceil(width / stride),
+            out channels].
+        window: height and width of the kernel, odd.
+        geometry: of the convolution.
+
+    Returns:
+        [*window, in channels / groups, out channels] in the type of `x`.
+    """
+
+    def with_form(form: Callable) -> Callable:
+        return lambda x, dy: form(x, dy, window, geometry)
+
+    gpu, cpu = filter_gradient_plainly, filter_gradient_by_group
+    if geometry.dilation > 1:
+        folds = min(x.shape[1:3]) // geometry.dilation
+        by_folding = geometry.stride == 1 and folds >= DILATIONS_PER_MAP_TO_FOLD
+        gpu = filter_gradient_by_folding if by_folding else filter_gradient_by_shifts
+    if 3 * geometry.dilation >= max(x.shape[1:3]):
+        cpu = filter_gradient_by_shifts
+    return lax.platform_dependent(
+        x,
+        dy,
+        cpu=with_form(cpu),
+        cuda=with_form(gpu),
+        rocm=with_form(gpu),
+        default=with_form(filter_gradient_plainly),
+    )
+
+
+def _transpose_by_kernel(
+    convolution: Callable, x: Array, dy: Array, window: tuple[int, int], geometry: Geometry
+) -> Array:
+    shape = (*window, x.shape[-1] // geometry.groups, dy.shape[-1])
+    kernel = jax.ShapeDtypeStruct(shape, x.dtype)
+    return jax.linear_transpose(lambda kernel: convolution(x, kernel, geometry), kernel)(dy)[0]
+
+
+# XLA's own form, and that of `convolve_by_group`; arguments as of `filter_gradient`.
+filter_gradient_plainly = functools.partial(_transpose_by_kernel, convolve_plainly)
+filter_gradient_by_group = functools.partial(_transpose_by_kernel, convolve_by_group)
+
+
+def filter_gradient_by_folding(
+    x: Array, dy: Array, window: tuple[int, int], geometry: Geometry
+) -> Array:
+    """`filter_gradient` of a convolution without dilation on subsampled maps (space to batch).
+
+    A dilated convolution of stride 1 works on dilation^2 interleaved maps independently: those
+    that take every dilation-th row and column. Each becomes an image of its own.
+
+    Costs one copy of `x` and of `dy`, padded to a multiple of the dilation.
+    """
+    d = geometry.dilation
+
+    def fold(array: Array) -> Array:
+        batch, height, width, channels = array.shape
+        rows, columns = -(-height // d), -(-width // d)
+        margin = ((0, 0), (0, rows * d - height), (0, columns * d - width), (0, 0))
+        blocks = jnp.pad(array, margin).reshape(batch, rows, d, columns, d, channels)
+        # The batch stays outermost: its sharding carries over to the folded batch.
+        return blocks.transpose(0, 2, 4, 1, 3, 5).reshape(-1, rows, columns, channels)
+
+    undilated = dataclasses.replace(geometry, dilation=1)
+    return filter_gradient_plainly(fold(x), fold(dy), window, undilated)
+
+
+def filter_gradient_by_shifts(
+    x: Array, dy: Array, window: tuple[int, int], geometry: Geometry
+) -> Array:
+    """`filter_gradient` as one matrix product for each tap of the kernel.
+
+    The gradient of tap (i, j) is the sum, over the positions where the tap is inside the map, of
+    what the tap sees of `x` times `dy`. Sums are at least float32.
+
+    Costs, tap after tap, a copy of the parts of `x` and `dy` that overlap.
+    """
+    dtype = jnp.promote_types(x.dtype, jnp.float32)
+
+    def by_group(array: Array) -> Array:
+        *sizes, channels = array.shape
+        return array.reshape(*sizes, geometry.groups, channels // geometry.groups)
+
+    def tap(i: int, j: int) -> Array:
+        """[in channels / groups, out channels]."""
+        overlaps = []
+        for axis, index in ((1, i), (2, j)):
+            offset = (index - window[axis - 1] // 2) * geometry.dilation
+            overlaps.append(_overlap(x.shape[axis], dy.shape[axis], offset, geometry.stride))
+        (rows, result_rows), (columns, result_columns) = overlaps
+        product = lax.dot_general(
+            by_group(x[:, rows, columns]),
+            by_group(dy[:, result_rows, result_columns]),
+            (((0, 1, 2), (0, 1, 2)), ((3,), (3,))),
+            preferred_element_type=dtype,
+        )
+        return product.transpose(1, 0, 2).reshape(product.shape[1], -1)
+
+    taps = jnp.stack([tap(i, j) for i in range(window[0]) for j in range(window[1])])
+    return taps.reshape(*window, *taps.shape[1:]).astype(x.dtype)
+
+
+def _overlap(size: int, result_size: int, offset: int, stride: int) -> tuple[slice, slice]:
+    """Where a tap is inside the map: the positions it sees, and those it contributes to."""
+    first = max(-(offset // stride), 0)
+    count = max(min(result_size, (size - 1 - offset) // stride + 1) - first, 0)
+    start = first * stride + offset
+    return slice(start, start + count * stride, stride), slice(first, first + count)

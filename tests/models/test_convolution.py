@@ -1,0 +1,175 @@
+"""Every form of a convolution and of its gradients against XLA's own; what a program contains."""
+
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
+from jax.sharding import NamedSharding, PartitionSpec
+
+from memseg_jax.models import convolution
+from memseg_jax.models.convolution import Geometry, convolve
+from memseg_jax.sharding import make_mesh
+from tests.small_models import FAST_COMPILE, fast_jit
+
+FORMS = [
+    convolution.filter_gradient_by_group,
+    convolution.filter_gradient_by_shifts,
+    convolution.filter_gradient_by_folding,
+]
+
+
+def forms_for(geometry):
+    return FORMS if geometry.stride == 1 else FORMS[:2]
+
+
+def random_case(height, width, window, geometry, dtype, batch=2, channels=(2, 3)):
+    """Input, kernel and gradient by the result; channels are per group."""
+    rng = np.random.default_rng(0)
+    inside, outside = channels
+    size = [-(-side // geometry.stride) for side in (height, width)]
+    shapes = (
+        (batch, height, width, inside * geometry.groups),
+        (*window, inside, outside * geometry.groups),
+        (batch, *size, outside * geometry.groups),
+    )
+    return [jnp.asarray(rng.standard_normal(shape), dtype) for shape in shapes]
+
+
+def plain_results(x, kernel, dy, geometry):
+    """The convolution, its input gradient and its filter gradient, all by XLA."""
+    y, pull_back = jax.vjp(
+        lambda x, kernel: convolution.convolve_plainly(x, kernel, geometry), x, kernel
+    )
+    return y, *pull_back(dy)
+
+
+def our_results(x, kernel, dy, geometry):
+    options = {name: getattr(geometry, name) for name in ("stride", "dilation", "groups")}
+    y, pull_back = jax.vjp(lambda x, kernel: convolve(x, kernel, **options), x, kernel)
+    return y, *pull_back(dy)
+
+
+@settings(max_examples=25, deadline=None)
+@given(
+    height=st.integers(1, 9),
+    width=st.integers(1, 9),
+    window=st.tuples(st.sampled_from([1, 3, 5]), st.sampled_from([1, 3])),
+    stride=st.integers(1, 2),
+    dilation=st.integers(1, 10),
+    groups=st.integers(1, 3),
+)
+@example(height=2, width=9, window=(3, 3), stride=2, dilation=1, groups=1)  # a tap sees nothing
+@example(height=9, width=9, window=(3, 3), stride=1, dilation=8, groups=1)  # ... one corner
+@example(height=9, width=9, window=(3, 3), stride=1, dilation=9, groups=2)  # ... unreachable
+def test_all_forms_equal_xla(height, width, window, stride, dilation, groups):
+    geometry = Geometry(stride, dilation, groups)
+    with jax.enable_x64(True):
+        x, kernel, dy = random_case(height, width, window, geometry, jnp.float64)
+        expected, actual, gradients = fast_jit(
+            lambda x, kernel, dy: (
+                plain_results(x, kernel, dy, geometry),
+                our_results(x, kernel, dy, geometry),
+                [form(x, dy, window, geometry) for form in forms_for(geometry)],
+            )
+        )(x, kernel, dy)
+        for name, ours, theirs in zip(("y", "dx", "dw"), actual, expected, strict=True):
+            assert ours.dtype == jnp.float64
+            np.testing.assert_allclose(ours, theirs, atol=1e-12, err_msg=name)
+        for form, gradient in zip(forms_for(geometry), gradients, strict=True):
+            np.testing.assert_allclose(gradient, expected[2], atol=1e-12, err_msg=str(form))
+
+
+@pytest.mark.parametrize("groups", [1, 2])
+@pytest.mark.parametrize("dilation", [2, 5])
+def test_float32_and_bfloat16_to_rounding(dilation, groups):
+    geometry = Geometry(1, dilation, groups)
+    case = random_case(12, 13, (3, 3), geometry, jnp.bfloat16, channels=(4, 4))
+    single = [array.astype(jnp.float32) for array in case]
+    with jax.enable_x64(True):
+        exact = plain_results(*(jnp.asarray(array, jnp.float64) for array in case), geometry)[2]
+        exact = np.asarray(exact)
+    for form in FORMS:
+        # Up to 312 terms of size 1: float32 loses digits near 1e-7 of sums near 18.
+        gradient = form(single[0], single[2], (3, 3), geometry)
+        assert gradient.dtype == jnp.float32
+        np.testing.assert_allclose(gradient, exact, atol=2e-5)
+    # Sums in float32, one rounding to 8 binary digits at the end.
+    gradient = convolution.filter_gradient_by_shifts(case[0], case[2], (3, 3), geometry)
+    assert gradient.dtype == jnp.bfloat16
+    np.testing.assert_allclose(gradient.astype(jnp.float32), exact, rtol=2**-8, atol=2e-5)
+
+
+def lowered_gradient(platform, size, geometry):
+    """The text of the filter gradient of a 3x3 convolution as it is lowered for a platform."""
+    x, _, dy = random_case(size, size, (3, 3), geometry, jnp.float32)
+    gradient = jax.jit(lambda x, dy: convolution.filter_gradient(x, dy, (3, 3), geometry))
+    return gradient.trace(x, dy).lower(lowering_platforms=(platform,)).as_text()
+
+
+@pytest.mark.parametrize(
+    ("platform", "size", "geometry", "convolutions", "products"),
+    [
+        ("cuda", 24, Geometry(dilation=4), 1, 0),
+        ("cuda", 24, Geometry(dilation=5), 0, 9),
+        ("cuda", 24, Geometry(dilation=2, groups=2), 1, 0),
+        ("cuda", 24, Geometry(stride=2, dilation=2), 0, 9),
+        ("cuda", 24, Geometry(groups=2), 1, 0),
+        ("rocm", 24, Geometry(dilation=5), 0, 9),
+        ("tpu", 24, Geometry(dilation=5), 1, 0),
+        ("cpu", 24, Geometry(dilation=7), 1, 0),
+        ("cpu", 24, Geometry(dilation=8), 0, 9),
+        ("cpu", 24, Geometry(groups=2), 2, 0),
+    ],
+)
+def test_form_of_the_filter_gradient(platform, size, geometry, convolutions, products):
+    text = lowered_gradient(platform, size, geometry)
+    assert text.count("stablehlo.convolution") == convolutions
+    assert text.count("stablehlo.dot_general") == products
+    if platform == "cuda":
+        # XLA would make the dilation of the forward pass a stride of the gradient.
+        assert not re.search(r"stride = \[[2-9]", text) or geometry.dilation == 1
+
+
+def test_plain_convolutions_are_left_alone():
+    x, kernel, _ = random_case(8, 8, (3, 3), Geometry(), jnp.float32)
+    text = str(jax.make_jaxpr(lambda x, kernel: convolve(x, kernel, stride=2))(x, kernel))
+    assert text.count("conv_general_dilated[") == 1
+    assert "custom_vjp" not in text
+    assert "slice" not in text
+
+
+@pytest.mark.parametrize(
+    ("size", "dilation", "window"),
+    [((4, 4), 4, "1x1"), ((4, 5), 4, "1x3"), ((5, 5), 4, "3x3"), ((1, 1), 1, "1x1")],
+)
+def test_taps_outside_of_the_map_cost_nothing(size, dilation, window):
+    x, kernel, _ = random_case(*size, (3, 3), Geometry(dilation=dilation), jnp.float32)
+    text = fast_jit(lambda x, kernel: convolve(x, kernel, dilation=dilation)).lower(x, kernel)
+    assert f"tensor<{window}x2x3xf32>) -> tensor<2x" in text.as_text()
+
+
+@pytest.mark.parametrize("geometry", [Geometry(dilation=2), Geometry(dilation=3, groups=2)])
+@pytest.mark.parametrize("platform_form", ["cpu", *range(len(FORMS))])
+def test_batch_split_over_devices(geometry, platform_form):
+    """The same numbers, and no device collects what belongs to another one."""
+    case = random_case(7, 6, (3, 3), geometry, jnp.float32, batch=8)
+    if platform_form == "cpu":
+        step = lambda x, kernel, dy: our_results(x, kernel, dy, geometry)  # noqa: E731
+    else:
+        form = FORMS[platform_form]
+        step = lambda x, kernel, dy: form(x, dy, (3, 3), geometry)  # noqa: E731
+    mesh = make_mesh()
+    split, whole = (NamedSharding(mesh, spec) for spec in (PartitionSpec("data"), PartitionSpec()))
+    placed = [jax.device_put(array, place) for array, place in zip(case, (split, whole, split))]
+    compiled = jax.jit(step).lower(*placed).compile(compiler_options=FAST_COMPILE)
+    assert mesh.size == 8
+    assert "all-gather" not in compiled.as_text()
+    assert "all-reduce" in compiled.as_text()
+    for actual, expected in zip(
+        jax.tree.leaves(compiled(*placed)), jax.tree.leaves(step(*case)), strict=True
+    ):
+        np.testing.assert_allclose(actual, expected, atol=2e-5)
