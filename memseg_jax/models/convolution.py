@@ -2,14 +2,16 @@
 
 XLA's own form is the right one almost everywhere. It is replaced where it is not:
 
+- Windows of one position: a matrix product (`convolve_positions`), which XLA's CPU convolution is
+  up to eleven times slower than in its gradients, and which suits every device.
 - Groups: when the batch is split over devices, XLA gathers the whole batch on every device and
   each of them computes all of it; and on CPU it takes several times as long even on one device.
   One convolution for each group has neither fault (`convolve_by_group`).
 - Filter gradient of a dilated convolution on GPU: XLA makes it a forward convolution with the whole
   feature map as its window, for which there is no fast algorithm. It is computed on subsampled
   maps (`filter_gradient_by_folding`) or tap by tap (`filter_gradient_by_shifts`).
-- Filter gradient on CPU at a dilation of a third of the map or more: tap by tap, because most of
-  the arithmetic of XLA's form is on padding.
+- Strong dilation on CPU, a sixth of the map or more: tap by tap (`convolve_by_shifts` and the
+  filter gradient), because most of the arithmetic of XLA's form is on padding.
 
 All forms compute the same sums in another order. `benchmarks/gpu_programs.py` shows what they
 compile to. The platform is the one that a program is lowered for, not the one at hand.
@@ -21,6 +23,7 @@ from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 
 Array = jax.Array
@@ -30,6 +33,8 @@ Array = jax.Array
 # each tap, but compute nothing outside. Counting bytes and arithmetic at the rates of an H200, not
 # timed, they cost the same where 5 to 6 dilations fit into the map.
 DILATIONS_PER_MAP_TO_FOLD = 6
+# CPU: with at most so many dilations in the map, taps one by one are faster than XLA's form.
+DILATIONS_PER_MAP_TO_SHIFT = 6
 
 
 @dataclasses.dataclass(frozen=True)
@@ -46,7 +51,7 @@ def convolve(
 ) -> Array:
     """Convolution with PyTorch's padding `dilation * (k - 1) / 2` on both sides.
 
-    Differentiable once, in reverse mode, where it is dilated or grouped.
+    Differentiable in reverse mode only, and once, where it is dilated or grouped.
 
     Args:
         x: [batch, height, width, in channels].
@@ -60,9 +65,11 @@ def convolve(
     """
     kernel = _drop_unreachable_taps(kernel, x.shape[1:3], dilation)
     geometry = Geometry(stride, dilation if max(kernel.shape[:2]) > 1 else 1, groups)
-    if geometry.dilation == geometry.groups == 1:
-        return convolve_plainly(x, kernel, geometry)
-    return _convolve(x, kernel, geometry)
+    if geometry.dilation > 1 or groups > 1:
+        return _convolve(x, kernel, geometry)
+    if kernel.shape[:2] == (1, 1):
+        return convolve_positions(x, kernel, stride)
+    return convolve_plainly(x, kernel, geometry)
 
 
 def _drop_unreachable_taps(kernel: Array, size: tuple[int, int], dilation: int) -> Array:
@@ -92,19 +99,68 @@ def convolve_plainly(x: Array, kernel: Array, geometry: Geometry) -> Array:
     )
 
 
-def convolve_by_group(x: Array, kernel: Array, geometry: Geometry) -> Array:
-    """`convolve` as one convolution for each group."""
+def convolve_positions(x: Array, kernel: Array, stride: int = 1) -> Array:
+    """`convolve` of a window of one position: one matrix product over all positions."""
+    x = x[:, ::stride, ::stride]
+    # Flat on purpose: as a product of four axes its filter gradient is slow.
+    y = x.reshape(-1, x.shape[-1]) @ kernel[0, 0]
+    return y.reshape(*x.shape[:-1], -1)
+
+
+def convolve_by_shifts(x: Array, kernel: Array, geometry: Geometry) -> Array:
+    """`convolve` of one group at stride 1 as one matrix product for each tap of the kernel.
+
+    Each is computed where the tap is inside the map, and nowhere else. Sums are at least float32.
+    """
+    size, y = x.shape[1:3], 0
+    dtype = jnp.promote_types(x.dtype, jnp.float32)
+    for index in np.ndindex(kernel.shape[:2]):
+        (rows, result_rows), (columns, result_columns) = _overlaps(
+            size, size, kernel.shape[:2], index, geometry
+        )
+        seen = x[:, rows, columns]
+        part = jnp.matmul(
+            seen.reshape(-1, x.shape[-1]), kernel[index], preferred_element_type=dtype
+        ).reshape(*seen.shape[:-1], -1)
+        margins = [(s.start, n - s.stop) for s, n in zip((result_rows, result_columns), size)]
+        y += jnp.pad(part, ((0, 0), *margins, (0, 0)))
+    return y.astype(x.dtype)
+
+
+def convolve_by_group(
+    x: Array, kernel: Array, geometry: Geometry, form: Callable = convolve_plainly
+) -> Array:
+    """`convolve` as one convolution of a form for each group."""
     if geometry.groups == 1:
-        return convolve_plainly(x, kernel, geometry)
+        return form(x, kernel, geometry)
     one = dataclasses.replace(geometry, groups=1)
     groups = [jnp.split(array, geometry.groups, axis=-1) for array in (x, kernel)]
-    return jnp.concatenate([convolve_plainly(*pair, one) for pair in zip(*groups)], axis=-1)
+    return jnp.concatenate([form(*pair, one) for pair in zip(*groups)], axis=-1)
+
+
+def _is_strongly_dilated(size: tuple[int, ...], geometry: Geometry) -> bool:
+    return geometry.dilation > 1 and geometry.dilation * DILATIONS_PER_MAP_TO_SHIFT >= max(size)
+
+
+def _on_platform(function: Callable, size: tuple[int, ...], geometry: Geometry, *args: Array):
+    """Calls `function(form, *args)` with the form of a convolution that suits the platform."""
+    if geometry.stride > 1 or not _is_strongly_dilated(size, geometry):
+        return function(convolve_plainly, *args)
+    return lax.platform_dependent(
+        *args,
+        cpu=functools.partial(function, convolve_by_shifts),
+        default=functools.partial(function, convolve_plainly),
+    )
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
 def _convolve(x: Array, kernel: Array, geometry: Geometry) -> Array:
     """`convolve` with gradients of our own."""
-    return convolve_by_group(x, kernel, geometry)
+
+    def convolved(form: Callable, x: Array, kernel: Array) -> Array:
+        return convolve_by_group(x, kernel, geometry, form)
+
+    return _on_platform(convolved, x.shape[1:3], geometry, x, kernel)
 
 
 def _convolve_forward(
@@ -117,11 +173,26 @@ def _convolve_backward(
     geometry: Geometry, saved: tuple[Array, Array], dy: Array
 ) -> tuple[Array, Array]:
     x, kernel = saved
-    transpose = jax.linear_transpose(lambda x: convolve_by_group(x, kernel, geometry), x)
-    return transpose(dy)[0], filter_gradient(x, dy, kernel.shape[:2], geometry)
+
+    def input_gradient(form: Callable, kernel: Array, dy: Array) -> Array:
+        if form is convolve_by_shifts:  # not its transpose, which would round every tap's part
+            return convolve_by_group(dy, _turned(kernel, geometry.groups), geometry, form)
+        convolved = functools.partial(convolve_by_group, geometry=geometry, form=form)
+        return jax.linear_transpose(lambda x: convolved(x, kernel), x)(dy)[0]
+
+    return (
+        _on_platform(input_gradient, x.shape[1:3], geometry, kernel, dy),
+        filter_gradient(x, dy, kernel.shape[:2], geometry),
+    )
 
 
 _convolve.defvjp(_convolve_forward, _convolve_backward)
+
+
+def _turned(kernel: Array, groups: int) -> Array:
+    """The kernel of the input gradient at stride 1: turned by 180 degrees, channels exchanged."""
+    parts = jnp.split(kernel[::-1, ::-1], groups, axis=-1)
+    return jnp.concatenate([part.swapaxes(2, 3) for part in parts], axis=-1)
 
 
 # ---- The filter gradient -----------------------------------------------------------------------
@@ -149,7 +220,7 @@ def filter_gradient(x: Array, dy: Array, window: tuple[int, int], geometry: Geom
         folds = min(x.shape[1:3]) // geometry.dilation
         by_folding = geometry.stride == 1 and folds >= DILATIONS_PER_MAP_TO_FOLD
         gpu = filter_gradient_by_folding if by_folding else filter_gradient_by_shifts
-    if 3 * geometry.dilation >= max(x.shape[1:3]):
+    if _is_strongly_dilated(x.shape[1:3], geometry):
         cpu = filter_gradient_by_shifts
     return lax.platform_dependent(
         x,
@@ -216,11 +287,9 @@ def filter_gradient_by_shifts(
 
     def tap(i: int, j: int) -> Array:
         """[in channels / groups, out channels]."""
-        overlaps = []
-        for axis, index in ((1, i), (2, j)):
-            offset = (index - window[axis - 1] // 2) * geometry.dilation
-            overlaps.append(_overlap(x.shape[axis], dy.shape[axis], offset, geometry.stride))
-        (rows, result_rows), (columns, result_columns) = overlaps
+        (rows, result_rows), (columns, result_columns) = _overlaps(
+            x.shape[1:3], dy.shape[1:3], window, (i, j), geometry
+        )
         product = lax.dot_general(
             by_group(x[:, rows, columns]),
             by_group(dy[:, result_rows, result_columns]),
@@ -233,9 +302,20 @@ def filter_gradient_by_shifts(
     return taps.reshape(*window, *taps.shape[1:]).astype(x.dtype)
 
 
-def _overlap(size: int, result_size: int, offset: int, stride: int) -> tuple[slice, slice]:
-    """Where a tap is inside the map: the positions it sees, and those it contributes to."""
-    first = max(-(offset // stride), 0)
-    count = max(min(result_size, (size - 1 - offset) // stride + 1) - first, 0)
-    start = first * stride + offset
-    return slice(start, start + count * stride, stride), slice(first, first + count)
+def _overlaps(
+    size: tuple[int, ...],
+    result_size: tuple[int, ...],
+    window: tuple[int, ...],
+    index: tuple[int, ...],
+    geometry: Geometry,
+) -> list[tuple[slice, slice]]:
+    """Where a tap is inside the map: per axis, the positions it sees, and those it adds to."""
+    slices = []
+    for side, result_side, k, i in zip(size, result_size, window, index):
+        offset = (i - k // 2) * geometry.dilation
+        first = max(-(offset // geometry.stride), 0)
+        count = max(min(result_side, (side - 1 - offset) // geometry.stride + 1) - first, 0)
+        start = first * geometry.stride + offset
+        stop = start + count * geometry.stride
+        slices.append((slice(start, stop, geometry.stride), slice(first, first + count)))
+    return slices

@@ -1,0 +1,396 @@
+"""Mode benchmark: what the model of a config costs on this machine, in one row.
+
+Needs neither a checkpoint nor data: without data it takes random images of the crop's size. It
+writes nothing, unless a --workdir is given: then WORKDIR/benchmark.json.
+"""
+
+import itertools
+import json
+import logging
+import math
+import statistics
+import time
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import ml_collections
+import numpy as np
+
+from memseg_jax import optimizer, sharding
+from memseg_jax.checkpoint import prepare_workdir
+from memseg_jax.compilation import compile_with_notice
+from memseg_jax.data import IGNORE_LABEL, open_split
+from memseg_jax.data.pipeline import steps_per_epoch, train_batches
+from memseg_jax.errors import UserError
+from memseg_jax.flops import count_flops
+from memseg_jax.inference import Predictor, check_evaluation
+from memseg_jax.models.segmentor import Segmentor, build_segmentor
+from memseg_jax.state import (
+    TrainState,
+    abstract_state,
+    abstract_variables,
+    init_state,
+    init_variables,
+)
+from memseg_jax.train_step import make_train_step
+
+log = logging.getLogger(__name__)
+
+FILE = "benchmark.json"
+_SECONDS = 10.0  # about this long for each measurement, ...
+_LEAST = 3  # ... but at least so many steps
+_WARM_UP = 2
+
+# Dense TFLOP/s that the makers give for products of bfloat16, and of float32 at JAX's default
+# precision (TF32 on GPUs; one bfloat16 pass on TPUs), by the beginning of `device_kind`.
+_PEAKS = {
+    "NVIDIA H200": (989.0, 494.0),
+    "NVIDIA H100 80GB HBM3": (989.0, 494.0),
+    "NVIDIA H100 PCIe": (756.0, 378.0),
+    "NVIDIA A100": (312.0, 156.0),
+    "NVIDIA L4": (121.0, 60.0),
+    "TPU v4": (275.0, 275.0),
+    "TPU v5 lite": (197.0, 197.0),
+    "TPU v5e": (197.0, 197.0),
+    "TPU v5": (459.0, 459.0),
+    "TPU v6 lite": (918.0, 918.0),
+    "TPU v6e": (918.0, 918.0),
+}
+
+
+def run(config: ml_collections.ConfigDict, workdir: str | None = None) -> dict[str, Any]:
+    """Measures training and evaluation of `config`, and prints the row.
+
+    Args:
+        config: the whole config.
+        workdir: folder that gets `benchmark.json`; None: nothing is written.
+
+    Returns:
+        What the file holds: times in seconds, memory in bytes, rates in FLOP/s.
+
+    Raises:
+        UserError: the config is wrong, or the batch does not fit into memory.
+    """
+    mesh = sharding.make_mesh()
+    train = config.train
+    sharding.check_batch_size(train.batch_size, mesh, config.replica_groups, train.accumulate)
+    config = config.copy_and_resolve_references()
+    # The consistency loss belongs to the step in all epochs but the first.
+    config.loss.consistency_from_epoch = 1
+    model = build_segmentor(config)
+    check_evaluation(config.eval, model, config.augment.flip_pairs)
+    folder = prepare_workdir(workdir) if workdir else None  # now: a wrong config leaves no folder
+    sources = [_open(config, split) for split in (config.data.train_split, config.data.eval_split)]
+    try:
+        result = _describe(config, mesh) | _measure_training(config, model, mesh, sources[0])
+        state = result.pop("state")
+        result |= _measure_evaluation(config, model, state.variables, sources[1])
+    except jax.errors.JaxRuntimeError as error:
+        if "RESOURCE_EXHAUSTED" not in str(error):
+            raise
+        raise UserError(
+            f"batches of {config.train.batch_size} crops of "
+            f"{'x'.join(map(str, config.augment.crop))} do not fit into the memory of "
+            f"{mesh.size} device(s); lower config.train.batch_size or config.augment.crop"
+        ) from error
+    del state
+    result |= _measure_peak(config, mesh)
+    result["share_of_measured_peak"] = result["flops_per_second"] / result["measured_peak"]
+    if result["nominal_peak"]:
+        result["share_of_nominal_peak"] = result["flops_per_second"] / result["nominal_peak"]
+    print(format_result(result), flush=True)
+    if folder:
+        (folder / FILE).write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
+        log.info("wrote %s", folder / FILE)
+    return result
+
+
+def random_batch(
+    batch_size: int, crop: tuple[int, int], num_classes: int, seed: int = 0
+) -> dict[str, np.ndarray]:
+    """Images of noise, and labels in blocks of 16x16 pixels, about 5 % of them ignored.
+
+    Returns:
+        "image" float32 [batch, height, width, 3] and "label" uint8 [batch, height, width].
+    """
+    rng = np.random.default_rng(seed)
+    height, width = crop
+    cells = (batch_size, -(-height // 16), -(-width // 16))
+    label = rng.integers(0, num_classes, cells).astype(np.uint8)
+    label[rng.random(cells) < 0.05] = IGNORE_LABEL
+    label = label.repeat(16, axis=1).repeat(16, axis=2)[:, :height, :width]
+    image = rng.standard_normal((batch_size, height, width, 3), np.float32)
+    return {"image": image, "label": np.ascontiguousarray(label)}
+
+
+def nominal_peak(device_kind: str, dtype: str) -> float | None:
+    """FLOP/s that the maker gives for a device, or None if it is not in the table."""
+    known = [name for name in _PEAKS if device_kind.startswith(name)]
+    if not known:
+        return None
+    bfloat16, float32 = _PEAKS[max(known, key=len)]
+    return 1e12 * (bfloat16 if dtype == "bfloat16" else float32)
+
+
+def network_flops(model: Segmentor, size: tuple[int, int], *, train: bool) -> int:
+    """Operations for one image of `size` in the forward pass; three times that in training.
+
+    The gradients for the inputs and for the kernels of a layer cost as much as its forward pass
+    each; what is computed a second time to save memory is not counted.
+    """
+    variables = abstract_variables(model)
+    rest = {"params": variables["params"], "batch_stats": variables["batch_stats"]}
+
+    def forward(variables: Any, image: jax.Array, memory: jax.Array, key: jax.Array) -> Any:
+        kw = {"mutable": ["batch_stats"], "rngs": {"dropout": key}} if train else {}
+        out = model.apply(variables, image, memory, train=train, **kw)
+        return out if train else out["logits"]
+
+    image = jax.ShapeDtypeStruct((1, *size, 3), jnp.float32)
+    key = jax.eval_shape(lambda: jax.random.key(0))
+    count = count_flops(forward, rest, image, variables["memory"], key)
+    return 3 * count if train else count
+
+
+# ---- The measurements ---------------------------------------------------------------------------
+
+
+def _describe(config: ml_collections.ConfigDict, mesh: jax.sharding.Mesh) -> dict[str, Any]:
+    device = mesh.devices.flat[0]
+    return {
+        "jax": jax.__version__,
+        "device": device.device_kind,
+        "devices": mesh.size,
+        "backbone": config.model.backbone,
+        "compute_dtype": config.model.compute_dtype,
+        "batch_size": config.train.batch_size,
+        "accumulate": config.train.accumulate,
+        "crop": list(config.augment.crop),
+        "classes": len(config.data.class_names),
+    }
+
+
+def _open(config: ml_collections.ConfigDict, split: str) -> Any:
+    """The source of a split, or None if there is none; says so."""
+    try:
+        return open_split(config.data, split)
+    except UserError as error:
+        log.info("no data for split %r, so random images: %s", split, str(error).splitlines()[0])
+        return None
+
+
+def _measure_training(
+    config: ml_collections.ConfigDict,
+    model: Segmentor,
+    mesh: jax.sharding.Mesh,
+    source: Any,
+) -> dict[str, Any]:
+    """Compiles and runs the training step; the result also holds "state"."""
+    batch_size, crop = config.train.batch_size, tuple(config.augment.crop)
+    # Without data, any length of an epoch will do.
+    count = 1000 * batch_size if source is None else len(source)
+    epoch_steps = steps_per_epoch(count, batch_size, config.replica_groups)
+    schedule = optimizer.schedule_from_config(config, config.train.epochs * epoch_steps)
+    tx = optimizer.sgd(config, schedule)
+    step = jax.jit(make_train_step(model, config, tx, schedule, epoch_steps), donate_argnums=0)
+    local_size = batch_size // jax.process_count()
+    batch = random_batch(local_size, crop, len(config.data.class_names))
+    batch = sharding.place_batch(batch, mesh)
+    shapes = sharding.with_sharding(abstract_state(model, tx), mesh)
+
+    hits: list[str] = []
+    jax.monitoring.register_event_listener(
+        listener := lambda event, **_: hits.append(event) if event.endswith("cache_hits") else None
+    )
+    start = time.perf_counter()
+    compiled = compile_with_notice(step, "the training step", shapes, batch)
+    compile_seconds = time.perf_counter() - start
+    jax.monitoring.unregister_event_listener(listener)
+
+    state = sharding.place(init_state(init_variables(model, config.seed), tx), mesh)
+    state, step_seconds, _ = _time_steps(compiled, state, lambda: batch, _WARM_UP)
+    flops = network_flops(model, crop, train=True)
+    result = {
+        "step_seconds": step_seconds,
+        "images_per_second": batch_size / step_seconds,
+        "compile_seconds": compile_seconds,
+        "compiled_before": bool(hits),
+        "peak_bytes": program_bytes(compiled),
+        "train_flops_per_image": flops,
+        "flops_per_second": flops * batch_size / step_seconds / mesh.size,
+        "data_images_per_second": None,
+        "data_wait": None,
+    }
+    if source is not None:
+        # As many steps as there are batches read ahead do not tell how fast they are read.
+        warm_up = _WARM_UP + config.data.prefetch
+        batches = train_batches(source, config, 0, 2**31, jax.process_index(), jax.process_count())
+        with batches:
+
+            def next_batch() -> dict[str, jax.Array]:
+                arrays = next(batches)
+                arrays = {name: arrays[name] for name in ("image", "label")}
+                return sharding.place_batch(arrays, mesh)
+
+            state, fed, wait = _time_steps(compiled, state, next_batch, warm_up)
+        result |= {"data_images_per_second": batch_size / fed, "data_wait": wait}
+    return result | {"state": state}
+
+
+def _time_steps(
+    step: Callable, state: TrainState, next_batch: Callable, warm_up: int
+) -> tuple[TrainState, float, float]:
+    """Runs training steps as training does: the host is one step ahead of the device.
+
+    Args:
+        step: the compiled step; the state is donated to it.
+        state: the state before.
+        next_batch: returns a batch on the devices.
+        warm_up: steps that do not count; fewer if they alone take longer than `_SECONDS`.
+
+    Returns:
+        The state after, the median time of a step, and the share of the time that was spent in
+        `next_batch`.
+    """
+    done: list[float] = []  # when each step that counts was done, the one before them included
+    waited, before = 0.0, None
+    start = time.perf_counter()
+    for index in itertools.count():
+        asked = time.perf_counter()
+        batch = next_batch()
+        waited += time.perf_counter() - asked
+        state, metrics = step(state, batch)
+        if before is not None:
+            jax.block_until_ready(before)
+            now = time.perf_counter()
+            if not done and (index >= warm_up or now - start > _SECONDS):
+                done, waited, start = [now], 0.0, now
+                log.info("a step takes about %.3g s", now - asked)
+            elif done:
+                done.append(now)
+                if len(done) > _LEAST and now - start > _SECONDS:
+                    break
+        before = metrics
+    jax.block_until_ready(state)
+    return state, statistics.median(np.diff(done)), min(waited / (done[-1] - done[0]), 1.0)
+
+
+def _measure_evaluation(
+    config: ml_collections.ConfigDict,
+    model: Segmentor,
+    variables: dict[str, Any],
+    source: Any,
+) -> dict[str, Any]:
+    """Segments one image again and again, by the way that mode evaluate takes."""
+    if source is None:
+        rng = np.random.default_rng(0)
+        image = rng.integers(0, 256, (*config.augment.crop, 3), np.uint8)
+    else:
+        image = source[0]["image"]
+    mesh = sharding.make_mesh(jax.local_devices())
+    predictor = Predictor(model, variables, config.eval, mesh, config.augment.flip_pairs)
+    count = config.eval.batch_size * mesh.size if config.eval.mode == "whole" else 1
+    times = []
+    start = None
+    while start is None or len(times) < _LEAST or time.perf_counter() - start < _SECONDS:
+        before = time.perf_counter()
+        for _ in predictor.predict((index, image) for index in range(count)):
+            pass
+        if start is None:
+            start = time.perf_counter()  # the first time compiles
+        else:
+            times.append((time.perf_counter() - before) / count)
+    return {
+        "evaluation_seconds_per_image": statistics.median(times),
+        "evaluation_image": list(image.shape[:2]),
+        "evaluation_mode": config.eval.mode,
+    }
+
+
+def program_bytes(compiled: Any) -> int | None:
+    """What a compiled program holds at its peak on one device, its arguments included."""
+    memory = compiled.memory_analysis()
+    if memory is None:
+        return None
+    return (
+        memory.argument_size_in_bytes
+        + memory.output_size_in_bytes
+        + memory.temp_size_in_bytes
+        - memory.alias_size_in_bytes
+    )
+
+
+def _measure_peak(config: ml_collections.ConfigDict, mesh: jax.sharding.Mesh) -> dict[str, Any]:
+    """FLOP/s of one device in a large matrix product of the compute type."""
+    device = mesh.devices.flat[0]
+    side = 1536 if device.platform == "cpu" else 8192
+    x = jax.device_put(np.full((side, side), 0.5, np.float32), device)
+    x = x.astype(config.model.compute_dtype)
+    product = jax.jit(lambda x: x @ x)
+    jax.block_until_ready(product(x))
+    times = []
+    while len(times) < 20:
+        start = time.perf_counter()
+        jax.block_until_ready(product(x))
+        times.append(time.perf_counter() - start)
+    return {
+        # The best time: a peak is what nothing else disturbed.
+        "measured_peak": 2 * side**3 / min(times),
+        "nominal_peak": nominal_peak(device.device_kind, config.model.compute_dtype),
+    }
+
+
+# ---- The row ------------------------------------------------------------------------------------
+
+
+def format_result(result: dict[str, Any]) -> str:
+    """The row as a Markdown table, and below it what its figures mean."""
+    crop = "x".join(map(str, result["crop"]))
+    image = "x".join(map(str, result["evaluation_image"]))
+    nominal, measured = result["nominal_peak"], result["measured_peak"]
+    share = result["flops_per_second"] / (nominal or measured)
+    wait = result["data_wait"]
+    columns = {
+        "model": f"{result['backbone']}, {result['classes']} classes",
+        "device": f"{result['devices']} x {result['device']}",
+        "batch": f"{result['batch_size']} x {crop}, {result['compute_dtype']}",
+        "train img/s": f"{result['images_per_second']:.4g}",
+        "train ms/image": f"{1e3 / result['images_per_second']:.4g}",
+        "data wait": "-" if wait is None else f"{wait:.0%}",
+        "compile s": f"{result['compile_seconds']:.1f}",
+        "memory": format_bytes(result["peak_bytes"]),
+        "TFLOP/image": f"{result['train_flops_per_image'] / 1e12:.3g}",
+        "of peak": f"{share:.0%}",
+        "evaluate ms/image": f"{1e3 * result['evaluation_seconds_per_image']:.4g}",
+    }
+    rows = [columns.keys(), ["---"] * len(columns), columns.values()]
+    lines = ["| " + " | ".join(cells) + " |" for cells in rows]
+    lines.append("")
+    if wait is None:
+        lines.append("data wait: not measured, there are no data; random images")
+    else:
+        rate = result["data_images_per_second"]
+        lines.append(f"data wait: of the time with the input pipeline running, {rate:.4g} img/s")
+    cold = "from the cache" if result["compiled_before"] else "not in the cache before"
+    lines.append(f"compile: the training step, {cold}")
+    lines.append("memory: the compiled training step's arguments, results and buffers, per device")
+    lines.append("TFLOP/image: products and convolutions of the network, forward, times 3")
+    peak = f"{measured / 1e12:.3g} TFLOP/s in a large matrix product here"
+    if nominal:
+        peak = f"{nominal / 1e12:.4g} TFLOP/s by the maker; {peak}"
+    lines.append(f"of peak: per device; the peak is {peak}")
+    lines.append(
+        f"evaluate: from an image of {image} to its label map, config.eval.mode "
+        f"{result['evaluation_mode']!r}"
+    )
+    return "\n".join(lines)
+
+
+def format_bytes(count: int | None) -> str:
+    """Returns "812 MB", "14.6 GB", or "?" for None; decimal units."""
+    if count is None:
+        return "?"
+    power = min(int(math.log10(max(count, 1)) // 3), 3)
+    return f"{count / 1000**power:.3g} {('B', 'kB', 'MB', 'GB')[power]}"

@@ -1,0 +1,52 @@
+"""Counting the arithmetic of a function from its trace: no compiling, the same on every device."""
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import jax
+
+
+def count_flops(function: Callable, *args: Any) -> int:
+    """Floating-point operations of the matrix products and convolutions in `function`.
+
+    A multiplication and its addition count as two, positions in the padding count too (both as is
+    usual for "FLOPs of a model"), and elementwise operations do not. Loops count as often as they
+    run; of the branches of a condition the most expensive one counts. A loop of unknown length
+    counts once.
+
+    Args:
+        function: anything that can be traced.
+        *args: arrays, or `jax.ShapeDtypeStruct`.
+    """
+    return _count(jax.make_jaxpr(function)(*args).jaxpr)
+
+
+def _count(jaxpr: Any) -> int:
+    return sum(_count_equation(equation) for equation in jaxpr.eqns)
+
+
+def _count_equation(equation: Any) -> int:
+    name, params = equation.primitive.name, equation.params
+    if name == "dot_general":
+        (contracted, _), _ = params["dimension_numbers"]
+        shape = equation.invars[0].aval.shape
+        return 2 * equation.outvars[0].aval.size * math.prod(shape[axis] for axis in contracted)
+    if name == "conv_general_dilated":
+        kernel = equation.invars[1].aval
+        outputs = kernel.shape[params["dimension_numbers"].rhs_spec[0]]
+        # Zeros that a transposed convolution puts between the positions of its input are no work.
+        work = 2 * equation.outvars[0].aval.size * (kernel.size // outputs)
+        return work // math.prod(params["lhs_dilation"])
+    if name == "cond":
+        return max(_count(branch.jaxpr) for branch in params["branches"])
+    inner = sum(_count(part) for value in params.values() for part in _jaxprs(value))
+    return inner * (params["length"] if name == "scan" else 1)
+
+
+def _jaxprs(value: Any) -> list[Any]:
+    """The programs in one parameter of an equation."""
+    if isinstance(value, (tuple, list)):
+        return [part for element in value for part in _jaxprs(element)]
+    value = getattr(value, "jaxpr", value)  # a closed one
+    return [value] if hasattr(value, "eqns") else []

@@ -1,0 +1,122 @@
+"""Every benchmark runs at a tiny size and prints its figures; which ones they are says nothing."""
+
+import importlib
+import json
+
+import numpy as np
+import pytest
+
+from memseg_jax import main as program
+from tests.small_models import fast_jit
+from tests.tiny import CONFIG
+
+pytest.importorskip("torch")
+pytestmark = pytest.mark.filterwarnings("ignore:the load_module:DeprecationWarning")
+MODEL = (f"--config={CONFIG}", "--crop=32x32", "--batch=2")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _keep_threads():
+    """Importing `benchmarks.measure` sets PyTorch's threads for the process."""
+    import torch
+
+    before = torch.get_num_threads()
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture
+def run(monkeypatch, capsys):
+    """Runs a benchmark; returns the lines of JSON, and everything that it printed."""
+    from benchmarks import measure
+
+    def compile_quickly(function, *args, **options):
+        compiled = fast_jit(function, **options).lower(*args).compile()
+        return compiled, measure.program_bytes(compiled)
+
+    monkeypatch.setattr(measure, "compiled", compile_quickly)
+    monkeypatch.setattr(program, "enable_compilation_cache", lambda: None)
+
+    def start(name, *arguments):
+        module = importlib.import_module(f"benchmarks.{name}")
+        assert module.main([name, *arguments, "--seconds=0"]) == 0
+        printed = capsys.readouterr()
+        lines = (printed.out + printed.err).splitlines()
+        return [json.loads(x) for x in lines if x.startswith("{")], printed.out
+
+    return start
+
+
+def check(results, names):
+    assert [result["name"] for result in results] == names
+    assert results[0]["ratio"] == 1
+    for result in results:
+        assert result["seconds"] > 0
+        assert result["rounds"] >= 3
+        assert result["memory"] >= 0
+
+
+def test_memory_update(run):
+    ((found,), _) = run("memory_update", "--features=2x4x4x8", "--labels=16x16", "--classes=3")
+    check(found["results"], ["JAX", "PyTorch"])
+    assert found["largest_difference"] < 1e-5
+
+
+def test_loss(run):
+    ((found,), _) = run("loss", "--logits=2x4x4x3", "--labels=16x16")
+    check(found["results"], ["JAX", "JAX, plain form", "PyTorch"])
+    ours, *others = found["losses"].values()
+    np.testing.assert_allclose(others, ours, rtol=1e-5)
+
+
+def test_attention(run):
+    (found, printed) = run("attention", "--tokens=8,16", "--dim=4", "--plain_up_to=8")
+    check(found[0]["results"], ["JAX", "JAX, plain form", "PyTorch"])
+    check(found[1]["results"], ["JAX", "PyTorch"])
+    assert "attention and gradients: 1 x 16 x 4, float32" in printed
+
+
+def test_training_step(run):
+    ((found,), printed) = run("training_step", *MODEL)
+    check(found["results"], ["JAX", "PyTorch"])
+    ours, theirs = found["losses"].values()
+    assert ours == pytest.approx(theirs, rel=1e-4)
+    assert "resnet18, 3 classes, 2 x 32x32, float32" in printed
+
+
+def test_evaluation_forward(run):
+    ((network, maps), _) = run("evaluation_forward", *MODEL)
+    check(network["results"], ["JAX", "PyTorch"])
+    check(maps["results"], ["JAX", "PyTorch"])
+    assert network["largest_difference"] < 1e-3
+
+
+def test_input_pipeline(run):
+    ((found,), printed) = run(
+        "input_pipeline", f"--config={CONFIG}", "--size=40x48", "--images=9", "--format=png"
+    )
+    assert found["core_seconds_per_image"] > 0
+    assert "generated 40x48 png" in printed
+
+
+def test_scaling(run):
+    sweeps = ("--batches=1,2", "--crops=32", "--classes=3,4")
+    ((found,), _) = run("scaling", f"--config={CONFIG}", *sweeps)
+    points = [(row["batch"], row["crop"], row["classes"]) for row in found["results"]]
+    assert points == [(1, 32, 3), (2, 32, 3), (1, 32, 4)]
+    check(found["results"], ["step"] * 3)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("--features=2x4x4",), "--features 2x4x4: expected positive numbers such as 2x64x64x512"),
+        (("--labels=ten",), "--labels ten: expected whole numbers such as 512x512"),
+        (("--classes=many",), "--classes many: expected a number such as 150"),
+    ],
+)
+def test_mistakes(run, arguments, message):
+    module = importlib.import_module("benchmarks.memory_update")
+    with pytest.raises(program.UserError) as error:
+        module.main(["memory_update", *arguments])
+    assert str(error.value) == message
