@@ -15,7 +15,7 @@ from benchmarks import measure, models
 from converters import command_line
 from converters.torch_model.layers import resize
 from memseg_jax.benchmark import network_flops, random_batch
-from memseg_jax.score_maps import label_maps, resize_matrix
+from memseg_jax.inference.score_maps import label_maps, resize_matrix
 
 ROWS = 64  # `label_maps` wants a multiple of it
 

@@ -8,9 +8,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from memseg_jax import benchmark, inference
+from memseg_jax import benchmark
 from memseg_jax.data import IGNORE_LABEL
 from memseg_jax.flops import count_flops
+from memseg_jax.inference import predictor
 from memseg_jax.models.segmentor import build_segmentor
 from tests import tiny
 
@@ -32,7 +33,7 @@ def quick(monkeypatch, compilations):
         return COMPILED[what]
 
     monkeypatch.setattr(benchmark, "compile_with_notice", compile_and_count)
-    monkeypatch.setattr(inference, "compile_with_notice", compile_and_count)
+    monkeypatch.setattr(predictor, "compile_with_notice", compile_and_count)
     monkeypatch.setattr(benchmark, "_SECONDS", 0.0)
     return compilations
 

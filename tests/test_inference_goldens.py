@@ -9,11 +9,11 @@ import pytest
 
 from memseg_jax.data import lip
 from memseg_jax.inference import Predictor
+from memseg_jax.inference.passes import mirrored_classes, scaled
+from memseg_jax.inference.score_maps import resize_scores
+from memseg_jax.inference.windows import cover_counts, windows_of
 from memseg_jax.models.segmentor import build_segmentor
-from memseg_jax.passes import mirrored_classes, scaled
-from memseg_jax.score_maps import resize_scores
 from memseg_jax.sharding import make_mesh
-from memseg_jax.windows import cover_counts, windows_of
 from tests.goldens import golden_files, load, rule_image, take_slice
 from tests.reference_models import reference_config, rule_variables
 

@@ -129,7 +129,7 @@ def test_check_data_returns_its_status(config_file, calls):
         (["--config.loss.stage1=x"], "expected a number such as 0.4"),
         (["--config.model.auxiliary=maybe"], "expected true or false"),
         (["--config.augment.crop=96x96"], "expected a tuple such as --config.augment.crop='(512"),
-        (["--config.train=3"], "a group of fields. Override one of them: --config.train.batch_"),
+        (["--config.train=3"], "a group of fields. Override one of them: --config.train."),
         (["--config.train.batch_size"], "Missing value"),
         (["extra"], "unexpected argument 'extra'"),
         (["--input", "x"], "--input is only for --mode predict"),

@@ -13,9 +13,9 @@ from jax.sharding import Mesh
 from configs import common
 from memseg_jax import inference
 from memseg_jax.errors import UserError
+from memseg_jax.inference.passes import mirrored_classes, passes, scaled
+from memseg_jax.inference.windows import cover_counts, windows_of
 from memseg_jax.models.layers import bilinear_matrix
-from memseg_jax.passes import mirrored_classes, passes, scaled
-from memseg_jax.windows import cover_counts, windows_of
 
 pytestmark = pytest.mark.usefixtures("compilations")
 SLIDE = {"mode": "slide", "window": (32, 48), "stride": (20, 28)}

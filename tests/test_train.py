@@ -110,7 +110,7 @@ def test_what_is_written():
 
 def test_baseline_on_generated_images_with_eight_devices(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(train, "compile_with_notice", tiny.compile_quickly)
-    monkeypatch.setattr("memseg_jax.inference.compile_with_notice", tiny.compile_quickly)
+    monkeypatch.setattr("memseg_jax.inference.predictor.compile_with_notice", tiny.compile_quickly)
     status = tiny.run(
         "--workdir", tmp_path, "--config.data.name=shapes", "--config.data.image_size=(32,32)",
         "--config.data.num_train=16", "--config.data.num_val=9", "--config.train.epochs=2",

@@ -19,7 +19,6 @@ from PIL import Image
 from memseg_jax import (
     checkpoint,
     evaluate,
-    inference,
     main,
     optimizer,
     predict,
@@ -28,6 +27,7 @@ from memseg_jax import (
     train,
     visualize,
 )
+from memseg_jax.inference import predictor
 from memseg_jax.models.segmentor import build_segmentor
 from memseg_jax.state import init_state
 from tests.small_models import FAST_COMPILE, random_variables
@@ -172,7 +172,7 @@ def compilations(monkeypatch):
         return Mesh(np.array(jax.devices()[:1]), ("data",))
 
     monkeypatch.setattr(train, "compile_with_notice", compile_and_count)
-    monkeypatch.setattr(inference, "compile_with_notice", compile_and_count)
+    monkeypatch.setattr(predictor, "compile_with_notice", compile_and_count)
     monkeypatch.setattr(sharding, "make_mesh", one_device)
     monkeypatch.setattr(evaluate, "make_mesh", one_device)
     monkeypatch.setattr(predict, "make_mesh", one_device)

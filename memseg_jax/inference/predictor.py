@@ -28,10 +28,10 @@ import ml_collections
 import numpy as np
 from jax.sharding import Mesh
 
-from memseg_jax import passes, score_maps, windows
 from memseg_jax.compilation import compile_with_notice
 from memseg_jax.data.transforms import evaluation_transform
 from memseg_jax.errors import UserError
+from memseg_jax.inference import passes, score_maps, windows
 from memseg_jax.models.layers import Extent
 from memseg_jax.models.segmentor import Segmentor
 from memseg_jax.sharding import replicated, split_batch
