@@ -15,7 +15,8 @@ from memseg_jax.errors import UserError
 
 FORMAT_VERSION = 1
 # Fields that may change between a run and its continuation: they say where files lie, how fast
-# batches are made, and what is reported, but not which numbers the training produces.
+# batches are made, what is kept in memory, and what is reported, but not which numbers the training
+# produces (rounding aside).
 HARMLESS_FIELDS = (
     "data.root",
     "data.workers",
@@ -24,11 +25,15 @@ HARMLESS_FIELDS = (
     "data.palette",
     "data.eval_split",
     "data.num_val",
+    "model.remat",
     "train.log_every",
     "train.eval_every",
     "checkpoint.*",
     "eval.*",
 )
+# What there was before a field, where that is not the empty value: checkpoints of earlier versions
+# lack the field, and a run of theirs goes on with this value.
+_BEFORE_THE_FIELD = {"train.accumulate": 1}
 _PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy")
 
 
@@ -99,13 +104,14 @@ def config_differences(saved: Mapping[str, Any], current: Any) -> list[str]:
     Returns:
         Lines such as "train.batch_size: 16 in the checkpoint, 8 now", sorted by field. Fields in
         `HARMLESS_FIELDS` are left out, and so are those that a checkpoint of an earlier version
-        lacks, as long as they are empty now: empty means what there was before the field.
+        lacks, as long as they now have the value that means what there was before the field: the
+        empty one, or that of `_BEFORE_THE_FIELD`.
     """
     before, now = flatten(_plain(saved)), flatten(_plain(current))
     lines = []
     for field in sorted(before.keys() | now.keys()):
         old, new = before.get(field, _ABSENT), now.get(field, _ABSENT)
-        is_new = old is _ABSENT and new in ("", [])
+        is_new = old is _ABSENT and new in ("", [], _BEFORE_THE_FIELD.get(field, ""))
         if old != new and not is_new and not _harmless(field):
             lines.append(f"{field}: {show(old)} in the checkpoint, {show(new)} now")
     return lines

@@ -1,5 +1,6 @@
 """Where arrays live: one mesh, the state replicated, the batch split over its `data` axis."""
 
+import math
 from typing import Any
 
 import jax
@@ -24,19 +25,47 @@ def split_batch(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, PartitionSpec("data"))
 
 
-def check_batch_size(batch_size: int, mesh: Mesh, groups: int) -> None:
+def check_batch_size(batch_size: int, mesh: Mesh, groups: int, accumulate: int = 1) -> None:
     """Refuses a batch that cannot be split evenly.
 
+    Args:
+        batch_size: images in the global batch.
+        mesh: the devices.
+        groups: replica groups.
+        accumulate: parts of the batch that are computed one after the other; every part has
+            equally many images of every device and of every replica group.
+
     Raises:
-        UserError: batch_size is not a multiple of the devices and of the replica groups.
+        UserError: batch_size is not a multiple of the devices or of the replica groups, times
+            `accumulate`; or one of the numbers is not positive.
     """
+    if accumulate < 1:
+        raise UserError(f"config.train.accumulate is {accumulate}; expected 1 or more")
     for count, what in ((mesh.size, "devices"), (groups, "config.replica_groups")):
         if count < 1 or batch_size % count:
-            near = sorted({max(batch_size // count, 1) * count, (batch_size // count + 1) * count})
             raise UserError(
                 f"config.train.batch_size is {batch_size}, which {count} {what} cannot share "
-                f"evenly; use {' or '.join(map(str, near))}"
+                f"evenly; use {_multiples(batch_size, count)}"
             )
+    least = math.lcm(mesh.size, groups)
+    if batch_size % (least * accumulate) == 0:
+        return
+    devices = "one device" if mesh.size == 1 else f"{mesh.size} devices"
+    fitting = [n for n in range(1, batch_size + 1) if batch_size % (least * n) == 0]
+    advice = f"use a batch of {_multiples(batch_size, least * accumulate)}"
+    if fitting:
+        advice += f", or config.train.accumulate = {', '.join(map(str, fitting))}"
+    raise UserError(
+        f"config.train.batch_size is {batch_size}: its config.train.accumulate = {accumulate} "
+        f"parts cannot be equal, with {devices} and config.replica_groups = {groups} sharing every "
+        f"part evenly; {advice}"
+    )
+
+
+def _multiples(number: int, count: int) -> str:
+    """The multiples of `count` on both sides of `number`, for a message."""
+    below = max(number // max(count, 1), 1) * count
+    return " or ".join(map(str, sorted({below, (number // max(count, 1) + 1) * count})))
 
 
 def place_batch(batch: dict[str, np.ndarray], mesh: Mesh) -> dict[str, jax.Array]:

@@ -47,7 +47,7 @@ def run(config: ml_collections.ConfigDict, workdir: str) -> None:
     mesh = sharding.make_mesh()
     train, batch_size = config.train, config.train.batch_size
     _check(config)
-    sharding.check_batch_size(batch_size, mesh, config.replica_groups)
+    sharding.check_batch_size(batch_size, mesh, config.replica_groups, train.accumulate)
     class_names = tuple(config.data.class_names)
     palette = visualize.resolve_palette(config.data.palette, len(class_names))
     train_source = open_split(config.data, config.data.train_split)
@@ -67,7 +67,9 @@ def run(config: ml_collections.ConfigDict, workdir: str) -> None:
 
     # ---- Model, optimiser, state ----------------------------------------------------------------
     model = build_segmentor(config)
-    check_evaluation(config.eval, model)  # now rather than at the first evaluation
+    check_evaluation(
+        config.eval, model, config.augment.flip_pairs
+    )  # now rather than at the first evaluation
     schedule = optimizer.schedule_from_config(config, total_steps)
     tx = optimizer.sgd(config, schedule)
     shapes = sharding.with_sharding(abstract_state(model, tx), mesh)
@@ -114,7 +116,8 @@ def run(config: ml_collections.ConfigDict, workdir: str) -> None:
         save(state)  # first: an evaluation can take long
         if predictor is None:
             local = sharding.make_mesh(jax.local_devices())
-            predictor = Predictor(model, state.variables, config.eval, local)
+            pairs = config.augment.flip_pairs
+            predictor = Predictor(model, state.variables, config.eval, local, pairs)
         else:
             predictor.replace_variables(state.variables)
         result = evaluate.evaluate_source(

@@ -28,6 +28,7 @@ def test_same_config_is_accepted_after_json():
     config.eval.mode = "slide"
     config.checkpoint.every = 7
     config.train.log_every = 1
+    config.model.remat = "blocks"
     run_record.check_same_run(meta, config, "f00d")
 
 
@@ -64,4 +65,16 @@ def test_a_field_that_is_newer_than_the_checkpoint_may_be_empty():
     config.init.backbone = "resnet50.pth"
     assert run_record.config_differences(meta["config"], config) == [
         'init.backbone: not set in the checkpoint, "resnet50.pth" now'
+    ]
+
+
+def test_a_run_from_before_there_were_parts_continues_with_one():
+    config = common.get_config()
+    meta = json.loads(json.dumps(make_meta(5)))
+    del meta["config"]["train"]["accumulate"], meta["config"]["model"]["remat"]
+    config.model.remat = "blocks"
+    assert run_record.config_differences(meta["config"], config) == []
+    config.train.accumulate = 2
+    assert run_record.config_differences(meta["config"], config) == [
+        "train.accumulate: not set in the checkpoint, 2 now"
     ]

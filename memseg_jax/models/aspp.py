@@ -43,8 +43,11 @@ class ASPP(nn.Module):
         pooled = spatial_mean(x, extent)
         pooled = ConvNorm(self.features, name="global", **kw)(pooled, train=train)
         tap(self, "aspp_global", pooled)
-        # Resizing one position to the size of the map is a broadcast.
-        branches.append(jnp.broadcast_to(pooled, (*x.shape[:3], self.features)))
+        # Resizing one position to the size of the map is a broadcast; in float32, because its
+        # gradient is a sum over all positions.
+        pooled = pooled.astype(jnp.promote_types(self.dtype, jnp.float32))
+        pooled = jnp.broadcast_to(pooled, (*x.shape[:3], self.features))
+        branches.append(pooled.astype(self.dtype))
         if extent is not None:
             branches[-1] = jnp.where(extent.mask(x), branches[-1], 0)
         y = jnp.concatenate(branches, axis=-1)

@@ -1,5 +1,7 @@
 """What every backbone offers, so that the segmentor need not know which one it has."""
 
+import dataclasses
+
 import flax.linen as nn
 
 from memseg_jax.models.layers import Array, Extent
@@ -14,6 +16,7 @@ class Backbone(nn.Module):
         auxiliary_upsampling: whether those heads work at full resolution (ViT).
         normalise_maps: whether each of the four maps goes through a layer normalisation (ViT).
         supports_extent: whether padded images give the numbers of the exact size.
+        remat: whether training computes the inside of every block a second time (`rematerialise`).
     """
 
     output_stride = 8
@@ -21,6 +24,8 @@ class Backbone(nn.Module):
     auxiliary_upsampling = False
     normalise_maps = False
     supports_extent = True
+
+    remat: bool = dataclasses.field(default=False, kw_only=True)
 
     def __call__(self, x: Array, *, train: bool, extent: Extent | None = None) -> tuple[Array, ...]:
         """Returns feature maps, coarsest last.

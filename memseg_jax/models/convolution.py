@@ -2,8 +2,9 @@
 
 XLA's own form is the right one almost everywhere. It is replaced where it is not:
 
-- Windows of one position: a matrix product (`convolve_positions`), which XLA's CPU convolution is
-  up to eleven times slower than in its gradients, and which suits every device.
+- Windows of one position, on CPU: a matrix product (`convolve_positions`); XLA's convolution takes
+  up to eleven times as long for its gradients. (On GPU, matrix products of this kind have crashed
+  XLA's compiler, and its convolution is native.)
 - Groups: when the batch is split over devices, XLA gathers the whole batch on every device and
   each of them computes all of it; and on CPU it takes several times as long even on one device.
   One convolution for each group has neither fault (`convolve_by_group`).
@@ -51,7 +52,7 @@ def convolve(
 ) -> Array:
     """Convolution with PyTorch's padding `dilation * (k - 1) / 2` on both sides.
 
-    Differentiable in reverse mode only, and once, where it is dilated or grouped.
+    Differentiable in reverse mode only, and once.
 
     Args:
         x: [batch, height, width, in channels].
@@ -65,11 +66,9 @@ def convolve(
     """
     kernel = _drop_unreachable_taps(kernel, x.shape[1:3], dilation)
     geometry = Geometry(stride, dilation if max(kernel.shape[:2]) > 1 else 1, groups)
-    if geometry.dilation > 1 or groups > 1:
-        return _convolve(x, kernel, geometry)
-    if kernel.shape[:2] == (1, 1):
-        return convolve_positions(x, kernel, stride)
-    return convolve_plainly(x, kernel, geometry)
+    if geometry.dilation == groups == 1 and kernel.shape[:2] != (1, 1):
+        return convolve_plainly(x, kernel, geometry)
+    return _convolve(x, kernel, geometry)
 
 
 def _drop_unreachable_taps(kernel: Array, size: tuple[int, int], dilation: int) -> Array:
@@ -99,9 +98,9 @@ def convolve_plainly(x: Array, kernel: Array, geometry: Geometry) -> Array:
     )
 
 
-def convolve_positions(x: Array, kernel: Array, stride: int = 1) -> Array:
-    """`convolve` of a window of one position: one matrix product over all positions."""
-    x = x[:, ::stride, ::stride]
+def convolve_positions(x: Array, kernel: Array, geometry: Geometry) -> Array:
+    """`convolve` of one group and a window of one position, as one matrix product."""
+    x = x[:, :: geometry.stride, :: geometry.stride]
     # Flat on purpose: as a product of four axes its filter gradient is slow.
     y = x.reshape(-1, x.shape[-1]) @ kernel[0, 0]
     return y.reshape(*x.shape[:-1], -1)
@@ -142,13 +141,22 @@ def _is_strongly_dilated(size: tuple[int, ...], geometry: Geometry) -> bool:
     return geometry.dilation > 1 and geometry.dilation * DILATIONS_PER_MAP_TO_SHIFT >= max(size)
 
 
-def _on_platform(function: Callable, size: tuple[int, ...], geometry: Geometry, *args: Array):
+def _form_on_cpu(size: tuple[int, ...], window: tuple[int, ...], geometry: Geometry) -> Callable:
+    """The form of one group's convolution that is fastest on CPU."""
+    if tuple(window) == (1, 1):
+        return convolve_positions
+    if geometry.stride == 1 and _is_strongly_dilated(size, geometry):
+        return convolve_by_shifts
+    return convolve_plainly
+
+
+def _on_platform(function: Callable, cpu_form: Callable, *args: Array) -> Array:
     """Calls `function(form, *args)` with the form of a convolution that suits the platform."""
-    if geometry.stride > 1 or not _is_strongly_dilated(size, geometry):
+    if cpu_form is convolve_plainly:
         return function(convolve_plainly, *args)
     return lax.platform_dependent(
         *args,
-        cpu=functools.partial(function, convolve_by_shifts),
+        cpu=functools.partial(function, cpu_form),
         default=functools.partial(function, convolve_plainly),
     )
 
@@ -160,7 +168,8 @@ def _convolve(x: Array, kernel: Array, geometry: Geometry) -> Array:
     def convolved(form: Callable, x: Array, kernel: Array) -> Array:
         return convolve_by_group(x, kernel, geometry, form)
 
-    return _on_platform(convolved, x.shape[1:3], geometry, x, kernel)
+    form = _form_on_cpu(x.shape[1:3], kernel.shape[:2], geometry)
+    return _on_platform(convolved, form, x, kernel)
 
 
 def _convolve_forward(
@@ -180,8 +189,9 @@ def _convolve_backward(
         convolved = functools.partial(convolve_by_group, geometry=geometry, form=form)
         return jax.linear_transpose(lambda x: convolved(x, kernel), x)(dy)[0]
 
+    form = _form_on_cpu(x.shape[1:3], kernel.shape[:2], geometry)
     return (
-        _on_platform(input_gradient, x.shape[1:3], geometry, kernel, dy),
+        _on_platform(input_gradient, form, kernel, dy),
         filter_gradient(x, dy, kernel.shape[:2], geometry),
     )
 
@@ -220,7 +230,9 @@ def filter_gradient(x: Array, dy: Array, window: tuple[int, int], geometry: Geom
         folds = min(x.shape[1:3]) // geometry.dilation
         by_folding = geometry.stride == 1 and folds >= DILATIONS_PER_MAP_TO_FOLD
         gpu = filter_gradient_by_folding if by_folding else filter_gradient_by_shifts
-    if _is_strongly_dilated(x.shape[1:3], geometry):
+    if tuple(window) == (1, 1):
+        cpu = filter_gradient_by_positions
+    elif _is_strongly_dilated(x.shape[1:3], geometry):
         cpu = filter_gradient_by_shifts
     return lax.platform_dependent(
         x,
@@ -240,9 +252,12 @@ def _transpose_by_kernel(
     return jax.linear_transpose(lambda kernel: convolution(x, kernel, geometry), kernel)(dy)[0]
 
 
-# XLA's own form, and that of `convolve_by_group`; arguments as of `filter_gradient`.
+# XLA's own form, and those of the other convolutions; arguments as of `filter_gradient`.
 filter_gradient_plainly = functools.partial(_transpose_by_kernel, convolve_plainly)
 filter_gradient_by_group = functools.partial(_transpose_by_kernel, convolve_by_group)
+filter_gradient_by_positions = functools.partial(
+    _transpose_by_kernel, functools.partial(convolve_by_group, form=convolve_positions)
+)
 
 
 def filter_gradient_by_folding(

@@ -9,6 +9,7 @@ from typing import Any
 import flax.linen as nn
 import jax.numpy as jnp
 
+from memseg_jax.models import rematerialise
 from memseg_jax.models.backbone import Backbone
 from memseg_jax.models.layers import Array, ConvNorm, Extent, resize_bilinear, tap
 from memseg_jax.models.resnet import BasicBlock, Bottleneck
@@ -27,10 +28,12 @@ class ExchangeModule(nn.Module):
     Attributes:
         widths: channels of the branches, finest first.
         dtype: compute type.
+        remat: see `Backbone`.
     """
 
     widths: tuple[int, ...]
     dtype: Any
+    remat: bool
 
     @nn.compact
     def __call__(self, maps: list[Array], *, train: bool) -> list[Array]:
@@ -42,9 +45,8 @@ class ExchangeModule(nn.Module):
         for index, (x, width) in enumerate(zip(maps, self.widths, strict=True)):
             for block in range(BLOCKS):
                 name = f"branch_{index}_{block}"
-                x = BasicBlock(width, 1, 1, False, self.dtype, name=name)(
-                    x, train=train, extent=None
-                )
+                layer = BasicBlock(width, 1, 1, False, self.dtype, name=name)
+                x = rematerialise.call(layer, x, remat=self.remat, train=train, extent=None)
             branches.append(x)
         fused = []
         for target in range(len(branches)):
@@ -121,7 +123,7 @@ class HRNet(Backbone):
         x = ConvNorm(stem, 3, 2, name="conv2", **kw)(x, train=train)
         for index in range(BLOCKS):
             block = Bottleneck(stem, 1, 1, index == 0, self.dtype, name=f"layer1_{index}")
-            x = block(x, train=train, extent=None)
+            x = rematerialise.call(block, x, remat=self.remat, train=train, extent=None)
         tap(self, "layer1", x)
         # Stage 2 starts two branches from the one map; later stages keep their branches and start
         # one more from the coarsest.
@@ -133,7 +135,7 @@ class HRNet(Backbone):
             maps.append(start(coarsest, train=train))
             for index in range(modules):
                 exchange = ExchangeModule(
-                    tuple(widths[:stage]), self.dtype, name=f"stage{stage}_{index}"
+                    tuple(widths[:stage]), self.dtype, self.remat, name=f"stage{stage}_{index}"
                 )
                 maps = exchange(maps, train=train)
             for branch, feature in enumerate(maps):

@@ -86,6 +86,11 @@ def torch_uniform(
     return jax.random.uniform(key, shape, dtype, -bound, bound)
 
 
+def add_bias(x: Array, bias: Array) -> Array:
+    """Adds `bias` [channels] in at least float32: its gradient is a sum over all positions."""
+    return (x.astype(jnp.promote_types(x.dtype, jnp.float32)) + bias).astype(x.dtype)
+
+
 class Conv(nn.Module):
     """2-D convolution; see `convolve` for the padding.
 
@@ -119,7 +124,7 @@ class Conv(nn.Module):
         if self.use_bias:
             fan_in = np.prod(shape[:-1])
             bias = self.param("bias", torch_uniform, (self.features,), jnp.float32, fan_in)
-            y = y + bias.astype(self.dtype)
+            y = add_bias(y, bias)
         return y
 
 
@@ -192,7 +197,7 @@ class Linear(nn.Module):
         shape = (x.shape[-1], self.features)
         kernel = self.param("kernel", torch_uniform, shape)
         bias = self.param("bias", torch_uniform, (self.features,), jnp.float32, x.shape[-1])
-        return x.astype(self.dtype) @ kernel.astype(self.dtype) + bias.astype(self.dtype)
+        return add_bias(x.astype(self.dtype) @ kernel.astype(self.dtype), bias)
 
 
 class ConvNorm(nn.Module):

@@ -5,12 +5,13 @@ step, never hidden in a module. It is read in training and in inference, and wri
 only. Paper: Jin et al., "Mining Contextual Information Beyond Image for Semantic Segmentation".
 """
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from memseg_jax.models import rematerialise
 from memseg_jax.models.attention import SelfAttention
 from memseg_jax.models.layers import Array, ConvNorm, Extent, bilinear_taps, tap
 
@@ -67,6 +68,7 @@ class MemoryModule(nn.Module):
         within_image_context: fuse the context of the image (ASPP) through a second attention.
         activation: name, see `layers.activation`.
         dtype: compute type.
+        remat: whether training computes the inside of every layer a second time.
     """
 
     features: int
@@ -75,6 +77,7 @@ class MemoryModule(nn.Module):
     within_image_context: bool = True
     activation: str = "relu"
     dtype: Any = jnp.float32
+    remat: bool = False
 
     @nn.compact
     def __call__(
@@ -102,7 +105,7 @@ class MemoryModule(nn.Module):
             extent: the real part of padded images.
         """
         kw = {"activation": self.activation, "dtype": self.dtype}
-        on = {"train": train, "extent": extent}
+        on = {"train": train, "extent": extent, "remat": self.remat}
         slots = memory.shape[1]
         if gradient_memory is None:
             gradient_memory = memory[None]
@@ -122,27 +125,42 @@ class MemoryModule(nn.Module):
                 tap(self, "selected_memory", selected)
             name = "self_attention" if slots == 1 else f"self_attentions_{slot}"
             attention = SelfAttention(self.attention_dim, self.features, name=name, **kw)
-            gathered.append(attention(pixels, selected, **on))
+            gathered.append(rematerialise.call(attention, pixels, selected, **on))
         if slots == 1:
             augmentation = gathered[0]
         else:
-            augmentation = ConvNorm(self.features, name="fuse_memory_conv", **kw)(
-                jnp.concatenate(gathered, axis=-1), **on
-            )
+            fuse = ConvNorm(self.features, name="fuse_memory_conv", **kw)
+            augmentation = rematerialise.call(fuse, jnp.concatenate(gathered, axis=-1), **on)
         tap(self, "selfatt_memory", augmentation)
         x = jnp.concatenate([pixels, augmentation], axis=-1)
-        x = ConvNorm(self.features, 3, name="bottleneck", **kw)(x, **on)
+        bottleneck = ConvNorm(self.features, 3, name="bottleneck", **kw)
+        x = rematerialise.call(bottleneck, x, **on)
         tap(self, "memory_bottleneck", x)
         if self.within_image_context:
             attention = SelfAttention(
                 self.attention_dim, self.features, name="self_attention_ms", **kw
             )
-            refined = attention(pixels, context, **on)
+            refined = rematerialise.call(attention, pixels, context, **on)
             tap(self, "selfatt_ms", refined)
             x = jnp.concatenate([refined, x], axis=-1)
-            x = ConvNorm(self.features, 3, name="bottleneck_ms", **kw)(x, **on)
+            bottleneck = ConvNorm(self.features, 3, name="bottleneck_ms", **kw)
+            x = rematerialise.call(bottleneck, x, **on)
         tap(self, "memory_output", x)
         return x
+
+
+class MemorySums(NamedTuple):
+    """What the update needs to know of the pixels: sums, which add up over images.
+
+    Attributes:
+        features: weighted sum of the pixels' features [classes, slots, channels].
+        weight: sum of their weights [classes, slots].
+        count: number of pixels [classes, slots].
+    """
+
+    features: Array
+    weight: Array
+    count: Array
 
 
 def update_memory(
@@ -155,10 +173,6 @@ def update_memory(
     done. Otherwise every pixel belongs to the slot with the highest cosine, and each slot becomes
     (1 - momentum) * slot + momentum * (weighted mean of its pixels), the weights being
     (1 - cosine) / sum(1 - cosine): pixels far from the memory count more.
-
-    The features are never upsampled. A bilinear value is a sum over at most four cells, so its
-    product with a row follows from the products of the cells with that row, its norm from the
-    products of neighbouring cells, and the sum over pixels from one weight per cell and slot.
 
     Two rules of edge cases: a slot of a present class that gets no pixel is multiplied by
     (1 - momentum), as in the PyTorch reference; a slot whose pixels are all parallel to it stays
@@ -176,6 +190,16 @@ def update_memory(
 
     Raises:
         ValueError: the strategy is unknown.
+    """
+    return move_memory(memory, memory_sums(memory, features, labels, strategy), momentum)
+
+
+def memory_sums(memory: Array, features: Array, labels: Array, strategy: str) -> MemorySums:
+    """The first half of `update_memory`, with its arguments: everything that looks at pixels.
+
+    The features are never upsampled. A bilinear value is a sum over at most four cells, so its
+    product with a row follows from the products of the cells with that row, its norm from the
+    products of neighbouring cells, and the sum over pixels from one weight per cell and slot.
     """
     if strategy not in ("cosine", "mean"):
         raise ValueError(f"memory update strategy is {strategy!r}; expected 'cosine' or 'mean'")
@@ -241,8 +265,16 @@ def update_memory(
     summed = jnp.einsum("bhwr,bhwc->rc", cell_weight, features, precision="highest")
 
     total, count = (x.reshape(classes, slots) for x in (total, count))
+    return MemorySums(summed.reshape(memory.shape), total, count)
+
+
+def move_memory(memory: Array, sums: MemorySums, momentum: Array) -> Array:
+    """The second half of `update_memory`: the new memory from the sums."""
+    summed, total, count = sums
+    empty = jnp.all(memory == 0, axis=-1)  # [classes, slots]
+    starts = jnp.any(empty, axis=-1)
     settled = total <= PARALLEL * count  # no pixel, or all parallel to the row
-    mean = summed.reshape(memory.shape) / jnp.where(settled, 1, total)[..., None]
+    mean = summed / jnp.where(settled, 1, total)[..., None]
     mean = jnp.where(settled[..., None], 0, mean)
     moved = (1 - momentum) * memory + momentum * mean
     moved = jnp.where((settled & (count > 0))[..., None], memory, moved)
@@ -320,16 +352,33 @@ def update_memory_groups(
         strategy: see `update_memory`.
 
     Returns:
-        The new memory [classes, slots, channels], and the groups' own memories before averaging
-        [groups, classes, slots, channels], which the consistency loss sees.
+        See `move_memory_groups`.
     """
+    sums = memory_sums_groups(memory, features, labels, groups=groups, strategy=strategy)
+    return move_memory_groups(memory, sums, momentum)
+
+
+def memory_sums_groups(
+    memory: Array, features: Array, labels: Array, *, groups: int, strategy: str
+) -> MemorySums:
+    """`memory_sums` of every group: arrays with a first axis [groups]."""
 
     def split(x: Array) -> Array:
         return x.reshape(groups, x.shape[0] // groups, *x.shape[1:])
 
-    local = jax.vmap(lambda f, y: update_memory(memory, f, y, momentum, strategy=strategy))(
+    return jax.vmap(lambda f, y: memory_sums(memory, f, y, strategy))(
         split(features), split(labels)
     )
+
+
+def move_memory_groups(memory: Array, sums: MemorySums, momentum: Array) -> tuple[Array, Array]:
+    """Updates the memory by the groups' sums.
+
+    Returns:
+        The new memory [classes, slots, channels], and the groups' own memories before averaging
+        [groups, classes, slots, channels], which the consistency loss sees.
+    """
+    local = jax.vmap(lambda x: move_memory(memory, x, momentum))(sums)
     return jnp.mean(local, axis=0), local
 
 

@@ -79,13 +79,11 @@ class SplitAttention(nn.Module):
         pooled = Conv(hidden, use_bias=True, name="fc1", **kw)(pooled)
         pooled = nn.relu(BatchNorm(name="bn1", **kw)(pooled, train=train))
         scores = Conv(RADIX * self.features, use_bias=True, name="fc2", **kw)(pooled)
-        weights = jax.nn.softmax(
-            scores.reshape(-1, 1, 1, RADIX, self.features).astype(
-                jnp.promote_types(self.dtype, jnp.float32)
-            ),
-            axis=3,
-        )
-        return jnp.sum(splits * weights.astype(self.dtype), axis=3)
+        # In float32 up to the product: the gradient of the weights is a sum over all positions.
+        dtype = jnp.promote_types(self.dtype, jnp.float32)
+        scores = scores.reshape(-1, 1, 1, RADIX, self.features).astype(dtype)
+        weights = jax.nn.softmax(scores, axis=3)
+        return jnp.sum(splits.astype(dtype) * weights, axis=3).astype(self.dtype)
 
 
 class SplitAttentionBottleneck(nn.Module):

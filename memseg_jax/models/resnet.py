@@ -5,6 +5,7 @@ from typing import Any
 import flax.linen as nn
 import jax.numpy as jnp
 
+from memseg_jax.models import rematerialise
 from memseg_jax.models.backbone import Backbone
 from memseg_jax.models.layers import Array, ConvNorm, Extent, apply_extent, max_pool, tap
 
@@ -130,9 +131,10 @@ class ResNet(Backbone):
                 if first and dilation > 1:
                     dilation //= 2
                 project = first and (stride > 1 or x.shape[-1] != planes * block.expansion)
-                x = block(
+                layer = block(
                     planes, stride, dilation, project, self.dtype, name=f"layer{stage + 1}_{index}"
-                )(x, **kw)
+                )
+                x = rematerialise.call(layer, x, remat=self.remat, **kw)
                 if first and stage in (0, 2):
                     tap(self, f"layer{stage + 1}_block0", x)
             tap(self, f"backbone.{stage}", x)

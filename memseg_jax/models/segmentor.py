@@ -11,6 +11,7 @@ import ml_collections
 
 import memseg_jax.models
 from memseg_jax.errors import UserError
+from memseg_jax.models import rematerialise
 from memseg_jax.models.aspp import ASPP
 from memseg_jax.models.backbone import Backbone
 from memseg_jax.models.layers import (
@@ -77,7 +78,8 @@ class UpsamplingDecoder(nn.Module):
 class Segmentor(nn.Module):
     """DeepLabV3 with a dataset-level feature memory, or without one (`memory_enabled=False`).
 
-    Without memory it is plain DeepLabV3: ASPP, dropout, classifier, auxiliary head.
+    Without memory it is plain DeepLabV3: ASPP, dropout, classifier, auxiliary head. With `remat`,
+    training keeps the inputs of its parts rather than what is inside; the backbone has its own.
     """
 
     backbone: Backbone
@@ -94,6 +96,7 @@ class Segmentor(nn.Module):
     hard: bool
     within_image_context: bool
     downsample: int = 1
+    remat: bool = False
     dtype: Any = jnp.float32
 
     @property
@@ -109,7 +112,12 @@ class Segmentor(nn.Module):
         if self.memory_enabled:
             self.bottleneck = ConvNorm(self.feature_dim, 3, **kw)
             self.memory_module = MemoryModule(
-                self.feature_dim, self.attention_dim, self.hard, self.within_image_context, **kw
+                self.feature_dim,
+                self.attention_dim,
+                self.hard,
+                self.within_image_context,
+                remat=self.remat,
+                **kw,
             )
             decoder = [self.feature_dim, self.num_classes, 1, self.dropout]
             self.decoder_stage1 = Decoder(*decoder, **kw)
@@ -171,23 +179,26 @@ class Segmentor(nn.Module):
         """
         on = {"train": train, "extent": extent}
         maps = self.backbone(apply_extent(images, extent), **on)
+        on["remat"] = self.remat
         if self.backbone.normalise_maps:
             maps = [norm(x) for norm, x in zip(self.norm_layers, maps)]
             for index, x in enumerate(maps):
                 tap(self, f"norm_layers.{index}", x.reshape(x.shape[0], -1, x.shape[-1]))
         if self.downsample > 1:
-            maps = [self.downsampling(maps[-1], **on)]
+            maps = [rematerialise.call(self.downsampling, maps[-1], **on)]
             tap(self, "downsample_backbone", maps[-1])
-        out: dict[str, Any] = {"context": self.context(maps[-1], **on), "auxiliary": []}
+        context = rematerialise.call(self.context, maps[-1], **on)
+        out: dict[str, Any] = {"context": context, "auxiliary": []}
         if self.memory_enabled:
-            out["memory_input"] = self.bottleneck(maps[-1], **on)
-            out["stage1"] = self.decoder_stage1(out["memory_input"], **on)
+            out["memory_input"] = rematerialise.call(self.bottleneck, maps[-1], **on)
+            out["stage1"] = rematerialise.call(self.decoder_stage1, out["memory_input"], **on)
             tap(self, "memory_input", out["memory_input"])
             tap(self, "stage1_logits", out["stage1"])
         if self.auxiliary:
             levels = [maps[level] for level in self.backbone.auxiliary_levels]
             out["auxiliary"] = [
-                decoder(x, **on) for decoder, x in zip(self.auxiliary_decoders, levels)
+                rematerialise.call(decoder, x, **on)
+                for decoder, x in zip(self.auxiliary_decoders, levels)
             ]
             for index, logits in enumerate(out["auxiliary"]):
                 tap(self, f"aux_logits.{index}" if len(levels) > 1 else "aux_logits", logits)
@@ -224,7 +235,9 @@ class Segmentor(nn.Module):
                 train=train,
                 extent=extent,
             )
-            logits = self.decoder_stage2(augmented, train=train, extent=extent)
+            logits = rematerialise.call(
+                self.decoder_stage2, augmented, remat=self.remat, train=train, extent=extent
+            )
         else:
             logits = self.classifier(encoded["context"], train=train)
         tap(self, "stage2_logits", logits)
@@ -285,6 +298,9 @@ def build_segmentor(config: ml_collections.ConfigDict) -> Segmentor:
         )
     if model.downsample not in (1, 2):
         raise UserError(f"config.model.downsample is {model.downsample}; expected 1 or 2")
+    remat = model.get("remat", "none")  # configs of earlier checkpoints lack it
+    if remat not in ("none", "blocks"):
+        raise UserError(f"config.model.remat is {remat!r}; expected 'none' or 'blocks'")
     if memory.slots < 1:
         raise UserError(f"config.model.memory.slots is {memory.slots}; expected 1 or more")
     num_classes = len(config.data.class_names)
@@ -301,7 +317,7 @@ def build_segmentor(config: ml_collections.ConfigDict) -> Segmentor:
             f"of {model.backbone} needs another one: set config.model.auxiliary to False"
         )
     return Segmentor(
-        backbone=backbone,
+        backbone=backbone.clone(remat=remat == "blocks"),
         num_classes=num_classes,
         feature_dim=model.feature_dim,
         aspp_dim=model.aspp_dim,
@@ -315,5 +331,6 @@ def build_segmentor(config: ml_collections.ConfigDict) -> Segmentor:
         hard=memory.hard,
         within_image_context=memory.within_image_context,
         downsample=model.downsample,
+        remat=remat == "blocks",
         dtype=dtype,
     )

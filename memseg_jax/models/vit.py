@@ -5,6 +5,7 @@ from typing import Any
 import flax.linen as nn
 import jax.numpy as jnp
 
+from memseg_jax.models import rematerialise
 from memseg_jax.models.attention import attend
 from memseg_jax.models.backbone import Backbone
 from memseg_jax.models.layers import (
@@ -47,7 +48,9 @@ class PatchProjection(nn.Module):
         grid = (batch, height // PATCH, PATCH, width // PATCH, PATCH, channels)
         patches = x.astype(self.dtype).reshape(grid).transpose(0, 1, 3, 2, 4, 5)
         patches = patches.reshape(*patches.shape[:3], fan_in)
-        return patches @ kernel.reshape(fan_in, self.features) + bias.astype(self.dtype)
+        tokens = patches @ kernel.reshape(fan_in, self.features)
+        # The bias in float32: its gradient is a sum over all patches.
+        return (tokens.astype(jnp.promote_types(self.dtype, jnp.float32)) + bias).astype(self.dtype)
 
 
 class Block(nn.Module):
@@ -56,8 +59,9 @@ class Block(nn.Module):
     dtype: Any
 
     @nn.compact
-    def __call__(self, x: Array) -> Array:
-        """[batch, tokens, channels] -> [batch, tokens, channels]."""
+    def __call__(self, x: Array, *, train: bool) -> Array:
+        """[batch, tokens, channels] -> [batch, tokens, channels]; training makes no difference."""
+        del train
         batch, tokens, channels = x.shape
         heads = channels // HEAD_CHANNELS
         qkv = Linear(3 * channels, self.dtype, name="in_proj")(LayerNorm(self.dtype, name="ln1")(x))
@@ -138,16 +142,19 @@ class ViT(Backbone):
         batch, *grid, _ = x.shape
 
         zeros = nn.initializers.zeros
-        first = self.param("cls_token", zeros, (1, 1, channels)).astype(self.dtype)
+        first = self.param("cls_token", zeros, (1, 1, channels))
         table = self.param("pos_embed", zeros, (1, 1 + self.grid**2, channels))
         first = jnp.broadcast_to(first, (batch, 1, channels))
-        x = jnp.concatenate([first, x.reshape(batch, -1, channels)], axis=1)
-        x = x + fit_positions(table, tuple(grid)).astype(self.dtype)
+        # In float32: the gradients of token and positions are sums over the batch.
+        x = x.astype(jnp.promote_types(self.dtype, jnp.float32)).reshape(batch, -1, channels)
+        x = jnp.concatenate([first, x], axis=1) + fit_positions(table, tuple(grid))
+        x = x.astype(self.dtype)
         tap(self, "tokens_plus_pos", x)
 
         maps = []
         for index in range(self.outputs[-1] + 1):
-            x = Block(self.dtype, name=f"layers_{index}")(x)
+            block = Block(self.dtype, name=f"layers_{index}")
+            x = rematerialise.call(block, x, remat=self.remat, train=train)
             if index == 0:
                 tap(self, "layer0", x)
             if index in self.outputs:

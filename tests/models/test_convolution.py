@@ -172,8 +172,10 @@ def test_one_position_is_a_matrix_product(height, width, stride):
         actual = our_results(x, kernel, dy, geometry)
         for ours, theirs in zip(actual, expected, strict=True):
             np.testing.assert_allclose(ours, theirs, atol=1e-13)
-    lowered = jax.jit(lambda x, kernel: convolve(x, kernel, stride=stride)).lower(x, kernel)
-    assert "stablehlo.convolution" not in lowered.as_text()
+    traced = jax.jit(lambda x, kernel: convolve(x, kernel, stride=stride)).trace(x, kernel)
+    for platform, convolutions in (("cpu", 0), ("cuda", 1)):
+        text = traced.lower(lowering_platforms=(platform,)).as_text()
+        assert text.count("stablehlo.convolution") == convolutions
 
 
 def test_plain_convolutions_are_left_alone():
