@@ -55,7 +55,7 @@ def test_a_coarse_branch_is_interpolated_twice():
     rng = np.random.default_rng(0)
     fine = rng.uniform(0.1, 1, (1, 5, 7, 2)).astype(np.float32)
     coarse = rng.uniform(0.1, 1, (1, 3, 4, 4)).astype(np.float32)
-    module = hrnet.ExchangeModule((2, 4), jnp.float32)
+    module = hrnet.ExchangeModule((2, 4), jnp.float32, False)
     variables = random_tree(abstract(module, [fine, coarse]), 0)
     for name, block in variables["params"].items():
         if name.startswith("branch"):  # a residual of zero: blocks return their positive input

@@ -199,8 +199,10 @@ def test_bfloat16_is_close_and_its_logits_are_float32():
     rough = fast_jit(functools.partial(run, half))(variables)
     for name in ("logits", "stage1"):
         assert rough[name].dtype == jnp.float32
-        error = np.abs(rough[name] - exact[name]).max() / np.std(exact[name])
-        assert 0 < error < 0.25, name
+        # The mean, not the largest: at some positions rounding decides whom the attention picks.
+        error = np.sqrt(np.mean((rough[name] - exact[name]) ** 2)) / np.std(exact[name])
+        assert 0 < error < 0.1, name
+    assert np.abs(rough["stage1"] - exact["stage1"]).max() < 0.25 * np.std(exact["stage1"])
     assert rough["memory_input"].dtype == jnp.bfloat16
 
 
