@@ -10,8 +10,6 @@ mirror, window, desk, door, blender, hair brush): they are classes all the same,
 models. The lists say which samples belong to a split and are needed.
 """
 
-import warnings
-
 import numpy as np
 import scipy.io
 
@@ -95,10 +93,9 @@ def read_mat(path: str) -> np.ndarray:
         UserError: the file is missing or damaged, or `S` is not there or not a map of numbers.
     """
     try:
-        with warnings.catch_warnings():
-            # A cut file can give a warning and nonsense.
-            warnings.simplefilter("error")
-            fields = scipy.io.loadmat(path, variable_names=[FIELD], appendmat=False)
+        # Warnings are not turned into errors here: that would be for all threads at once. What
+        # scipy warns about and cannot read becomes a text, which is refused below.
+        fields = scipy.io.loadmat(path, variable_names=[FIELD], appendmat=False)
     except FileNotFoundError:
         raise UserError(f"{path}: there is no such file.") from None
     except Exception as error:

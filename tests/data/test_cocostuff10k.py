@@ -1,4 +1,6 @@
 import shutil
+import warnings
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -101,3 +103,11 @@ def test_missing_list(config):
     shutil.rmtree(Path(config.root, "imageLists"))
     with pytest.raises(UserError, match=r"imageLists: there is no such folder"):
         open_split(config, "train")
+
+
+def test_reading_in_threads_leaves_the_filters_of_warnings_alone(config):
+    source = open_split(config, "train")
+    before = list(warnings.filters)
+    with ThreadPoolExecutor(8) as pool:
+        list(pool.map(source.__getitem__, [0, 1] * 20))
+    assert warnings.filters == before
