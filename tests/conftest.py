@@ -9,7 +9,16 @@ os.environ["XLA_FLAGS"] = (
 )
 
 import jax
+import pytest
 
 jax.config.update("jax_default_matmul_precision", "highest")
 
 from tests.tiny import compilations, quiet_entry  # noqa: E402, F401
+
+
+@pytest.fixture
+def double_precision():
+    """float64 in JAX for one test."""
+    jax.config.update("jax_enable_x64", True)
+    yield
+    jax.config.update("jax_enable_x64", False)

@@ -47,13 +47,6 @@ OUR_NAMES = {"loss_cls_stage1": "loss_stage1", "loss_cls_stage2": "loss_stage2"}
 ITERATIONS_PER_EPOCH = 10
 
 
-@pytest.fixture
-def double_precision():
-    jax.config.update("jax_enable_x64", True)
-    yield
-    jax.config.update("jax_enable_x64", False)
-
-
 def double(tree):
     return jax.tree.map(lambda x: np.asarray(x, np.float64), tree)
 

@@ -106,13 +106,6 @@ def test_every_tensor_of_ours_has_its_counterpart(name):
     assert {key: theirs[key] for key in theirs.keys() - counters} == shapes
 
 
-@pytest.fixture
-def double_precision():
-    jax.config.update("jax_enable_x64", True)
-    yield
-    jax.config.update("jax_enable_x64", False)
-
-
 @pytest.mark.parametrize("name", ["plain", "slots, hard", "no context", "widths", "downsample"])
 def test_outputs_equal_those_of_our_model(name, double_precision):
     config = SMALL[name]

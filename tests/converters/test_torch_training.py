@@ -112,13 +112,6 @@ def test_memory_read_equals_the_reference(name):
         np.testing.assert_allclose(actual, golden[key], rtol=1e-5, atol=1e-6, err_msg=key)
 
 
-@pytest.fixture
-def double_precision():
-    jax.config.update("jax_enable_x64", True)
-    yield
-    jax.config.update("jax_enable_x64", False)
-
-
 def training_config():
     """Everything that a step can have: slots, class weights, factors, consistency, auxiliary."""
     config = small_config()
