@@ -205,12 +205,7 @@ def _checked(file: TorchFile, name: str, tensor: np.ndarray) -> np.ndarray:
         )
     with np.errstate(over="ignore"):
         array = np.array(names.from_torch_layout(tensor), np.float32, order="C")
-    bad = array.size - int(np.count_nonzero(np.isfinite(array)))
-    if bad:
-        raise UserError(
-            f"{file.path}: {name} has {bad} values of {array.size} that are not finite in "
-            "float32. The training that wrote the file had failed, or the file was damaged."
-        )
+    torch_files.check_finite(file, name, array)
     return array
 
 

@@ -75,6 +75,25 @@ def read(path: str | os.PathLike, sha256: str | None = None) -> TorchFile:
     return TorchFile(path, digest, tensors, entries, layout)
 
 
+def check_finite(file: TorchFile, name: str, array: np.ndarray) -> None:
+    """Refuses a tensor with a value that is not finite.
+
+    Args:
+        file: where it is from.
+        name: its name there.
+        array: its values, as they are to be used.
+
+    Raises:
+        UserError: names the tensor and counts the values.
+    """
+    bad = array.size - int(np.count_nonzero(np.isfinite(array)))
+    if bad:
+        raise UserError(
+            f"{file.path}: {name} has {bad} values of {array.size} that are not finite in "
+            f"{array.dtype}. The training that wrote the file had failed, or the file was damaged."
+        )
+
+
 def sha256_of(path: Path) -> str:
     """The SHA-256 of a file.
 

@@ -184,12 +184,7 @@ def _check_values(file: TorchFile, found: Mapping[str, np.ndarray]) -> None:
                 f"{file.path}: {key} is {array.dtype}; expected float32, as the released "
                 "checkpoints are"
             )
-        bad = array.size - int(np.count_nonzero(np.isfinite(array)))
-        if bad:
-            raise UserError(
-                f"{file.path}: {key} has {bad} values of {array.size} that are not finite. The "
-                "training that wrote the file had failed, or the file was damaged."
-            )
+        torch_files.check_finite(file, key, array)
 
 
 def _umask() -> int:
