@@ -4,6 +4,8 @@ python -m benchmarks.evaluation_forward
 python -m benchmarks.evaluation_forward --config configs/ade20k_resnet50.py --crop 512x512
 """
 
+import functools
+import math
 import sys
 from collections.abc import Sequence
 
@@ -15,9 +17,7 @@ from benchmarks import measure, models
 from converters import command_line
 from converters.torch_model.layers import resize
 from memseg_jax.benchmark import network_flops, random_batch
-from memseg_jax.inference.score_maps import label_maps, resize_matrix
-
-ROWS = 64  # `label_maps` wants a multiple of it
+from memseg_jax.inference import score_maps
 
 
 def main(argv: Sequence[str]) -> int:
@@ -59,13 +59,16 @@ def _jax_parts(model, variables, images) -> dict[str, tuple]:
 
     network, held = measure.compiled(network, variables, on_device)
     logits = network(variables, on_device)
-    sizes = [-(-size // ROWS) * ROWS for size in images.shape[1:3]]
-    matrices = [
-        np.tile(resize_matrix(small, size, padded, small), (len(images), 1, 1))
-        for small, size, padded in zip(logits.shape[1:3], images.shape[1:3], sizes)
-    ]
-    arrays = (logits, *jax.device_put(matrices))
-    maps, maps_held = measure.compiled(lambda *x: label_maps(*x, probabilities=False), *arrays)
+    size = images.shape[1:3]
+    plan = score_maps.resize(logits.shape[1:3], logits.shape[2], size)
+    pixels = score_maps.capacity(math.prod(size), score_maps.PIXELS)
+    arrays = (
+        jax.jit(score_maps.flatten)(logits),
+        jax.device_put(score_maps.stack([plan], len(images))),
+        jax.device_put(score_maps.blocks_of(math.prod(size))),
+    )
+    label_maps = functools.partial(score_maps.label_maps, pixels=pixels, probabilities=False)
+    maps, maps_held = measure.compiled(label_maps, *arrays)
     return {
         "network": (held, lambda: jax.block_until_ready(network(variables, on_device))),
         "maps": (maps_held, lambda: jax.block_until_ready(maps(*arrays))),

@@ -18,6 +18,8 @@ os.environ["JAX_PLATFORMS"] = "cpu"
 import jax
 import jax.numpy as jnp
 
+from benchmarks import measure
+from benchmarks.shapes import DILATED, GROUPED, Shape
 from converters import command_line
 from memseg_jax.errors import UserError
 from memseg_jax.flops import count_flops
@@ -30,16 +32,7 @@ FLAGS = {
     "devices": "number of GPUs for a training step (default: 1)",
 }
 SIDE = 64
-CASES = [  # input channels, output channels, geometry
-    (512, 512, Geometry()),
-    (256, 256, Geometry(dilation=2)),
-    (512, 512, Geometry(dilation=4)),
-    (2048, 512, Geometry(dilation=12)),
-    (2048, 512, Geometry(dilation=24)),
-    (2048, 512, Geometry(dilation=36)),
-    (256, 512, Geometry(groups=2)),
-    (256, 512, Geometry(dilation=2, groups=2)),
-]
+SHAPES = [Shape(512, 512), *DILATED, *GROUPED]
 
 
 def main(argv: Sequence[str]) -> int:
@@ -49,16 +42,10 @@ def main(argv: Sequence[str]) -> int:
     if reason := h200.missing():
         raise UserError(reason)
     if with_config:
-        _report_step(values.config, _number("devices", values.devices, 1))
+        _report_step(values.config, measure.number("devices", values.devices, 1))
     else:
-        _report_forms(_number("batch", values.batch, 16))
+        _report_forms(measure.number("batch", values.batch, 16))
     return 0
-
-
-def _number(name: str, text: str | None, default: int) -> int:
-    if text is not None and not (text.isdecimal() and int(text)):
-        raise UserError(f"--{name} {text}: expected a positive whole number such as {default}")
-    return int(text or default)
 
 
 def _report_step(config: Any, devices: int) -> None:
@@ -76,7 +63,8 @@ def _report_forms(batch: int) -> None:
     print("| channels | dilation | groups | what | type | becomes | temporary | TFLOP |")
     print("|---|---|---|---|---|---|---|---|")
     for dtype in (jnp.bfloat16, jnp.float32):
-        for inside, outside, geometry in CASES:
+        for shape in SHAPES:
+            inside, outside, geometry = shape.inside, shape.outside, shape.geometry
             x = jax.ShapeDtypeStruct((batch, SIDE, SIDE, inside), dtype)
             y = jax.ShapeDtypeStruct((batch, SIDE, SIDE, outside), dtype)
             kernel = jax.ShapeDtypeStruct((3, 3, inside // geometry.groups, outside), dtype)

@@ -83,11 +83,17 @@ def parse(
 
 
 def number(name: str, text: str | None, default: float) -> float:
-    """Returns the value of a flag that takes a number."""
+    """Returns the value of a flag that takes a positive number, whole if `default` is.
+
+    --seconds alone may be 0: then every measurement has the least number of rounds.
+    """
     try:
-        return default if text is None else type(default)(text)
+        value = default if text is None else type(default)(text)
     except ValueError as error:
         raise UserError(f"--{name} {text}: expected a number such as {default}") from error
+    if not (0 < value < float("inf") or (name == "seconds" and value == 0)):
+        raise UserError(f"--{name} {text}: expected a positive number such as {default}")
+    return value
 
 
 def data_type(text: str | None, default: str) -> str:

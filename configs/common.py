@@ -20,6 +20,11 @@ def get_config() -> ml_collections.ConfigDict:
     # the plain form; the published models were trained with 8.
     config.replica_groups = 1
 
+    # How the devices are arranged; -1: the rest of them. The batch is split over all. Over "fsdp"
+    # parameters and the optimiser's state are split, too, so that each device holds a share of
+    # them; over "data" they are replicated. The numbers do not depend on it, rounding aside.
+    config.sharding = ml_collections.ConfigDict({"data": -1, "fsdp": 1})
+
     config.init = init = ml_collections.ConfigDict()
     # What a new run starts from; both empty: random values.
     init.backbone = ""  # file of ImageNet weights (PyTorch) for the backbone
@@ -28,6 +33,7 @@ def get_config() -> ml_collections.ConfigDict:
     config.data = data = ml_collections.ConfigDict()
     data.name = "folder"  # the module memseg_jax/data/<name>.py
     data.root = ""
+    data.packed = ""  # folder that --mode pack writes and all others read instead of `root`
     data.train_split = "train"
     data.eval_split = "val"
     data.class_names = ("",)  # a tuple of strings; its length is the number of classes
@@ -66,8 +72,10 @@ def get_config() -> ml_collections.ConfigDict:
     evaluate.softmax_before_resize = False
     evaluate.batch_size = 1  # images (whole) or windows (slide) in one forward, per device
     # Images of many sizes: the first `exact_sizes` sizes get a compiled program each, all others
-    # are padded to a multiple of `size_multiple` with the padding masked out in every layer.
+    # are padded, with the padding masked out in every layer: to the smallest of `canvases` that
+    # holds them, or else to 1, 2, 3, 4, 6, 8, 12, ... times `size_multiple`.
     evaluate.exact_sizes = 4
+    evaluate.canvases = ()  # pairs (height, width)
     evaluate.size_multiple = 128
     evaluate.save_predictions = ""  # folder for the label maps of --mode evaluate; "": none
 
@@ -126,6 +134,13 @@ def get_config() -> ml_collections.ConfigDict:
     train.epochs = 130
     train.log_every = 50  # steps
     train.eval_every = 10  # epochs; 0: only at the end
+    # What to do about a step whose loss, gradients or result are not finite. Such a step never
+    # changes the model. "raise": end the run. "skip": go on. "rollback": go back to the state of
+    # the last checkpoint and on with the data after the step.
+    train.on_nonfinite = "raise"
+    train.max_nonfinite = 10  # skipped steps, or rollbacks, in a row that end the run
+    # Minutes without a finished step after which all stacks are printed; 0: never.
+    train.watchdog_minutes = 10.0
 
     config.checkpoint = checkpoint = ml_collections.ConfigDict()
     checkpoint.every = 1000  # steps; also at every evaluation and at the end
@@ -134,6 +149,25 @@ def get_config() -> ml_collections.ConfigDict:
 
 
 SCALES = (0.5, 0.75, 1.0, 1.25, 1.5, 1.75)  # of the published test-time settings
+
+# For `config.eval.canvases`, by the largest scale: of nine sizes that hold every image of short
+# side up to 512 and long side up to 2048 at the published scales, those that pad photographs least;
+# `python -m benchmarks.many_sizes --plan 9 --config configs/ade20k_resnet50.py`, the same with
+# `:ms_flip`, and `cocostuff10k_resnet50.py:ms_flip`.
+CANVASES = {
+    1.0: (
+        (512, 512), (512, 704), (512, 768), (512, 832), (512, 960), (512, 2048),
+        (768, 512), (960, 512), (2048, 512),
+    ),
+    1.5: (
+        (384, 576), (512, 768), (640, 960), (768, 1152), (768, 1536), (768, 3072),
+        (768, 512), (1152, 768), (3072, 768),
+    ),
+    1.75: (
+        (384, 512), (512, 704), (768, 1024), (896, 1216), (896, 1792), (896, 3584),
+        (768, 512), (1408, 896), (3584, 896),
+    ),
+}  # fmt: skip
 
 _WORDS = {
     "ms_flip": "the published test with several scales and mirror images",
@@ -183,10 +217,12 @@ def set_ms_flip(
     config.eval.scales = scales
     config.eval.flip = True
     config.eval.softmax_before_resize = True
-    config.eval.size_multiple = 512  # six times as many sizes as images have: few programs
+    if config.eval.canvases:
+        config.eval.canvases = CANVASES[max(scales)]
+        # A window smaller than the full one, which only the smallest scales have, is padded to it.
+        config.eval.size_multiple = 512
+        config.eval.exact_sizes = 0
     if window:
         config.eval.mode = "slide"
         config.eval.window = window
         config.eval.stride = (341, 341)
-    else:
-        config.eval.exact_sizes = 0

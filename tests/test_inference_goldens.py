@@ -4,13 +4,15 @@ import functools
 import math
 import pathlib
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from memseg_jax.data import lip
 from memseg_jax.inference import Predictor
 from memseg_jax.inference.passes import mirrored_classes, scaled
-from memseg_jax.inference.score_maps import resize_scores
+from memseg_jax.inference.score_maps import resized
 from memseg_jax.inference.windows import cover_counts, windows_of
 from memseg_jax.models.segmentor import build_segmentor
 from memseg_jax.sharding import make_mesh
@@ -50,20 +52,30 @@ class Recorder:
         self.scores = []  # of each pass, as they come out
         labels_of, add = Predictor._labels, Predictor._add
 
-        def labels_and_keep(predictor, group, scores, rows, columns):
-            self.resized.append(np.asarray(resize_scores(scores, rows, columns))[0])
-            self.scores.append(np.asarray(scores)[0])
-            return labels_of(predictor, group, scores, rows, columns)
+        def labels_and_keep(predictor, group, scores, plans):
+            (item,), (plan,) = group, plans
+            pixels = math.prod(item.output)
+            image = resized(scores[0], jax.tree.map(jnp.asarray, plan), 0, pixels)
+            self.resized.append(np.asarray(image).reshape(*item.output, -1))
+            self.scores.append(rows_of(scores[0], plan))
+            return labels_of(predictor, group, scores, plans)
 
-        def add_and_keep(predictor, total, scores, index, *args):
-            self.scores.append(np.asarray(scores)[index])
+        def add_and_keep(predictor, total, scores, index, plan, part):
+            self.scores.append(rows_of(scores[index], plan))
             before = 0 if total is None else np.array(total)
-            total = add(predictor, total, scores, index, *args)
-            self.resized.append(np.asarray(total) - before)
+            total = add(predictor, total, scores, index, plan, part)
+            new = (np.asarray(total) - before)[: math.prod(part.output)]
+            self.resized.append(new.reshape(*part.output, -1))
             return total
 
         monkeypatch.setattr(Predictor, "_labels", labels_and_keep)
         monkeypatch.setattr(Predictor, "_add", add_and_keep)
+
+
+def rows_of(flat, plan):
+    """[positions, classes] -> [height, width, classes]"""
+    flat, width = np.asarray(flat), int(plan.widths[0])
+    return flat[: len(flat) // width * width].reshape(-1, width, flat.shape[-1])
 
 
 @pytest.mark.golden
@@ -124,7 +136,7 @@ def test_inference_equals_the_reference(name, monkeypatch):
 
     # Their mean.
     std = golden["final__stats"][1]
-    final = np.mean(recorder.resized, axis=0)[: output[0], : output[1]].transpose(2, 0, 1)
+    final = np.mean(recorder.resized, axis=0).transpose(2, 0, 1)
     assert final.shape == tuple(golden["final__shape"])
     np.testing.assert_allclose(final[:, ::4, ::4], golden["final_ds4"], rtol=0, atol=2e-4 * std)
     close = np.unpackbits(golden["margin_below_1e-4_std"])[: output[0] * output[1]]

@@ -2,23 +2,14 @@
 
 Whole images or sliding windows; one pass, or the mean of several scales and mirror images.
 
-Networks are compiled for one input size each. The first `config.eval.exact_sizes` sizes get a
-program of their own; images of further sizes share programs: they are padded to multiples of
-`config.eval.size_multiple`, and every layer masks the padding, so that the numbers stay those of
-the exact size. That bounds the programs by the number of padded sizes, whatever the number of
-images and scales: photographs with short side 512 and long side up to 1024, at the six published
-scales, need at most 8 networks with a multiple of 512, and 22 with 256. A few small programs come
-with each: the sum over passes one per padded input and result, the label map one per result.
-
-Backbones that cannot mask padding (HRNet, ViT) get a program for every input size. Sliding windows
-have one size, except where an image is smaller than the window: it is a window as it is.
+Networks are compiled for one input size each; `memseg_jax.inference.sizes` says for which. All
+other programs are small and know no sizes, only how much their arrays hold: see `score_maps`.
 """
 
 import collections
 import dataclasses
 import functools
 import math
-import sys
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
@@ -31,41 +22,14 @@ from jax.sharding import Mesh
 from memseg_jax.compilation import compile_with_notice
 from memseg_jax.data.transforms import evaluation_transform
 from memseg_jax.errors import UserError
-from memseg_jax.inference import passes, score_maps, windows
+from memseg_jax.inference import passes, score_maps, sizes, windows
+from memseg_jax.inference.score_maps import Resize
+from memseg_jax.inference.sizes import Size
 from memseg_jax.models.layers import Extent
 from memseg_jax.models.segmentor import Segmentor
 from memseg_jax.sharding import replicated, split_batch
 
 Array = jax.Array
-Size = tuple[int, int]
-
-_OUTPUT_MULTIPLE = 128  # output sizes are padded to this, which only adds rows of zeros
-
-
-@dataclasses.dataclass
-class SizePolicy:
-    """Decides for which input size an image of some size is compiled.
-
-    Attributes:
-        exact_sizes: so many different sizes get programs of their own.
-        multiple: all further sizes are padded up to multiples of this.
-        seen: the sizes with programs of their own.
-    """
-
-    exact_sizes: int
-    multiple: int
-    seen: set[Size] = dataclasses.field(default_factory=set)
-
-    def padded(self, size: Size) -> tuple[Size, bool]:
-        """Returns the input size for an image of `size`, and whether that is the exact size."""
-        if size in self.seen or len(self.seen) < self.exact_sizes:
-            self.seen.add(size)
-            return size, True
-        return (_round_up(size[0], self.multiple), _round_up(size[1], self.multiple)), False
-
-
-def _round_up(value: int, multiple: int) -> int:
-    return -(-value // multiple) * multiple
 
 
 @dataclasses.dataclass(frozen=True)
@@ -123,25 +87,23 @@ class Predictor:
         self._evaluation = evaluation
         self._mesh = mesh
         self._batch = evaluation.batch_size * mesh.size
-        # A backbone that cannot mask padding gets a program for every size.
-        exact_sizes = evaluation.exact_sizes if model.backbone.supports_extent else sys.maxsize
-        self._sizes = SizePolicy(exact_sizes, evaluation.size_multiple)
+        self._sizes = sizes.size_policy(evaluation, model.coarsest_stride)
         self._programs: dict[Any, Any] = {}
         self._passes = len(evaluation.scales) * (2 if evaluation.flip else 1)
         self._averages = self._passes > 1 or evaluation.scales[0] != 1
         self._mirrored_classes = None
         if evaluation.flip:
             self._mirrored_classes = passes.mirrored_classes(flip_pairs, model.num_classes)
-        # With several scales the sizes of results are as many as those of inputs.
-        self._multiple = _round_up(
-            evaluation.size_multiple if self._averages else 1, _OUTPUT_MULTIPLE
-        )
         slide = evaluation.mode == "slide"
         softmax = evaluation.softmax_before_resize
-        self._network = jax.jit(functools.partial(_network, model, softmax=softmax and not slide))
-        self._window_scores = jax.jit(functools.partial(_window_scores, softmax=softmax and slide))
+        self._network = jax.jit(
+            functools.partial(network_scores, model, softmax=False)
+            if slide
+            else functools.partial(_flat_scores, model, softmax=softmax)
+        )
+        self._window_scores = jax.jit(functools.partial(score_maps.window_scores, softmax=softmax))
         self._accumulate = jax.jit(windows.accumulate, donate_argnums=0)
-        self._label_maps = jax.jit(functools.partial(score_maps.label_maps, probabilities=softmax))
+        self._label_maps = functools.partial(score_maps.label_maps, probabilities=softmax)
         self._add_resized = jax.jit(score_maps.add_resized, donate_argnums=0)
         self._mean_label_map = jax.jit(
             functools.partial(score_maps.mean_label_map, passes=self._passes, probabilities=softmax)
@@ -183,12 +145,12 @@ class Predictor:
             yield from (self._average_windows if slide else self._average_whole)(items)
         elif slide:
             for item in items:
-                yield from self._labels([item], *self._slide(item))
+                canvas, plan = self._slide(item)
+                yield from self._labels([item], canvas, [plan])
         else:
             for group, padded, exact in self._batches(items):
                 scores = self._forward(group, padded, exact)
-                rows, columns = self._matrices(group, scores.shape[1:3])
-                yield from self._labels(group, scores, rows, columns)
+                yield from self._labels(group, scores, [self._resize(x, padded) for x in group])
 
     def _passes_over(self, item: _Item, key: Any) -> Iterator[_Item]:
         evaluation = self._evaluation
@@ -211,7 +173,7 @@ class Predictor:
             scores = self._on_one_device(self._forward(group, padded, exact))
             for index, part in enumerate(group):
                 number, key = part.key
-                waiting[number].append((scores, index, *self._pair(part, scores.shape[1:3]), part))
+                waiting[number].append((scores, index, self._resize(part, padded), part))
                 if len(waiting[number]) == self._passes:
                     total = None
                     for done in waiting.pop(number):
@@ -223,36 +185,38 @@ class Predictor:
         for item in items:
             total = None
             for part in self._passes_over(item, item.key):
-                canvas, rows, columns = self._slide(part)
-                total = self._add(total, canvas, 0, rows[0], columns[0], part)
+                canvas, plan = self._slide(part)
+                total = self._add(total, canvas, 0, plan, part)
             yield self._mean(item.key, total, item.output)
 
     def _add(
-        self, total: Array | None, scores: Array, index: int, rows: Any, columns: Any, part: _Item
+        self, total: Array | None, scores: Array, index: int, plan: Resize, part: _Item
     ) -> Array:
         """Adds the scores of a pass to the sum at full size, which starts as None."""
-        size = (rows.shape[0], columns.shape[0])
+        pixels = math.prod(part.output)
         if total is None:
-            total = jnp.zeros((*size, scores.shape[-1]), jnp.float32)
+            shape = (score_maps.capacity(pixels, score_maps.PIXELS), scores.shape[-1])
+            total = jnp.zeros(shape, jnp.float32)
         return self._compiled(
             "sum",
             self._add_resized,
-            f"the sum of passes for results up to {size[0]}x{size[1]}",
+            f"the sum of passes for results of up to {total.shape[0]} pixels",
             total,
             scores,
             np.int32(index),
-            rows,
-            columns,
+            plan,
+            score_maps.blocks_of(pixels),
             self._mirrored_classes if part.mirrored else None,
         )
 
     def _mean(self, key: Any, total: Array, output: Size) -> Prediction:
         """The result of an image, given the sum of all its passes."""
-        height, width = output
-        what = f"label maps up to {total.shape[0]}x{total.shape[1]}"
-        label, confidence = self._compiled("mean", self._mean_label_map, what, total)
-        label, confidence = np.asarray(label), np.asarray(confidence)
-        return Prediction(key, label[:height, :width].copy(), confidence[:height, :width].copy())
+        pixels = math.prod(output)
+        what = f"label maps of up to {total.shape[0]} pixels"
+        blocks = score_maps.blocks_of(pixels)
+        found = self._compiled("mean", self._mean_label_map, what, total, blocks)
+        label, confidence = (np.asarray(x)[:pixels].reshape(output).copy() for x in found)
+        return Prediction(key, label, confidence)
 
     def _batches(self, items: Iterable[_Item]) -> Iterator[tuple[list[_Item], Size, bool]]:
         """Groups items by input size into batches; what is left over comes at the end."""
@@ -279,7 +243,7 @@ class Predictor:
         return jax.device_put(array, split_batch(self._mesh))
 
     def _forward(self, group: list[_Item], padded: Size, exact: bool) -> Array:
-        """Scores at the network's stride [batch, h, w, classes]; missing items are blank."""
+        """Scores at the network's stride, flat if images are whole; missing items are blank."""
         images = np.zeros((self._batch, *padded, 3), np.float32)
         valid = np.tile(np.array(padded, np.int32), (self._batch, 1))
         for index, item in enumerate(group):
@@ -297,60 +261,46 @@ class Predictor:
     def _on_one_device(self, array: Array) -> Array:
         return jax.device_put(array, jax.local_devices()[0])
 
-    def _pair(
-        self, item: _Item, shape: Size, full: Size | None = None
-    ) -> tuple[np.ndarray, np.ndarray]:
-        """Matrices that resize the real part of an item's scores to its output size.
-
-        Args:
-            item: the item.
-            shape: height and width of its scores, padding included.
-            full: the same of the result; None: the output size, rounded up.
-        """
+    def _resize(self, item: _Item, padded: Size) -> Resize:
+        """How an item's result follows from its scores, which are of a padded input."""
         stride = self._model.output_stride
-        pair = []
-        for axis, mirrored in ((0, False), (1, item.mirrored)):
-            real, target = -(-item.image.shape[axis] // stride), item.output[axis]
-            rows = full[axis] if full else _round_up(target, self._multiple)
-            pair.append(score_maps.resize_matrix(real, target, rows, shape[axis], mirrored))
-        return pair[0], pair[1]
-
-    def _matrices(
-        self, group: list[_Item], shape: Size, multiple: int = _OUTPUT_MULTIPLE
-    ) -> tuple[Array, Array]:
-        """The matrices of a batch: [batch, H, h] and [batch, W, w]."""
-        full = [_round_up(max(item.output[axis] for item in group), multiple) for axis in (0, 1)]
-        rows, columns = (
-            np.zeros((self._batch, full[axis], shape[axis]), np.float32) for axis in (0, 1)
-        )
-        for index, item in enumerate(group):
-            rows[index], columns[index] = self._pair(item, shape, full)
-        return self._place(rows), self._place(columns)
+        real = tuple(-(-side // stride) for side in item.image.shape[:2])
+        return score_maps.resize(real, -(-padded[1] // stride), item.output, item.mirrored)
 
     def _labels(
-        self, group: list[_Item], scores: Array, rows: Array, columns: Array
+        self, group: list[_Item], scores: Array, plans: list[Resize]
     ) -> Iterator[Prediction]:
-        what = f"label maps up to {rows.shape[1]}x{columns.shape[1]}"
-        labels, confidence = self._compiled("labels", self._label_maps, what, scores, rows, columns)
+        """The results of a batch of one pass."""
+        largest = max(math.prod(item.output) for item in group)
+        pixels = score_maps.capacity(largest, score_maps.PIXELS)
+        plans = score_maps.stack(plans, len(scores))
+        labels, confidence = self._compiled(
+            f"labels {pixels}",
+            jax.jit(functools.partial(self._label_maps, pixels=pixels)),
+            f"label maps of up to {pixels} pixels",
+            scores,
+            jax.tree.map(self._place, plans) if len(scores) == self._batch else plans,
+            score_maps.blocks_of(largest),
+        )
         labels, confidence = np.asarray(labels), np.asarray(confidence)
         for index, item in enumerate(group):
-            height, width = item.output
+            real = np.s_[index, : math.prod(item.output)]
             yield Prediction(
                 item.key,
-                labels[index, :height, :width].copy(),
-                confidence[index, :height, :width].copy(),
+                labels[real].reshape(item.output).copy(),
+                confidence[real].reshape(item.output).copy(),
             )
 
-    def _slide(self, item: _Item) -> tuple[Array, Array, Array]:
+    def _slide(self, item: _Item) -> tuple[Array, Resize]:
         """Adds up the windows' scores at the size of the network's input.
 
         Returns:
-            The sum [1, h, w, classes], and the matrices [1, H, h] and [1, W, w] that divide it by
-            the number of windows at each place and resize it to the output size.
+            The sum, flat [1, pixels, classes], and how the result follows from it: divided by the
+            number of windows at each place, and resized.
         """
         size = item.image.shape[:2]
-        evaluation = self._evaluation
-        places = windows.windows_of(size, tuple(evaluation.window), tuple(evaluation.stride))
+        full, stride = tuple(self._evaluation.window), tuple(self._evaluation.stride)
+        places = windows.windows_of(size, full, stride)
         window = (places[0][0].stop - places[0][0].start, places[0][1].stop)
         padded, exact = self._sizes.padded(window)
         canvas = None
@@ -360,38 +310,43 @@ class Predictor:
                 for place in places[first : first + self._batch]
             ]
             scores = self._forward(group, padded, exact)
-            rows, columns = self._matrices(group, scores.shape[1:3], multiple=1)
+            matrices = []
+            for axis in (0, 1):
+                positions = -(-window[axis] // self._model.output_stride)
+                matrices.append(
+                    score_maps.resize_matrix(
+                        positions, window[axis], full[axis], scores.shape[1 + axis]
+                    )
+                )
             scores = self._compiled(
-                "windows", self._window_scores, "window scores", scores, rows, columns
+                "windows", self._window_scores, "window scores", scores, *matrices
             )
-            if canvas is None:
-                shape = [max(_round_up(n, self._multiple), w) for n, w in zip(size, window)]
-                canvas = jax.device_put(np.zeros((*shape, scores.shape[-1]), np.float32))
+            if canvas is None:  # the last row of a window may reach beyond the image
+                pixels = score_maps.capacity(math.prod(size) + full[1], score_maps.PIXELS)
+                canvas = jnp.zeros((pixels, scores.shape[-1]), jnp.float32)
             starts = np.zeros((self._batch, 2), np.int32)
             for index, (y, x) in enumerate(w.key for w in group):
                 starts[index] = y.start, x.start
-            active = np.arange(self._batch) < len(group)
             canvas = self._compiled(
                 "canvas",
                 self._accumulate,
-                f"the sum of windows for images up to {canvas.shape[0]}x{canvas.shape[1]}",
+                f"the sum of windows for images of up to {len(canvas)} pixels",
                 canvas,
                 self._on_one_device(scores),
-                jax.device_put(starts),
-                jax.device_put(active),
+                starts,
+                np.arange(self._batch) < len(group),
+                np.int32(size[1]),
             )
-        matrices = []
-        for axis, mirrored in ((0, False), (1, item.mirrored)):
-            target, length = item.output[axis], canvas.shape[axis]
-            matrix = score_maps.resize_matrix(
-                size[axis], target, _round_up(target, self._multiple), length, mirrored
-            )
-            cover = windows.cover_counts(places, axis, length)
-            matrices.append(jax.device_put((matrix / cover)[None]))
-        return canvas[None], matrices[0], matrices[1]
+        covers = [windows.cover_counts(places, axis, size[axis]) for axis in (0, 1)]
+        return canvas[None], score_maps.resize(size, size[1], item.output, item.mirrored, covers)
 
 
-def _network(
+def _flat_scores(*args: Any, **kw: Any) -> Array:
+    """`network_scores`, flat: [batch, positions, classes]."""
+    return score_maps.flatten(network_scores(*args, **kw))
+
+
+def network_scores(
     model: Segmentor,
     variables: dict[str, Any],
     images: Array,
@@ -403,12 +358,6 @@ def _network(
     rest = {"params": variables["params"], "batch_stats": variables["batch_stats"]}
     logits = model.apply(rest, images, variables["memory"], extent=extent)["logits"]
     return jax.nn.softmax(logits, axis=-1) if softmax else logits
-
-
-def _window_scores(scores: Array, rows: Array, columns: Array, *, softmax: bool) -> Array:
-    """Scores at the size of the windows: [batch, h, w, classes] -> [batch, H, W, classes]."""
-    scores = score_maps.resize_scores(scores, rows, columns)
-    return jax.nn.softmax(scores, axis=-1) if softmax else scores
 
 
 def check_evaluation(
@@ -428,7 +377,6 @@ def check_evaluation(
     """
     if evaluation.flip:
         passes.mirrored_classes(flip_pairs, model.num_classes)
-    stride = model.output_stride
     if evaluation.mode not in ("whole", "slide"):
         raise UserError(f"config.eval.mode is {evaluation.mode!r}; expected 'whole' or 'slide'")
     scales = tuple(evaluation.scales)
@@ -440,11 +388,18 @@ def check_evaluation(
         )
     if evaluation.batch_size < 1:
         raise UserError(f"config.eval.batch_size is {evaluation.batch_size}; expected 1 or more")
+    stride = model.coarsest_stride
     if evaluation.size_multiple < stride or evaluation.size_multiple % stride:
         raise UserError(
             f"config.eval.size_multiple is {evaluation.size_multiple}; "
             f"expected a multiple of the network's stride {stride}"
         )
+    for canvas in evaluation.canvases:
+        if len(canvas) != 2 or min(canvas) < stride or any(side % stride for side in canvas):
+            raise UserError(
+                f"config.eval.canvases has {tuple(canvas)}; expected (height, width), both "
+                f"multiples of the network's stride {stride}"
+            )
     if evaluation.mode == "slide":
         for name in ("window", "stride"):
             value = tuple(evaluation[name])

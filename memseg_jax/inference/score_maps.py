@@ -1,85 +1,173 @@
-"""Scores at full size, and the label maps they give, a few rows at a time.
+"""Scores at full size, and the label maps they give, a few pixels at a time.
 
 Scores at full size for all classes are the largest array of an evaluation by far. With one pass
 over an image they never exist as a whole; several passes need their sum, one array.
+
+Arrays are flat here: positions or pixels row by row, and unused ones at the end. The sizes of maps
+are values, not shapes, so that images of all sizes share programs. A bilinear resize picks four
+positions for every pixel: the work is that of the pixels, whatever the size of the array.
 """
+
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from memseg_jax.models.layers import bilinear_matrix
+from memseg_jax.models.layers import bilinear_matrix, bilinear_taps
 
 Array = jax.Array
 
-ROWS = 64  # rows at a time: heights at full size are multiples of this
+BLOCK = 8192  # pixels at a time
+POSITIONS = 2**14  # flat arrays at the network's stride hold this many positions, or 4, 16, ... x
+PIXELS = 2**20  # flat arrays at the size of images hold this many pixels, or 2, 4, ... times
+SIDE = 2**12  # sides of results have up to this many pixels, or 2, 4, ... times
 
 
-def resize_matrix(
-    source: int, target: int, rows: int, columns: int, mirrored: bool = False
-) -> np.ndarray:
-    """A bilinear resize matrix inside a larger matrix of zeros.
+def capacity(count: int, smallest: int, factor: int = 2) -> int:
+    """Returns the first of smallest, factor * smallest, factor^2 * smallest, ... that suffices."""
+    while smallest < count:
+        smallest *= factor
+    return smallest
+
+
+def flatten(scores: Array) -> Array:
+    """[batch, h, w, classes] -> [batch, positions, classes], zero where it is unused."""
+    batch, height, width, classes = scores.shape
+    positions = capacity(height * width, POSITIONS, 4)
+    flat = scores.reshape(batch, height * width, classes)
+    return jnp.pad(flat, ((0, 0), (0, positions - height * width), (0, 0)))
+
+
+class Resize(NamedTuple):
+    """A bilinear resize of a flat map.
+
+    Attributes:
+        rows: int32 [2, side], the two rows of the map behind every row of the result.
+        row_weights: float32 [2, side], their weights.
+        columns: int32 [2, side], the same of the columns.
+        column_weights: float32 [2, side].
+        widths: int32 [2], the length of a row of the flat map and of the result.
+    """
+
+    rows: Any
+    row_weights: Any
+    columns: Any
+    column_weights: Any
+    widths: Any
+
+
+def resize(
+    real: tuple[int, int],
+    row_length: int,
+    target: tuple[int, int],
+    mirrored: bool = False,
+    covers: tuple[np.ndarray, np.ndarray] | None = None,
+) -> Resize:
+    """Plans the resize of one map.
 
     Args:
-        source: number of input positions.
-        target: number of output positions.
-        rows: at least `target`.
-        columns: at least `source`.
-        mirrored: whether the input is in reverse order.
+        real: height and width of the map's real part, in its upper left corner.
+        row_length: positions in a row of the map.
+        target: height and width of the result.
+        mirrored: whether the real part is mirrored.
+        covers: divisors of the map's rows [height] and columns [width]; None: 1.
 
     Returns:
-        float32 [rows, columns].
+        A `Resize` of NumPy arrays.
     """
-    matrix = np.zeros((rows, columns), np.float32)
-    values = bilinear_matrix(source, target)
-    matrix[:target, :source] = values[:, ::-1] if mirrored else values
-    return matrix
+    side = capacity(max(target), SIDE)
+    found = []
+    for axis in (0, 1):
+        lower, upper, fraction = bilinear_taps(real[axis], target[axis])
+        index, weight = np.zeros((2, side), np.int32), np.zeros((2, side), np.float32)
+        index[:, : target[axis]] = lower, upper
+        weight[:, : target[axis]] = 1 - fraction, fraction
+        if mirrored and axis == 1:
+            index = real[axis] - 1 - index
+        if covers is not None:
+            weight /= covers[axis][index]
+        found += [index, weight]
+    return Resize(*found, np.array([row_length, target[1]], np.int32))
 
 
-def resize_scores(scores: Array, rows: Array, columns: Array) -> Array:
-    """Resizes with a matrix per axis and image.
+def stack(plans: Sequence[Resize], count: int) -> Resize:
+    """Several plans as one with a first axis [count]; the last one again where there are fewer."""
+    side = max(plan.rows.shape[1] for plan in plans)
+
+    def whole(x: np.ndarray) -> np.ndarray:
+        return x if x.ndim < 2 else np.pad(x, ((0, 0), (0, side - x.shape[1])))
+
+    plans = [*plans, *[plans[-1]] * (count - len(plans))]
+    return jax.tree.map(lambda *x: np.stack([whole(y) for y in x]), *plans)
+
+
+def resized(scores: Array, plan: Resize, first: Array, count: int = BLOCK) -> Array:
+    """Some pixels of a resized map.
 
     Args:
-        scores: [batch, h, w, classes].
-        rows: [batch, H, h].
-        columns: [batch, W, w].
+        scores: [positions, classes].
+        plan: from `resize`.
+        first: the first pixel, counted row by row.
+        count: how many.
 
     Returns:
-        [batch, H, W, classes].
+        [count, classes]; of any value beyond the end of the result.
     """
-    scores = jnp.einsum("bhwk,bWw->bhWk", scores, columns, precision="highest")
-    return jnp.einsum("bhWk,bHh->bHWk", scores, rows, precision="highest")
+    pixel = first + jnp.arange(count, dtype=jnp.int32)
+    row, column = pixel // plan.widths[1], pixel % plan.widths[1]
+    total = 0.0
+    for i in (0, 1):
+        for j in (0, 1):
+            position = plan.rows[i, row] * plan.widths[0] + plan.columns[j, column]
+            weight = plan.row_weights[i, row] * plan.column_weights[j, column]
+            total += weight[:, None] * jnp.take(scores, position, axis=0, mode="clip")
+    return total
+
+
+def blocks_of(pixels: int) -> np.int32:
+    """How many blocks hold so many pixels."""
+    return np.int32(-(-pixels // BLOCK))
 
 
 def label_maps(
-    scores: Array, rows: Array, columns: Array, *, probabilities: bool
+    scores: Array, plans: Resize, blocks: Array, *, pixels: int, probabilities: bool
 ) -> tuple[Array, Array]:
-    """Resizes scores and takes the best class, a few rows at a time.
+    """Resizes scores and takes the best class, a few pixels at a time.
 
     Args:
-        scores: [batch, h, w, classes], logits or probabilities.
-        rows: [batch, H, h], H a multiple of `ROWS`.
-        columns: [batch, W, w].
+        scores: [batch, positions, classes], logits or probabilities.
+        plans: of `resize`, with a first axis [batch].
+        blocks: from `blocks_of`, for the largest result.
+        pixels: length of the results, a multiple of `BLOCK`.
         probabilities: whether the scores are probabilities; logits go through a softmax to give
             the confidence.
 
     Returns:
-        The best class, uint8 [batch, H, W], and its probability, float32 [batch, H, W].
+        The best class, uint8 [batch, pixels], and its probability, float32 [batch, pixels].
     """
-    scores = jnp.einsum("bhwk,bWw->bhWk", scores, columns, precision="highest")
 
-    def block(rows: Array) -> tuple[Array, Array]:
-        x = jnp.einsum("bhWk,bHh->bHWk", scores, rows, precision="highest")
+    def best(first: Array) -> tuple[Array, Array]:
+        x = jax.vmap(resized, in_axes=(0, 0, None))(scores, plans, first)
         return best_class(x, probabilities=probabilities)
 
-    batch, height, _ = rows.shape
-    blocks = rows.reshape(batch, height // ROWS, ROWS, -1).swapaxes(0, 1)
-    labels, confidence = jax.lax.map(block, blocks)
+    return _in_blocks(best, blocks, (scores.shape[0], pixels))
 
-    def joined(x: Array) -> Array:
-        return x.swapaxes(0, 1).reshape(batch, height, -1)
 
-    return joined(labels), joined(confidence)
+def _in_blocks(
+    best: Callable[[Array], tuple[Array, Array]], blocks: Array, shape: tuple[int, ...]
+) -> tuple[Array, Array]:
+    """Classes and probabilities of `shape`, made along the last axis."""
+
+    def add(block: Array, made: tuple[Array, Array]) -> tuple[Array, Array]:
+        first = block * BLOCK
+        return tuple(
+            jax.lax.dynamic_update_slice_in_dim(x, new, first, len(shape) - 1)
+            for x, new in zip(made, best(first))
+        )
+
+    return jax.lax.fori_loop(0, blocks, add, (jnp.zeros(shape, jnp.uint8), jnp.zeros(shape)))
 
 
 def best_class(scores: Array, *, probabilities: bool) -> tuple[Array, Array]:
@@ -91,16 +179,16 @@ def best_class(scores: Array, *, probabilities: bool) -> tuple[Array, Array]:
 
 
 def add_resized(
-    total: Array, scores: Array, index: Array, rows: Array, columns: Array, classes: Array | None
+    total: Array, scores: Array, index: Array, plan: Resize, blocks: Array, classes: Array | None
 ) -> Array:
-    """Adds the scores of one pass to the sum of the passes over an image, a few rows at a time.
+    """Adds the scores of one pass to the sum of the passes over an image, a few pixels at a time.
 
     Args:
-        total: [H, W, classes], H a multiple of `ROWS`; best donated.
-        scores: [batch, h, w, classes].
+        total: [pixels, classes], pixels a multiple of `BLOCK`; best donated.
+        scores: [batch, positions, classes].
         index: which of the batch.
-        rows: [H, h].
-        columns: [W, w].
+        plan: from `resize`.
+        blocks: from `blocks_of`.
         classes: int32 [classes], which score to add to that of each class; None: its own.
 
     Returns:
@@ -109,26 +197,72 @@ def add_resized(
     scores = jax.lax.dynamic_index_in_dim(scores, index, keepdims=False)
 
     def add(block: Array, total: Array) -> Array:
-        first = block * ROWS
-        some = jax.lax.dynamic_slice_in_dim(rows, first, ROWS)
-        new = jnp.einsum("Hh,hwk->Hwk", some, scores, precision="highest")
+        first = block * BLOCK
+        new = resized(scores, plan, first)
         new = new if classes is None else jnp.take(new, classes, axis=-1)
-        new = jnp.einsum("Hwk,Ww->HWk", new, columns, precision="highest")
-        new += jax.lax.dynamic_slice_in_dim(total, first, ROWS)
+        new += jax.lax.dynamic_slice_in_dim(total, first, BLOCK)
         return jax.lax.dynamic_update_slice_in_dim(total, new, first, 0)
 
-    return jax.lax.fori_loop(0, total.shape[0] // ROWS, add, total)
+    return jax.lax.fori_loop(0, blocks, add, total)
 
 
-def mean_label_map(total: Array, *, passes: int, probabilities: bool) -> tuple[Array, Array]:
+def mean_label_map(
+    total: Array, blocks: Array, *, passes: int, probabilities: bool
+) -> tuple[Array, Array]:
     """The label map of a mean, given the sum over the passes.
 
     Args:
-        total: [H, W, classes].
+        total: [pixels, classes].
+        blocks: from `blocks_of`.
         passes: how many scores were added up.
         probabilities: as for `label_maps`.
 
     Returns:
-        The best class, uint8 [H, W], and its probability, float32 [H, W].
+        The best class, uint8 [pixels], and its probability, float32 [pixels].
     """
-    return best_class(total / passes, probabilities=probabilities)
+
+    def best(first: Array) -> tuple[Array, Array]:
+        mean = jax.lax.dynamic_slice_in_dim(total, first, BLOCK) / passes
+        return best_class(mean, probabilities=probabilities)
+
+    return _in_blocks(best, blocks, total.shape[:1])
+
+
+# ---- Windows ------------------------------------------------------------------------------------
+
+
+def resize_matrix(source: int, target: int, rows: int, columns: int) -> np.ndarray:
+    """A bilinear resize matrix inside a larger matrix of zeros.
+
+    Args:
+        source: number of input positions.
+        target: number of output positions.
+        rows: at least `target`.
+        columns: at least `source`.
+
+    Returns:
+        float32 [rows, columns].
+    """
+    matrix = np.zeros((rows, columns), np.float32)
+    matrix[:target, :source] = bilinear_matrix(source, target)
+    return matrix
+
+
+def window_scores(scores: Array, rows: Array, columns: Array, *, softmax: bool) -> Array:
+    """Resizes windows of one size with a matrix per axis.
+
+    Args:
+        scores: [batch, h, w, classes].
+        rows: [H, h].
+        columns: [W, w].
+        softmax: whether probabilities are asked for.
+
+    Returns:
+        [batch, H, W, classes], 0 where rows or columns of the matrices are 0.
+    """
+    scores = jnp.einsum("bhwk,Ww->bhWk", scores, columns, precision="highest")
+    scores = jnp.einsum("bhWk,Hh->bHWk", scores, rows, precision="highest")
+    if not softmax:
+        return scores
+    real = jnp.any(rows > 0, axis=-1)[:, None] & jnp.any(columns > 0, axis=-1)
+    return jnp.where(real[..., None], jax.nn.softmax(scores, axis=-1), 0)

@@ -49,21 +49,28 @@ def cover_counts(windows: list[Window], axis: int, size: int) -> np.ndarray:
     return np.maximum(counts, 1)
 
 
-def accumulate(canvas: Array, scores: Array, starts: Array, active: Array) -> Array:
+def accumulate(canvas: Array, scores: Array, starts: Array, active: Array, width: Array) -> Array:
     """Adds windows to the canvas at their places.
 
     Args:
-        canvas: [height, width, classes].
-        scores: [batch, h, w, classes].
+        canvas: [pixels, classes], an image row by row, and room for one row of a window after it.
+        scores: [batch, h, w, classes]; 0 where a window reaches beyond the image, which it only
+            does where the image is smaller.
         starts: int32 [batch, 2].
         active: bool [batch]; the others are left out.
+        width: int32, that of the image.
     """
+    length = scores.shape[2]
 
     def add(canvas: Array, window: tuple[Array, Array, Array]) -> tuple[Array, None]:
         scores, start, active = window
-        corner = (start[0], start[1], 0)
-        old = jax.lax.dynamic_slice(canvas, corner, scores.shape)
-        new = old + jnp.where(active, scores, 0)
-        return jax.lax.dynamic_update_slice(canvas, new, corner), None
+
+        def add_row(row: Array, canvas: Array) -> Array:
+            first = (start[0] + row) * width + start[1]
+            new = jax.lax.dynamic_slice_in_dim(canvas, first, length)
+            new += jnp.where(active, scores[row], 0)
+            return jax.lax.dynamic_update_slice_in_dim(canvas, new, first, 0)
+
+        return jax.lax.fori_loop(0, scores.shape[0], add_row, canvas), None
 
     return jax.lax.scan(add, canvas, (scores, starts, active))[0]

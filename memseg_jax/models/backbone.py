@@ -12,18 +12,18 @@ class Backbone(nn.Module):
 
     Attributes:
         output_stride: pixels per position of the last map, in each direction.
+        coarsest_stride: the same of the coarsest map inside; sides of padded images are multiples.
         auxiliary_levels: the maps that get an auxiliary head.
         auxiliary_upsampling: whether those heads work at full resolution (ViT).
         normalise_maps: whether each of the four maps goes through a layer normalisation (ViT).
-        supports_extent: whether padded images give the numbers of the exact size.
         remat: whether training computes the inside of every block a second time (`rematerialise`).
     """
 
     output_stride = 8
+    coarsest_stride = 8
     auxiliary_levels = (2,)
     auxiliary_upsampling = False
     normalise_maps = False
-    supports_extent = True
 
     remat: bool = dataclasses.field(default=False, kw_only=True)
 
@@ -33,6 +33,7 @@ class Backbone(nn.Module):
         Args:
             x: normalised images [batch, height, width, 3].
             train: use and update batch statistics.
-            extent: the real part of padded images.
+            extent: the real part of padded images, which are 0 outside of it. What is outside has
+                no influence on the maps, and they are 0 there, too.
         """
         raise NotImplementedError

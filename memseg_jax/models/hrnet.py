@@ -11,7 +11,7 @@ import jax.numpy as jnp
 
 from memseg_jax.models import rematerialise
 from memseg_jax.models.backbone import Backbone
-from memseg_jax.models.layers import Array, ConvNorm, Extent, resize_bilinear, tap
+from memseg_jax.models.layers import Array, ConvNorm, Extent, resize_bilinear, resize_real, tap
 from memseg_jax.models.resnet import BasicBlock, Bottleneck
 
 # Is there a ReLU after the first normalisation of the stem? The ImageNet weights were trained with
@@ -36,38 +36,47 @@ class ExchangeModule(nn.Module):
     remat: bool
 
     @nn.compact
-    def __call__(self, maps: list[Array], *, train: bool) -> list[Array]:
+    def __call__(
+        self, maps: list[Array], *, train: bool, extent: Extent | None = None
+    ) -> list[Array]:
         """Maps and returns one [batch, height, width, channels] per branch, shapes unchanged.
 
         Every branch is half as large (rounded up) as the one before.
         """
+        on = {"train": train, "extent": extent}
         branches = []
         for index, (x, width) in enumerate(zip(maps, self.widths, strict=True)):
             for block in range(BLOCKS):
                 name = f"branch_{index}_{block}"
                 layer = BasicBlock(width, 1, 1, False, self.dtype, name=name)
-                x = rematerialise.call(layer, x, remat=self.remat, train=train, extent=None)
+                x = rematerialise.call(layer, x, remat=self.remat, **on)
             branches.append(x)
         fused = []
         for target in range(len(branches)):
-            total = self._exchange(branches, 0, target, train)
+            total = self._exchange(branches, 0, target, on)
             for source in range(1, len(branches)):
-                total = total + self._exchange(branches, source, target, train)
+                total = total + self._exchange(branches, source, target, on)
             fused.append(nn.relu(total))
         return fused
 
-    def _exchange(self, branches: list[Array], source: int, target: int, train: bool) -> Array:
+    def _exchange(
+        self, branches: list[Array], source: int, target: int, on: dict[str, Any]
+    ) -> Array:
         """Brings branch `source` to the shape of branch `target`; the last step has no ReLU."""
         x, name = branches[source], f"fuse_{target}_{source}"
         kw = {"dtype": self.dtype}
         if source > target:
             width = self.widths[target]
-            x = ConvNorm(width, activation="none", name=name, **kw)(x, train=train)
+            x = ConvNorm(width, activation="none", name=name, **kw)(x, **on)
             # Two interpolations, as in the reference: the first one overshoots where a size was
             # rounded up on the way down, and then the second one is not the identity.
             factor = 2 ** (source - target)
+            size = branches[target].shape[1:3]
+            if on["extent"] is not None:
+                real = on["extent"].real(x.shape[1:3])
+                return resize_real(x, (real, factor * real, on["extent"].real(size)), size)
             x = resize_bilinear(x, (x.shape[1] * factor, x.shape[2] * factor))
-            return resize_bilinear(x, branches[target].shape[1:3])
+            return resize_bilinear(x, size)
         for step in range(target - source):
             last = step == target - source - 1
             x = ConvNorm(
@@ -77,7 +86,7 @@ class ExchangeModule(nn.Module):
                 activation="none" if last else "relu",
                 name=f"{name}_{step}",
                 **kw,
-            )(x, train=train)
+            )(x, **on)
         return x
 
 
@@ -95,9 +104,8 @@ class HRNet(Backbone):
     dtype: Any = jnp.float32
 
     output_stride = 4
+    coarsest_stride = 32
     auxiliary_levels = ()
-    # Interpolating from a coarse branch looks at what lies beyond the end of the image.
-    supports_extent = False
 
     @nn.compact
     def __call__(self, x: Array, *, train: bool, extent: Extent | None = None) -> tuple[Array]:
@@ -106,43 +114,43 @@ class HRNet(Backbone):
         Args:
             x: normalised images [batch, height, width, 3].
             train: use and update batch statistics.
-            extent: must be None; images of this network cannot be padded.
-
-        Raises:
-            ValueError: an extent is given.
+            extent: the real part of padded images.
         """
-        if extent is not None:
-            raise ValueError("HRNet takes images of their own size, without padding (extent)")
-        kw = {"dtype": self.dtype}
+        kw, on = {"dtype": self.dtype}, {"train": train, "extent": extent}
         stem = max(int(64 * self.width), 1)
         widths = [max(int(channels * self.width), 1) for channels in BRANCH_WIDTHS]
-        x = ConvNorm(stem, 3, 2, activation="none", name="conv1", **kw)(x, train=train)
+        x = ConvNorm(stem, 3, 2, activation="none", name="conv1", **kw)(x, **on)
         tap(self, "stem_bn1", x)
         if VARIANTS[self.variant]:
             x = nn.relu(x)
-        x = ConvNorm(stem, 3, 2, name="conv2", **kw)(x, train=train)
+        x = ConvNorm(stem, 3, 2, name="conv2", **kw)(x, **on)
         for index in range(BLOCKS):
             block = Bottleneck(stem, 1, 1, index == 0, self.dtype, name=f"layer1_{index}")
-            x = rematerialise.call(block, x, remat=self.remat, train=train, extent=None)
+            x = rematerialise.call(block, x, remat=self.remat, **on)
         tap(self, "layer1", x)
         # Stage 2 starts two branches from the one map; later stages keep their branches and start
         # one more from the coarsest.
-        maps = [ConvNorm(widths[0], 3, name="transition1_0", **kw)(x, train=train)]
+        maps = [ConvNorm(widths[0], 3, name="transition1_0", **kw)(x, **on)]
         coarsest = x
         for stage, modules in MODULES.items():
             name = f"transition{stage - 1}_{stage - 1}"
             start = ConvNorm(widths[stage - 1], 3, 2, name=name, **kw)
-            maps.append(start(coarsest, train=train))
+            maps.append(start(coarsest, **on))
             for index in range(modules):
                 exchange = ExchangeModule(
                     tuple(widths[:stage]), self.dtype, self.remat, name=f"stage{stage}_{index}"
                 )
-                maps = exchange(maps, train=train)
+                maps = exchange(maps, **on)
             for branch, feature in enumerate(maps):
                 tap(self, f"stage{stage}.{branch}", feature)
             coarsest = maps[-1]
         size = maps[0].shape[1:3]
-        features = jnp.concatenate([resize_bilinear(m, size) for m in maps], axis=-1)
+        if extent is None:
+            coarse = [resize_bilinear(m, size) for m in maps[1:]]
+        else:
+            sizes = [extent.real(m.shape[1:3]) for m in maps]
+            coarse = [resize_real(m, (s, sizes[0]), size) for m, s in zip(maps[1:], sizes[1:])]
+        features = jnp.concatenate([maps[0], *coarse], axis=-1)
         tap(self, "backbone.0", features)
         return (features,)
 

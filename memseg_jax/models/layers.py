@@ -4,7 +4,8 @@ Layout is NHWC, kernels are HWIO. Paddings are explicit and symmetric, never "SA
 differently at stride 2). Parameters and statistics are float32 whatever the compute type.
 """
 
-from collections.abc import Callable
+import itertools
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import flax.linen as nn
@@ -45,21 +46,35 @@ class Extent:
 
     Attributes:
         valid: int32 [batch, 2], height and width of the real image in its upper left corner.
-        padded: height and width of the padded input; multiples of the network's output stride.
+        padded: height and width of the padded input; multiples of the stride of the network's
+            coarsest map.
     """
 
     valid: Array
     padded: tuple[int, int] = struct.field(pytree_node=False)
 
+    def real(self, size: tuple[int, int]) -> Array:
+        """Returns int32 [batch, 2]: height and width of the real part of a map of `size`."""
+        stride = [padded // side for padded, side in zip(self.padded, size)]
+        return -(-self.valid // np.array(stride, np.int32))
+
     def mask(self, x: Array) -> Array:
         """Returns bool [batch, height, width, 1]: where the feature map `x` is real."""
-        inside = []
-        for axis in (0, 1):
-            size = x.shape[1 + axis]
-            stride = self.padded[axis] // size
-            valid = -(-self.valid[:, axis] // stride)
-            inside.append(jnp.arange(size)[None, :] < valid[:, None])
-        return (inside[0][:, :, None] & inside[1][:, None, :])[..., None]
+        height, width = x.shape[1:3]
+        real = self.real((height, width))
+        rows = jnp.arange(height) < real[:, :1]
+        columns = jnp.arange(width) < real[:, 1:]
+        return (rows[:, :, None] & columns[:, None, :])[..., None]
+
+    def whole(self, x: Array) -> "Extent":
+        """The extent with which every real position of the map `x` is real as a whole.
+
+        Positions at the border may stand for pixels beyond the image. A map that is made by
+        repeating positions is real there as well.
+        """
+        stride = [padded // side for padded, side in zip(self.padded, x.shape[1:3])]
+        valid = self.real(x.shape[1:3]) * np.array(stride, np.int32)
+        return self.replace(valid=valid)
 
 
 def apply_extent(x: Array, extent: Extent | None) -> Array:
@@ -304,6 +319,54 @@ def resize_bilinear(x: Array, size: tuple[int, int]) -> Array:
     columns = jnp.asarray(bilinear_matrix(x.shape[2], size[1]), dtype)
     y = jnp.einsum("bhwc,Ww->bhWc", x.astype(dtype), columns, precision="highest")
     return jnp.einsum("bhWc,Hh->bHWc", y, rows, precision="highest").astype(x.dtype)
+
+
+def real_bilinear_matrix(source: Array, target: Array, shape: tuple[int, int]) -> Array:
+    """`bilinear_matrix` between sizes that are known only when the program runs.
+
+    Args:
+        source: int32 [batch], number of real input positions.
+        target: int32 [batch], number of real output positions.
+        shape: number of all output positions and of all input positions.
+
+    Returns:
+        float32 [batch, *shape], zero outside of the real positions.
+    """
+    source, target = source[:, None], target[:, None]
+    row, column = np.arange(shape[0], dtype=np.int32), np.arange(shape[1], dtype=np.int32)
+    # Positions in units of 1 / (2 target): float32 would lose digits of the fraction.
+    position = jnp.maximum((2 * row + 1) * source - target, 0)
+    lower = jnp.minimum(position // (2 * target), source - 1)
+    upper = jnp.minimum(lower + 1, source - 1)
+    fraction = jnp.clip((position - lower * 2 * target) / (2 * target), 0, 1)[..., None]
+    matrix = jnp.where(column == lower[..., None], 1 - fraction, 0)
+    matrix += jnp.where(column == upper[..., None], fraction, 0)
+    return jnp.where((row < target)[..., None], matrix, 0)
+
+
+def resize_real(x: Array, sizes: Sequence[Array], size: tuple[int, int]) -> Array:
+    """`resize_bilinear` of the real parts of padded maps, each with sizes of its own.
+
+    Args:
+        x: [batch, h, w, channels], finite in the padding.
+        sizes: int32 [batch, 2] each: the real height and width of `x`, of what it is resized to,
+            of what that is resized to, and so on.
+        size: height and width of the result, padding included.
+
+    Returns:
+        [batch, *size, channels], zero outside of the last of `sizes`.
+    """
+    dtype = jnp.promote_types(x.dtype, jnp.float32)
+    matrices = []
+    for axis in (0, 1):
+        matrix, columns = None, x.shape[1 + axis]
+        for source, target in itertools.pairwise(sizes):
+            step = real_bilinear_matrix(source[:, axis], target[:, axis], (size[axis], columns))
+            matrix = step if matrix is None else jnp.matmul(step, matrix, precision="highest")
+            columns = size[axis]
+        matrices.append(matrix.astype(dtype))
+    y = jnp.einsum("bhwc,bWw->bhWc", x.astype(dtype), matrices[1], precision="highest")
+    return jnp.einsum("bhWc,bHh->bHWc", y, matrices[0], precision="highest").astype(x.dtype)
 
 
 def tap(module: nn.Module, name: str, value: Array) -> None:

@@ -5,11 +5,14 @@ step, never hidden in a module. It is read in training and in inference, and wri
 only. Paper: Jin et al., "Mining Contextual Information Beyond Image for Semantic Segmentation".
 """
 
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
+from jax import lax
 
 from memseg_jax.models import rematerialise
 from memseg_jax.models.attention import SelfAttention
@@ -19,6 +22,10 @@ COSINE_EPSILON = 1e-8  # lower bound of a norm in a cosine, as in PyTorch
 # A class whose pixels deviate less than this (mean of 1 - cosine) from its row is left alone: the
 # weights (1 - cosine) / sum(1 - cosine) are 0 / 0 there. Float32 cosines are good to about 1e-7.
 PARALLEL = 1e-6
+_INSIDE = "promise_in_bounds"
+
+# Which cells the positions along one axis lie between; see `_cells_around`.
+Between = tuple[np.ndarray, np.ndarray]
 
 
 @jax.custom_vjp
@@ -191,81 +198,202 @@ def update_memory(
     Raises:
         ValueError: the strategy is unknown.
     """
-    return move_memory(memory, memory_sums(memory, features, labels, strategy), momentum)
+    sums = memory_sums_groups(memory, features, labels, groups=1, strategy=strategy)
+    return move_memory(memory, MemorySums(*(x[0] for x in sums)), momentum)
 
 
-def memory_sums(memory: Array, features: Array, labels: Array, strategy: str) -> MemorySums:
-    """The first half of `update_memory`, with its arguments: everything that looks at pixels.
+def memory_sums_groups(
+    memory: Array, features: Array, labels: Array, *, groups: int, strategy: str
+) -> MemorySums:
+    """The first half of `update_memory_groups`: everything that looks at pixels.
 
-    The features are never upsampled. A bilinear value is a sum over at most four cells, so its
-    product with a row follows from the products of the cells with that row, its norm from the
-    products of neighbouring cells, and the sum over pixels from one weight per cell and slot.
+    The features are never upsampled. A bilinear value is a sum over four cells, so its product
+    with a row follows from the products of the cells with that row, its norm from the products of
+    neighbouring cells, and the sum over pixels from one weight per cell and slot.
+
+    Args:
+        memory: [classes, slots, channels].
+        features: [batch, h, w, channels]; batch is a multiple of `groups`.
+        labels: [batch, H, W].
+        groups: number of equal, contiguous parts of the batch.
+        strategy: see `update_memory`.
+
+    Returns:
+        The sums of every group: arrays with a first axis [groups].
+
+    Raises:
+        ValueError: the strategy is unknown.
     """
     if strategy not in ("cosine", "mean"):
         raise ValueError(f"memory update strategy is {strategy!r}; expected 'cosine' or 'mean'")
     classes, slots, _ = memory.shape
-    dtype = memory.dtype
-    batch, height, width = features.shape[:3]
-    features = features.astype(dtype)
+    rows = classes * slots
+    features = features.astype(memory.dtype)
+    # A map of one row or column becomes one of two equal ones: every pixel lies between two cells.
+    margin = [(0, max(2 - side, 0)) for side in features.shape[1:3]]
+    features = jnp.pad(features, ((0, 0), *margin, (0, 0)), mode="edge")
+    between = [_cells_around(n, side) for n, side in zip(features.shape[1:3], labels.shape[1:])]
     labels = labels.astype(jnp.int32)
     valid = (labels >= 0) & (labels < classes)
     label = jnp.where(valid, labels, 0)
 
-    y0, y1, fy = bilinear_taps(height, labels.shape[1])
-    x0, x1, fx = bilinear_taps(width, labels.shape[2])
-    corners = [
-        (y, x, jnp.asarray(wy[:, None] * wx[None, :], dtype))
-        for y, wy in ((y0, 1 - fy), (y1, fy))
-        for x, wx in ((x0, 1 - fx), (x1, fx))
-    ]
+    cosine = _cosines(memory, features, label, between)
+    empty = jnp.all(memory == 0, axis=-1)  # [classes, slots]
+    starts = _take(jnp.any(empty, axis=-1), label)  # is stored for the first time in some slot
+    weight = valid.astype(memory.dtype)
+    if strategy == "cosine":
+        weight *= jnp.where(starts, 1, 1 - jnp.max(cosine, axis=-1))
+    row = label
+    if slots > 1:
+        first_empty = _take(jnp.argmax(empty, axis=-1), label)
+        row = label * slots + jnp.where(starts, first_empty, jnp.argmax(cosine, axis=-1))
 
-    # Cosine of every pixel with every slot of its own class: [batch, H, W, slots].
-    row_norm = jnp.sqrt(jnp.sum(jnp.square(memory), axis=-1))  # [classes, slots]
-    products = jnp.einsum("bhwc,ktc->bhwkt", features, memory, precision="highest")
-    products = products.reshape(batch, height * width * classes, slots)
+    # Weight of every cell in every row's sum: [groups, images, rows, h, w].
+    cell_weight = _spread(weight, row, (rows, *features.shape[1:3]), between)
+    cell_weight, features, row, valid = (
+        x.reshape(groups, -1, *x.shape[1:]) for x in (cell_weight, features, row, valid)
+    )
+    summed = jnp.einsum("gbrhw,gbhwc->grc", cell_weight, features, precision="highest")
+    total = jnp.sum(jnp.sum(cell_weight, axis=(3, 4)), axis=1)
+    counted = jnp.arange(groups)[:, None, None, None] * (rows + 1) + jnp.where(valid, row, rows)
+    count = jnp.zeros(groups * (rows + 1), jnp.int32).at[counted.reshape(-1)].add(1, mode=_INSIDE)
+    count = count.reshape(groups, -1)[:, :rows].astype(memory.dtype)
+    shape = (groups, classes, slots)
+    return MemorySums(summed.reshape(*shape, -1), total.reshape(shape), count.reshape(shape))
 
-    def at_label(y: Any, x: Any) -> Array:
-        cell = jnp.asarray(y[:, None] * width + x[None, :], jnp.int32)
-        index = cell[None] * classes + label
-        return jnp.take_along_axis(
-            products, index.reshape(batch, -1)[..., None], axis=1, mode="clip"
-        ).reshape(*label.shape, slots)
 
-    dot = sum(weight[None, :, :, None] * at_label(y, x) for y, x, weight in corners)
-    pixel_norm = jnp.sqrt(_squared_norm(features, (y0, y1, fy), (x0, x1, fx)))
-    norms = (
-        jnp.maximum(pixel_norm, COSINE_EPSILON)[..., None]
-        * jnp.maximum(row_norm, COSINE_EPSILON)[label]
+def _cells_around(source: int, target: int) -> tuple[np.ndarray, np.ndarray]:
+    """`bilinear_taps` of at least two cells, the second one always after the first.
+
+    Returns:
+        The first cell int [target], below source - 1; the second one's weight float64 [target].
+    """
+    lower, upper, fraction = bilinear_taps(source, target)
+    last = lower == upper
+    return lower - last, np.where(last, 1.0, fraction)
+
+
+def _take(table: Array, index: Array) -> Array:
+    """`table[index]` where every index is known to be inside."""
+    return table.at[index].get(mode=_INSIDE)
+
+
+def _cosines(memory: Array, features: Array, label: Array, between: Sequence[Between]) -> Array:
+    """Cosine of every pixel with every slot of its own class: [batch, H, W, slots]."""
+    (top, down), (left, across) = between
+    classes, slots, _ = memory.shape
+    width = features.shape[2]
+    rows = memory.reshape(classes * slots, -1)
+    products = jnp.einsum("bhwc,rc->bhwr", features, rows, precision="highest")
+    products = products.reshape(len(features), -1, slots)
+    dot = 0
+    for y, share_y in ((top, 1 - down), (top + 1, down)):
+        for x, share_x in ((left, 1 - across), (left + 1, across)):
+            cell = jnp.asarray(y[:, None] * width + x, jnp.int32)
+            share = jnp.asarray(share_y[:, None] * share_x, memory.dtype)
+            dot += share[..., None] * jax.vmap(_take)(products, cell * classes + label)
+    pixel_norm = jnp.sqrt(_squared_norm(features, between))
+    row_norm = jnp.sqrt(jnp.sum(jnp.square(memory), axis=-1))
+    norms = jnp.maximum(pixel_norm, COSINE_EPSILON)[..., None] * _take(
+        jnp.maximum(row_norm, COSINE_EPSILON), label
     )
     # Where cells cancel to nothing, the quotient is rounding noise over almost zero.
-    cosine = jnp.clip(dot / norms, -1, 1)
+    return jnp.clip(dot / norms, -1, 1)
 
-    empty = jnp.all(memory == 0, axis=-1)  # [classes, slots]
-    starts = jnp.any(empty, axis=-1)  # classes that are stored for the first time in some slot
-    first_empty = jnp.argmax(empty, axis=-1)
-    slot = jnp.where(starts[label], first_empty[label], jnp.argmax(cosine, axis=-1))
-    weight = jnp.ones(label.shape, dtype)
-    if strategy == "cosine":
-        own = jnp.take_along_axis(cosine, slot[..., None], axis=-1)[..., 0]
-        weight = jnp.where(starts[label], weight, 1 - own)
-    weight = jnp.where(valid, weight, 0)
 
-    # Sums over pixels: total weight and pixel count per slot, and the weight of every cell.
-    row = (label * slots + slot).reshape(-1)
-    rows = classes * slots
-    total = jnp.zeros((rows,), dtype).at[row].add(weight.reshape(-1))
-    count = jnp.zeros((rows,), dtype).at[row].add(valid.reshape(-1).astype(dtype))
-    image = jnp.arange(batch)[:, None]
-    cell_weight = jnp.zeros((batch, height * width * rows), dtype)
-    for y, x, corner in corners:
-        cell = jnp.asarray(y[:, None] * width + x[None, :], jnp.int32)
-        index = (cell[None] * rows).reshape(1, -1) + row.reshape(batch, -1)
-        cell_weight = cell_weight.at[image, index].add((weight * corner[None]).reshape(batch, -1))
-    cell_weight = cell_weight.reshape(batch, height, width, rows)
-    summed = jnp.einsum("bhwr,bhwc->rc", cell_weight, features, precision="highest")
+def _squared_norm(features: Array, between: Sequence[Between]) -> Array:
+    """Squared norm of the bilinear values: [batch, h, w, channels] -> [batch, H, W].
 
-    total, count = (x.reshape(classes, slots) for x in (total, count))
-    return MemorySums(summed.reshape(memory.shape), total, count)
+    Expands |sum_k a_k f_k|^2 over the four cells: only products of a cell with itself and with
+    its right, lower, lower right and (of the two below and beside it) diagonal neighbours occur.
+    Their weights are products of one factor per axis.
+    """
+    itself, beside, below, diagonal = _neighbour_products(features)
+    (top, down), (left, across) = between
+    dtype = features.dtype
+    squares = np.zeros((features.shape[2], len(left)))
+    squares[left, np.arange(len(left))] = (1 - across) ** 2
+    squares[left + 1, np.arange(len(left))] = across**2
+    crossed = np.zeros_like(squares)
+    crossed[left, np.arange(len(left))] = (1 - across) * across
+
+    def along_rows(x: Array, y: Array) -> Array:
+        weights = jnp.asarray(np.concatenate([squares, crossed]), dtype)
+        return jnp.matmul(jnp.concatenate([x, y], axis=-1), weights, precision="highest")
+
+    same, other = along_rows(itself, 2 * beside), along_rows(below, diagonal)
+    upper, lower, between_rows = (
+        jnp.asarray(x, dtype)[:, None] for x in ((1 - down) ** 2, down**2, 2 * (1 - down) * down)
+    )
+    squared = upper * same[:, top] + lower * same[:, top + 1] + between_rows * other[:, top]
+    return jnp.maximum(squared, 0)
+
+
+def _neighbour_products(features: Array) -> list[Array]:
+    """Inner products of the cells: itself, beside, below, and across and along the diagonal.
+
+    The last is the sum of two, of a cell with its lower right neighbour and of those two that
+    are beside and below it. Where there is no neighbour, the product is 0.
+
+    Args:
+        features: [batch, h, w, channels].
+
+    Returns:
+        Four times [batch, h, w].
+    """
+    margins = [((0, 0), (0, i), (0, j), (0, 0)) for i, j in ((0, 0), (0, 1), (1, 0), (1, 1))]
+    operands = []
+    # Sums over one half of the channels each: on a CPU, additions have to wait for each other.
+    channels = features.shape[-1]
+    for x in jnp.split(features, 2 if channels % 2 == 0 else 1, axis=-1):
+        products = (
+            x * x,
+            x[:, :, :-1] * x[:, :, 1:],
+            x[:, :-1] * x[:, 1:],
+            x[:, :-1, :-1] * x[:, 1:, 1:] + x[:, :-1, 1:] * x[:, 1:, :-1],
+        )
+        operands += map(jnp.pad, products, margins)
+    # All in one pass: one by one, XLA would make shifted copies of the features first.
+    zeros = [jnp.zeros((), features.dtype)] * len(operands)
+    sums = lax.reduce(operands, zeros, lambda a, b: [x + y for x, y in zip(a, b)], (3,))
+    return [sum(sums[i::4]) for i in range(4)]
+
+
+def _spread(
+    weight: Array, row: Array, shape: tuple[int, int, int], between: Sequence[Between]
+) -> Array:
+    """Adds every pixel's weight to its four cells: the transpose of a bilinear resize, by row.
+
+    Args:
+        weight: [batch, H, W].
+        row: int32 [batch, H, W], what the pixel belongs to.
+        shape: number of rows, and h and w of the cells.
+        between: cells around the pixels, per axis.
+
+    Returns:
+        [batch, rows, h, w].
+    """
+    (top, down), (left, across) = between
+    shares = [jnp.asarray(np.stack([1 - x, x], axis=-1), weight.dtype) for x in (down, across)]
+    windows = jnp.einsum("byx,yi,xj->byxij", weight, *shares)
+    dimensions = lax.ScatterDimensionNumbers(
+        update_window_dims=(1, 2),
+        inserted_window_dims=(0,),
+        scatter_dims_to_operand_dims=(0, 1, 2),
+    )
+
+    def of_image(windows: Array, row: Array) -> Array:
+        corner = [jnp.broadcast_to(x, row.shape) for x in (top[:, None], left)]
+        index = jnp.stack([row, *corner], axis=-1).astype(jnp.int32)
+        return lax.scatter_add(
+            jnp.zeros(shape, weight.dtype),
+            index.reshape(-1, 3),
+            windows.reshape(-1, 2, 2),
+            dimensions,
+            mode=_INSIDE,
+        )
+
+    return jax.vmap(of_image)(windows, row)
 
 
 def move_memory(memory: Array, sums: MemorySums, momentum: Array) -> Array:
@@ -283,49 +411,6 @@ def move_memory(memory: Array, sums: MemorySums, momentum: Array) -> Array:
     return jnp.where(
         present[:, None, None], jnp.where(starts[:, None, None], stored, moved), memory
     )
-
-
-def _squared_norm(features: Array, rows: tuple, columns: tuple) -> Array:
-    """Squared norm of the bilinear values: [batch, h, w, channels] -> [batch, H, W].
-
-    Expands |sum_k a_k f_k|^2 over the four cells: only products of a cell with itself and with
-    its right, lower, lower right and (of the two below and beside it) diagonal neighbours occur.
-    """
-    (y0, y1, fy), (x0, x1, fx) = rows, columns
-    dtype = features.dtype
-    right = jnp.concatenate([features[:, :, 1:], features[:, :, -1:]], axis=2)
-    lower = jnp.concatenate([features[:, 1:], features[:, -1:]], axis=1)
-    lower_right = jnp.concatenate([right[:, 1:], right[:, -1:]], axis=1)
-
-    def product(a: Array, b: Array) -> Array:
-        return jnp.sum(a * b, axis=-1)
-
-    def at(x: Array, y: Any, column: Any) -> Array:
-        return x[:, y][:, :, column]
-
-    itself = product(features, features)
-    beside = product(features, right)
-    below = product(features, lower)
-    down = product(features, lower_right)
-    up = product(right, lower)
-    a, b = (jnp.asarray(v, dtype)[None, :, None] for v in (1 - fy, fy))
-    c, d = (jnp.asarray(v, dtype)[None, None, :] for v in (1 - fx, fx))
-    squared = (
-        (a * c) ** 2 * at(itself, y0, x0)
-        + (a * d) ** 2 * at(itself, y0, x1)
-        + (b * c) ** 2 * at(itself, y1, x0)
-        + (b * d) ** 2 * at(itself, y1, x1)
-    )
-    crossed = (
-        (a * a * c * d) * at(beside, y0, x0)
-        + (b * b * c * d) * at(beside, y1, x0)
-        + (a * b * c * c) * at(below, y0, x0)
-        + (a * b * d * d) * at(below, y0, x1)
-        + (a * b * c * d) * (at(down, y0, x0) + at(up, y0, x0))
-    )
-    # At the last row or column a "neighbour" is the cell itself, and its weight there is 0 or
-    # completes the square: the expansion stays exact.
-    return jnp.maximum(squared + 2 * crossed, 0)
 
 
 def update_memory_groups(
@@ -356,19 +441,6 @@ def update_memory_groups(
     """
     sums = memory_sums_groups(memory, features, labels, groups=groups, strategy=strategy)
     return move_memory_groups(memory, sums, momentum)
-
-
-def memory_sums_groups(
-    memory: Array, features: Array, labels: Array, *, groups: int, strategy: str
-) -> MemorySums:
-    """`memory_sums` of every group: arrays with a first axis [groups]."""
-
-    def split(x: Array) -> Array:
-        return x.reshape(groups, x.shape[0] // groups, *x.shape[1:])
-
-    return jax.vmap(lambda f, y: memory_sums(memory, f, y, strategy))(
-        split(features), split(labels)
-    )
 
 
 def move_memory_groups(memory: Array, sums: MemorySums, momentum: Array) -> tuple[Array, Array]:

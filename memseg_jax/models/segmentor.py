@@ -2,6 +2,7 @@
 
 import functools
 import importlib
+import math
 import pkgutil
 from typing import Any
 
@@ -62,6 +63,8 @@ class UpsamplingDecoder(nn.Module):
     @nn.compact
     def __call__(self, x: Array, *, train: bool, extent: Extent | None = None) -> Array:
         """[batch, h, w, channels] -> float32 logits [batch, 16 h, 16 w, classes]."""
+        if extent is not None:
+            extent = extent.whole(x)
         for index in (0, 1):
             x = ConvNorm(
                 self.features,
@@ -103,6 +106,11 @@ class Segmentor(nn.Module):
     def output_stride(self) -> int:
         """Pixels of the input per position of the logits, in each direction."""
         return self.backbone.output_stride * self.downsample
+
+    @property
+    def coarsest_stride(self) -> int:
+        """Sides of padded images are multiples of this, so that every map inside has whole ones."""
+        return math.lcm(self.backbone.coarsest_stride, self.output_stride)
 
     def setup(self) -> None:
         """Names the parts as the PyTorch reference does, where it has them."""
@@ -181,7 +189,7 @@ class Segmentor(nn.Module):
         maps = self.backbone(apply_extent(images, extent), **on)
         on["remat"] = self.remat
         if self.backbone.normalise_maps:
-            maps = [norm(x) for norm, x in zip(self.norm_layers, maps)]
+            maps = [apply_extent(norm(x), extent) for norm, x in zip(self.norm_layers, maps)]
             for index, x in enumerate(maps):
                 tap(self, f"norm_layers.{index}", x.reshape(x.shape[0], -1, x.shape[-1]))
         if self.downsample > 1:

@@ -4,6 +4,7 @@ from typing import Any
 
 import flax.linen as nn
 import jax.numpy as jnp
+import numpy as np
 
 from memseg_jax.models import rematerialise
 from memseg_jax.models.attention import attend
@@ -13,6 +14,8 @@ from memseg_jax.models.layers import (
     Extent,
     LayerNorm,
     Linear,
+    apply_extent,
+    real_bilinear_matrix,
     resize_bilinear,
     tap,
     torch_uniform,
@@ -59,8 +62,14 @@ class Block(nn.Module):
     dtype: Any
 
     @nn.compact
-    def __call__(self, x: Array, *, train: bool) -> Array:
-        """[batch, tokens, channels] -> [batch, tokens, channels]; training makes no difference."""
+    def __call__(self, x: Array, *, train: bool, mask: Array | None = None) -> Array:
+        """Returns [batch, tokens, channels].
+
+        Args:
+            x: [batch, tokens, channels].
+            train: makes no difference.
+            mask: bool [batch, tokens], the tokens that the others see; None: all.
+        """
         del train
         batch, tokens, channels = x.shape
         heads = channels // HEAD_CHANNELS
@@ -68,7 +77,8 @@ class Block(nn.Module):
         # Heads do not see each other: to the attention they are images of their own.
         qkv = qkv.reshape(batch, tokens, 3, heads, HEAD_CHANNELS).transpose(2, 0, 3, 1, 4)
         query, key, value = qkv.reshape(3, batch * heads, tokens, HEAD_CHANNELS)
-        gathered = attend(query, key, value).reshape(batch, heads, tokens, HEAD_CHANNELS)
+        mask = None if mask is None else jnp.repeat(mask, heads, axis=0)
+        gathered = attend(query, key, value, mask).reshape(batch, heads, tokens, HEAD_CHANNELS)
         gathered = gathered.transpose(0, 2, 1, 3).reshape(batch, tokens, channels)
         x = x + Linear(channels, self.dtype, name="out_proj")(gathered)
         y = Linear(4 * channels, self.dtype, name="ffn_0")(LayerNorm(self.dtype, name="ln2")(x))
@@ -98,6 +108,35 @@ def fit_positions(table: Array, grid: tuple[int, int]) -> Array:
     return jnp.concatenate([table[:, :1], resized], axis=1)
 
 
+def fit_positions_to_real(table: Array, extent: Extent, grid: tuple[int, int]) -> Array:
+    """`fit_positions` for padded images whose sizes are known only when the program runs.
+
+    Args:
+        table: as for `fit_positions`.
+        extent: the real part of the images.
+        grid: tokens along height and width, padding included.
+
+    Returns:
+        [batch, 1 + height * width, channels]; of any value at the padding's tokens.
+    """
+    side = int((table.shape[1] - 1) ** 0.5)
+    real = extent.real(grid)
+    sides = jnp.full_like(real, side)
+    rows, columns = (
+        real_bilinear_matrix(sides[:, axis], real[:, axis], (grid[axis], side)) for axis in (0, 1)
+    )
+    square = table[0, 1:].reshape(side, side, -1)
+    resized = jnp.einsum("yxc,bXx->byXc", square, columns, precision="highest")
+    resized = jnp.einsum("byXc,bYy->bYXc", resized, rows, precision="highest")
+    # As many tokens as the table has: the table as it is, counted along the real rows.
+    place = np.arange(grid[0])[:, None] * real[:, 1, None, None] + np.arange(grid[1])
+    as_it_is = jnp.take(table[0, 1:], place, axis=0, mode="clip")
+    equal = (real[:, 0] * real[:, 1] == side * side)[:, None, None, None]
+    fitted = jnp.where(equal, as_it_is, resized).reshape(len(real), grid[0] * grid[1], -1)
+    first = jnp.broadcast_to(table[:, :1], (len(real), 1, table.shape[-1]))
+    return jnp.concatenate([first, fitted], axis=1)
+
+
 class ViT(Backbone):
     """Vision transformer without a final normalisation.
 
@@ -114,10 +153,10 @@ class ViT(Backbone):
     outputs: tuple[int, ...] = (9, 14, 19, 23)
 
     output_stride = PATCH
+    coarsest_stride = PATCH
     auxiliary_levels = (0, 1, 2)  # the maps that get an auxiliary head
     auxiliary_upsampling = True  # these heads enlarge their features by 4, twice
     normalise_maps = True  # the segmentor puts a LayerNorm on every map
-    supports_extent = False  # every token sees all others, those of the padding too
 
     @nn.compact
     def __call__(self, x: Array, *, train: bool, extent: Extent | None = None) -> tuple[Array, ...]:
@@ -127,19 +166,21 @@ class ViT(Backbone):
             x: normalised images [batch, height, width, 3]; sides that are no multiples of 16 are
                 continued by zeros at the bottom and at the right.
             train: makes no difference here: there is no dropout and no batch statistic.
-            extent: has to be None.
+            extent: the real part of padded images.
 
         Returns:
             Maps [batch, ceil(height / 16), ceil(width / 16), channels].
         """
-        if extent is not None:
-            raise ValueError("ViT cannot leave out the padding of padded images; extent was given")
         channels = max(round(CHANNELS * self.width / HEAD_CHANNELS), 1) * HEAD_CHANNELS
         bottom, right = (-size % PATCH for size in x.shape[1:3])
         x = jnp.pad(x, ((0, 0), (0, bottom), (0, right), (0, 0)))
         x = PatchProjection(channels, self.dtype, name="patch_projection")(x)
         tap(self, "patch_embed", x)
         batch, *grid, _ = x.shape
+        mask = None
+        if extent is not None:
+            seen = extent.mask(x).reshape(batch, -1)
+            mask = jnp.concatenate([jnp.ones((batch, 1), bool), seen], axis=1)
 
         zeros = nn.initializers.zeros
         first = self.param("cls_token", zeros, (1, 1, channels))
@@ -147,18 +188,21 @@ class ViT(Backbone):
         first = jnp.broadcast_to(first, (batch, 1, channels))
         # In float32: the gradients of token and positions are sums over the batch.
         x = x.astype(jnp.promote_types(self.dtype, jnp.float32)).reshape(batch, -1, channels)
-        x = jnp.concatenate([first, x], axis=1) + fit_positions(table, tuple(grid))
-        x = x.astype(self.dtype)
+        if extent is None:
+            positions = fit_positions(table, tuple(grid))
+        else:
+            positions = fit_positions_to_real(table, extent, tuple(grid))
+        x = (jnp.concatenate([first, x], axis=1) + positions).astype(self.dtype)
         tap(self, "tokens_plus_pos", x)
 
         maps = []
         for index in range(self.outputs[-1] + 1):
             block = Block(self.dtype, name=f"layers_{index}")
-            x = rematerialise.call(block, x, remat=self.remat, train=train)
+            x = rematerialise.call(block, x, remat=self.remat, train=train, mask=mask)
             if index == 0:
                 tap(self, "layer0", x)
             if index in self.outputs:
-                maps.append(x[:, 1:].reshape(batch, *grid, channels))
+                maps.append(apply_extent(x[:, 1:].reshape(batch, *grid, channels), extent))
                 tap(self, f"backbone.{len(maps) - 1}", maps[-1])
         return tuple(maps)
 

@@ -1,5 +1,6 @@
 """Every form of a convolution and of its gradients against XLA's own; what a program contains."""
 
+import functools
 import re
 
 import jax
@@ -162,6 +163,78 @@ def test_form_of_the_convolution(platform, dilation, groups, convolutions, produ
     assert text.count("stablehlo.dot_general") == products
 
 
+@settings(max_examples=3, deadline=None)
+@given(
+    height=st.integers(1, 15),
+    width=st.integers(1, 15),
+    dilation=st.integers(1, 3),
+    groups=st.integers(1, 2),
+)
+@example(height=1, width=2, dilation=1, groups=1)
+@example(height=15, width=14, dilation=2, groups=2)
+def test_tiles_equal_xla(height, width, dilation, groups):
+    geometry = Geometry(1, dilation, groups)
+    tiles = functools.partial(
+        convolution.convolve_by_group, geometry=geometry, form=convolution.convolve_by_tiles
+    )
+    with jax.enable_x64(True):
+        x, kernel, dy = random_case(height, width, (3, 3), geometry, jnp.float64)
+
+        def by_tiles(x, kernel, dy):
+            y, pull_back = jax.vjp(tiles, x, kernel)
+            return y, *pull_back(dy)
+
+        expected, actual = fast_jit(
+            lambda *case: (plain_results(*case, geometry), by_tiles(*case))
+        )(x, kernel, dy)
+        for ours, theirs in zip(actual, expected, strict=True):
+            np.testing.assert_allclose(ours, theirs, atol=1e-12)
+
+
+MANY = convolution.CHANNELS_TO_TILE
+
+
+@pytest.mark.parametrize("geometry", [Geometry(dilation=2), Geometry(groups=2)])
+def test_many_channels_go_by_tiles(geometry):
+    """The results of `convolve` are those of float64 to float32 rounding."""
+    case = random_case(13, 14, (3, 3), geometry, jnp.float32, channels=(MANY, MANY + 1))
+    ours = jax.jit(our_results, static_argnums=3)(*case, geometry)
+    plain = plain_results(*case, geometry)
+    with jax.enable_x64(True):
+        exact = plain_results(*(jnp.asarray(x, jnp.float64) for x in case), geometry)
+        for mine, xla, true in zip(ours, plain, exact, strict=True):
+            assert mine.dtype == jnp.float32
+            error, usual = (float(jnp.abs(x - true).max() / true.std()) for x in (mine, xla))
+            assert error < 8 * usual
+            assert error < 1e-5
+
+
+@pytest.mark.parametrize(
+    ("platform", "dtype", "channels", "stride", "products"),
+    [
+        ("cpu", jnp.float32, (MANY, MANY), 1, 16),
+        ("cpu", jnp.float32, (MANY, MANY - 1), 1, 0),
+        ("cpu", jnp.float32, (MANY, MANY), 2, 0),
+        ("cpu", jnp.bfloat16, (MANY, MANY), 1, 0),
+        ("cuda", jnp.float32, (MANY, MANY), 1, 0),
+        ("tpu", jnp.float32, (MANY, MANY), 1, 0),
+    ],
+)
+def test_where_tiles_are_used(platform, dtype, channels, stride, products):
+    geometry = Geometry(stride)
+    x, kernel, _ = random_case(8, 8, (3, 3), geometry, dtype, channels=channels)
+    traced = jax.jit(lambda x, kernel: convolve(x, kernel, stride=stride)).trace(x, kernel)
+    text = traced.lower(lowering_platforms=(platform,)).as_text()
+    assert text.count("stablehlo.dot_general") == products
+    assert text.count("stablehlo.convolution") == (0 if products else 1)
+
+
+def test_tiles_of_very_large_inputs_are_not_made(monkeypatch):
+    case = random_case(8, 8, (3, 3), Geometry(), jnp.float32, channels=(MANY, MANY))
+    monkeypatch.setattr(convolution, "LARGEST_INPUT_TO_TILE", case[0].size - 1)
+    assert "dot_general" not in str(jax.make_jaxpr(convolve)(*case[:2]))
+
+
 @settings(max_examples=15, deadline=None)
 @given(st.integers(1, 7), st.integers(1, 7), st.integers(1, 3))
 def test_one_position_is_a_matrix_product(height, width, stride):
@@ -198,11 +271,14 @@ def test_taps_outside_of_the_map_cost_nothing(size, dilation, window):
 
 
 @pytest.mark.parametrize("geometry", [Geometry(dilation=2), Geometry(dilation=3, groups=2)])
-@pytest.mark.parametrize("platform_form", ["cpu", *range(len(FORMS))])
-def test_batch_split_over_devices(geometry, platform_form):
+@pytest.mark.parametrize("platform_form", ["cpu", "tiles", *range(len(FORMS))])
+def test_batch_split_over_devices(geometry, platform_form, monkeypatch):
     """The same numbers, and no device collects what belongs to another one."""
     case = random_case(7, 6, (3, 3), geometry, jnp.float32, batch=8)
-    if platform_form == "cpu":
+    if platform_form in ("cpu", "tiles"):
+        if platform_form == "tiles":
+            monkeypatch.setattr(convolution, "CHANNELS_TO_TILE", 1)
+            monkeypatch.setattr(convolution, "DILATIONS_PER_MAP_TO_SHIFT", 0)
         step = lambda x, kernel, dy: our_results(x, kernel, dy, geometry)  # noqa: E731
     else:
         form = FORMS[platform_form]

@@ -121,9 +121,17 @@ def test_every_parameter_gets_a_gradient_and_every_statistic_moves():
         assert np.any(value != old[path]), path
 
 
-def test_padded_images_are_refused():
-    model, _ = small_backbone("hrnetv2w48")
-    assert not model.supports_extent
-    extent = Extent(jnp.array([[50, 60]]), (64, 64))
-    with pytest.raises(ValueError, match="padding"):
-        abstract(model, jnp.zeros((1, 64, 64, 3)), extent=extent)
+@pytest.mark.slow
+def test_padding_changes_no_number_of_the_whole_backbone():
+    model, variables = small_backbone("hrnetv2w48_relu")
+    forward = fast_jit(functools.partial(model.apply, train=False))
+    image = draw_images(1, 41, 77)
+    padded = np.zeros((1, 64, 96, 3), np.float32)
+    padded[:, :41, :77] = image
+    (alone,) = forward(variables, image)
+    extent = Extent(jnp.array([[41, 77]]), (64, 96))
+    (together,) = forward(variables, padded, extent=extent)
+    limit = 1e-5 * np.std(alone)
+    np.testing.assert_allclose(together[:, :11, :20], alone, rtol=0, atol=limit)
+    assert not np.asarray(together)[:, 11:].any()
+    assert not np.asarray(together)[:, :, 20:].any()

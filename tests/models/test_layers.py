@@ -1,5 +1,6 @@
 """Layers against independent formulas: resize, convolution, normalisation, pooling, padding."""
 
+import itertools
 import math
 
 import flax.linen as nn
@@ -7,6 +8,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from memseg_jax.models.aspp import ASPP
 from memseg_jax.models.attention import SelfAttention
@@ -19,9 +22,12 @@ from memseg_jax.models.layers import (
     activation,
     apply_extent,
     bilinear_matrix,
+    bilinear_taps,
     convolve,
     max_pool,
+    real_bilinear_matrix,
     resize_bilinear,
+    resize_real,
     spatial_mean,
 )
 from tests.small_models import fast_jit, random_tree
@@ -334,6 +340,40 @@ def test_padding_changes_no_number():
             together[index, :height, :width], alone[0], atol=2e-6, err_msg=str(sizes[index])
         )
     np.testing.assert_array_equal(np.where(mask, 0, together), 0)
+
+
+@settings(deadline=None, max_examples=60)
+@given(
+    st.lists(st.tuples(st.integers(1, 12), st.integers(1, 12)), min_size=2, max_size=4),
+    st.integers(0, 9),
+)
+def test_resize_of_the_real_part(chain, seed):
+    """Any number of resizes, one after the other, of one map among others in its batch."""
+    x = np.random.default_rng(seed).standard_normal((1, *chain[0], 2)).astype(np.float32)
+    padded = np.full((2, 12, 12, 2), 7.0, np.float32)
+    padded[:1, : chain[0][0], : chain[0][1]] = x
+    sizes = [jnp.array([size, (12, 12)]) for size in chain]
+    found = resize_real(jnp.asarray(padded), sizes, (12, 12))
+    for source, target in itertools.pairwise(chain):
+        rows, columns = (bilinear_matrix(*pair) for pair in zip(source, target))
+        x = np.einsum("bhwc,Hh,Ww->bHWc", x, rows, columns)
+    height, width = chain[-1]
+    np.testing.assert_allclose(found[0, :height, :width], x[0], atol=1e-5)
+    np.testing.assert_allclose(found[1], padded[1], atol=1e-6)
+    assert not np.asarray(found)[0, height:].any()
+    assert not np.asarray(found)[0, :, width:].any()
+
+
+@settings(deadline=None, max_examples=40)
+@given(st.integers(1, 5000), st.integers(1, 5000))
+def test_fractions_of_long_sides_are_exact(source, target):
+    lower, upper, fraction = bilinear_taps(source, target)
+    matrix = np.asarray(
+        real_bilinear_matrix(jnp.array([source]), jnp.array([target]), (5000, 1))[0, :, 0]
+    )
+    expected = np.where(lower == 0, 1 - fraction, 0) + np.where(upper == 0, fraction, 0)
+    np.testing.assert_allclose(matrix[:target], expected, atol=1e-6)
+    assert not matrix[target:].any()
 
 
 def test_padding_of_an_exact_size_is_the_plain_network():

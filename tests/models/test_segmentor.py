@@ -9,8 +9,10 @@ import pytest
 
 from converters import names
 from memseg_jax.errors import UserError
+from memseg_jax.models import hrnet
 from memseg_jax.models.layers import Extent
 from memseg_jax.models.segmentor import Segmentor, build_backbone, build_segmentor
+from memseg_jax.models.vit import ViT
 from memseg_jax.state import abstract_variables
 from tests.reference_models import reference_config
 from tests.small_models import fast_jit, random_variables, small_config
@@ -274,19 +276,24 @@ def test_rows_go_through_the_second_decoder():
 
 # ---- padded images ---------------------------------------------------------------------------
 
-PADDED = (48, 64)
+PADDED = (64, 96)
 
 
 def padded_batch(images):
-    batch = np.zeros((len(images), *PADDED, 3), np.float32)
+    batch = np.full((len(images), *PADDED, 3), np.nan, np.float32)
     for index, image in enumerate(images):
         batch[index, : image.shape[1], : image.shape[2]] = image[0]
     sizes = np.array([image.shape[1:3] for image in images], np.int32)
     return batch, Extent(jnp.asarray(sizes), PADDED)
 
 
-def assert_padding_changes_nothing(model, sizes):
-    variables = random_variables(model, 1)
+def assert_padding_changes_nothing(model, sizes, gain=1):
+    assert not any(side % model.coarsest_stride for side in PADDED)
+    flat = names.flatten(random_variables(model, 1))
+    for path in flat:  # branches of HRNet add up
+        if path.startswith("params/backbone") and path.endswith("norm/scale"):
+            flat[path] = flat[path] * np.float32(gain)
+    variables = names.unflatten(flat)
 
     def run(variables, images, extent=None):
         out = model.apply(rest_of(variables), images, variables["memory"], extent=extent)
@@ -322,6 +329,26 @@ def test_padding_changes_no_number_with_other_settings():
 
 def test_padding_changes_no_number_of_the_baseline():
     assert_padding_changes_nothing(small_model(enabled=False), [(41, 15)])
+
+
+@pytest.mark.parametrize("downsample", [1, pytest.param(2, marks=pytest.mark.slow)])
+def test_padding_changes_no_number_of_hrnet(downsample, monkeypatch):
+    monkeypatch.setattr(hrnet, "MODULES", {2: 1, 3: 1, 4: 1})
+    monkeypatch.setattr(hrnet, "BLOCKS", 1)
+    config = small_config()
+    config.model.backbone = "hrnetv2w48" if downsample == 1 else "hrnetv2w48_relu"
+    config.model.backbone_width = 1 / 24
+    config.model.auxiliary = False
+    config.model.downsample = downsample
+    # An odd size at each of the four branches, then one with one position in the coarsest.
+    assert_padding_changes_nothing(build_segmentor(config), [(41, 77), (30, 3)], 0.5)
+
+
+def test_padding_changes_no_number_of_a_vision_transformer():
+    backbone = ViT(grid=2, width=1 / 16, outputs=(0, 1, 2, 3))
+    # The table is resized; used as it is; used as it is in rows of another length.
+    sizes = [(33, 47), (32, 30), (15, 64)]
+    assert_padding_changes_nothing(small_model().clone(backbone=backbone), sizes)
 
 
 # ---- names -----------------------------------------------------------------------------------

@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 
 from converters import names
-from memseg_jax.models.layers import LayerNorm, resize_bilinear
-from memseg_jax.models.vit import VARIANTS, ViT, build, fit_positions
+from memseg_jax.models.layers import Extent, LayerNorm, resize_bilinear
+from memseg_jax.models.vit import VARIANTS, ViT, build, fit_positions, fit_positions_to_real
 
 
 def abstract_params(model):
@@ -172,10 +172,17 @@ def test_bfloat16_is_near_float32():
     assert float(jnp.abs(rough.astype(jnp.float32) - exact).mean()) < 0.05 * float(exact.std())
 
 
-def test_extent_is_refused():
-    with pytest.raises(ValueError, match="extent"):
-        small().apply({"params": small_params()}, images_of(1, 16, 16), train=False, extent=0)
-    assert not build("vitlarge").supports_extent
+@pytest.mark.parametrize("grid", [(7, 9), (4, 4), (2, 8), (1, 16), (16, 1), (1, 1), (12, 16)])
+def test_positions_of_padded_images_are_those_of_the_real_size(grid):
+    table = jnp.asarray(images_of(1, 1 + 4 * 4))
+    canvas = (16, 16)
+    sizes = jnp.array([[16 * grid[0] - 5, 16 * grid[1]], [256, 256]])
+    found = fit_positions_to_real(table, Extent(sizes, (256, 256)), canvas)
+    expected = fit_positions(table, grid)
+    real = found[0, 1:].reshape(*canvas, 3)[: grid[0], : grid[1]]
+    np.testing.assert_allclose(real.reshape(-1, 3), expected[0, 1:], atol=1e-6)
+    np.testing.assert_array_equal(found[:, 0], jnp.broadcast_to(table[:, 0], (2, 3)))
+    np.testing.assert_allclose(found[1], fit_positions(table, canvas)[0], atol=1e-6)
 
 
 @pytest.mark.parametrize(("mean", "std"), [(1000, 10), (0, 1), (0, 1e-3)])

@@ -1,0 +1,160 @@
+"""Single convolutions of the models: ours, XLA's own form, PyTorch; forward and both gradients.
+
+python -m benchmarks.convolutions
+python -m benchmarks.convolutions --crop 256x256 --batch 2 --only "3x3 512 -> 512" --all
+
+`gpu_programs` shows what the forms compile to on a GPU, without one.
+"""
+
+import functools
+import json
+import sys
+from collections.abc import Callable, Iterator, Sequence
+
+import jax
+import numpy as np
+import torch
+import torch.nn.functional as F
+
+from benchmarks import measure
+from benchmarks.shapes import GROUPED, RESNET50, Shape
+from converters import command_line
+from memseg_jax.errors import UserError
+from memseg_jax.models import convolution
+
+FLAGS = {
+    "crop": "height x width of the images (default: 512x512)",
+    "batch": "images (default: 1)",
+    "dtype": "float32 or bfloat16 (default: float32)",
+    "only": "convolutions whose name in the table contains this (default: all)",
+    "pass": "forward, input, filter, or all (default: all)",
+    "all": (False, "every form that the convolution has, besides the one in use"),
+}
+PASSES = ("forward", "input", "filter")
+OURS, XLA = "in use", "XLA's own"
+
+
+def main(argv: Sequence[str]) -> int:
+    """Prints a Markdown table of processor times; returns the exit status."""
+    values = measure.parse(argv, FLAGS, __doc__)
+    crop = measure.numbers("crop", values.crop, (512, 512), "x")
+    batch = measure.number("batch", values.batch, 1)
+    dtype = measure.data_type(values.dtype, "float32")
+    chosen = getattr(values, "pass") or "all"
+    if chosen not in (*PASSES, "all"):
+        raise UserError(f"--pass {chosen}: expected {', '.join(PASSES)} or all")
+    shapes = [shape for shape in RESNET50 + GROUPED if (values.only or "") in shape.name]
+    if not shapes:
+        raise UserError(f"--only {values.only}: no name contains it, such as {RESNET50[-1].name}")
+    device = measure.torch_device()
+    cases = [(s, kind) for s in shapes for kind in PASSES if chosen in (kind, "all")]
+    print(f"\n{batch} x {crop[0]}x{crop[1]} pixels, {dtype}: core-ms (ms) of a call\n")
+    print("| convolution, map | pass | in use | XLA's own | PyTorch | other forms |")
+    print("|---|---|---|---|---|---|")
+    rows = []
+    for shape, kind in cases:
+        candidates = list(_candidates(shape, kind, crop, batch, dtype, values.all, device))
+        results = measure.compare(candidates, values.seconds / len(cases))
+        times = {
+            x["name"]: f"{1e3 * x['core_seconds']:.3g} ({1e3 * x['seconds']:.3g})" for x in results
+        }
+        known = [times.pop(name, "") for name in (OURS, XLA, "PyTorch")]
+        others = ", ".join(f"{name} {time}" for name, time in times.items())
+        print(f"| {shape.name} | {kind} | {' | '.join(known)} | {others} |", flush=True)
+        rows.append({"convolution": shape.name, "pass": kind, "results": results})
+    print()
+    facts = {"benchmark": "convolutions", "crop": crop, "batch": batch, "dtype": dtype}
+    print(json.dumps(facts | measure.machine() | {"rows": rows}), flush=True)
+    return 0
+
+
+def _forms(shape: Shape, size: Sequence[int], every: bool) -> dict[str, Callable]:
+    """Functions of (x, kernel, geometry) by name, for a map of that height and width."""
+
+    def ours(x: jax.Array, kernel: jax.Array, geometry: convolution.Geometry) -> jax.Array:
+        g = geometry
+        return convolution.convolve(
+            x, kernel, stride=g.stride, dilation=g.dilation, groups=g.groups
+        )
+
+    forms = {OURS: ours, XLA: convolution.convolve_plainly}
+    if not every or shape.geometry.dilation >= min(size):  # `convolve` cuts such kernels first
+        return forms
+    by_group = functools.partial(functools.partial, convolution.convolve_by_group)
+    if shape.geometry.groups > 1:
+        forms["group by group"] = by_group(form=convolution.convolve_plainly)
+    if shape.window == 1:
+        forms["matrix product"] = by_group(form=convolution.convolve_positions)
+    elif shape.geometry.stride == 1:
+        forms["shifts"] = by_group(form=convolution.convolve_by_shifts)
+        forms["tiles"] = by_group(form=convolution.convolve_by_tiles)
+    return forms
+
+
+def _candidates(
+    shape: Shape,
+    kind: str,
+    crop: Sequence[int],
+    batch: int,
+    dtype: str,
+    every: bool,
+    device: torch.device | None,
+) -> Iterator[measure.Candidate]:
+    rng = np.random.default_rng(0)
+    geometry = shape.geometry
+    size = [-(-side // shape.reduction) for side in crop]
+    result_size = [-(-side // geometry.stride) for side in size]
+    arrays = [
+        rng.standard_normal(sizes, np.float32)
+        for sizes in (
+            (batch, *size, shape.inside),
+            (shape.window, shape.window, shape.inside // geometry.groups, shape.outside),
+            (batch, *result_size, shape.outside),
+        )
+    ]
+    x, kernel, dy = (jax.device_put(array).astype(dtype) for array in arrays)
+    for name, form in _forms(shape, size, every).items():
+        run, held = measure.compiled(_program(form, kind, geometry), x, kernel, dy)
+        call = lambda run=run: jax.block_until_ready(run(x, kernel, dy))  # noqa: E731
+        yield measure.Candidate(name, call, held)
+    if every and kind == "filter" and geometry.dilation > 1:
+        window = kernel.shape[:2]
+        run, held = measure.compiled(
+            lambda x, dy: convolution.filter_gradient_by_folding(x, dy, window, geometry), x, dy
+        )
+        yield measure.Candidate("folding", lambda: jax.block_until_ready(run(x, dy)), held)
+    if device:
+        yield _on_torch(shape, kind, arrays, getattr(torch, dtype), device)
+
+
+def _program(form: Callable, kind: str, geometry: convolution.Geometry) -> Callable:
+    """What is compiled: a function of the input, the kernel and the gradient by the result."""
+    if kind == "forward":
+        return lambda x, kernel, dy: form(x, kernel, geometry)
+    if kind == "input":
+        return lambda x, kernel, dy: jax.vjp(lambda x: form(x, kernel, geometry), x)[1](dy)
+    return lambda x, kernel, dy: jax.vjp(lambda kernel: form(x, kernel, geometry), kernel)[1](dy)
+
+
+def _on_torch(
+    shape: Shape, kind: str, arrays: Sequence[np.ndarray], dtype: torch.dtype, device: torch.device
+) -> measure.Candidate:
+    x, dy = (measure.from_jax_layout(array, device).to(dtype) for array in (arrays[0], arrays[2]))
+    kernel = torch.from_numpy(arrays[1]).to(device, dtype).permute(3, 2, 0, 1)
+    kernel = kernel.contiguous(memory_format=torch.channels_last)
+    g = shape.geometry
+    pairs = ([g.stride] * 2, [g.dilation * (shape.window - 1) // 2] * 2, [g.dilation] * 2)
+    if kind == "forward":
+        call = functools.partial(F.conv2d, x, kernel, None, *pairs, g.groups)
+    else:
+        wanted = [kind == "input", kind == "filter", False]
+        call = functools.partial(
+            torch.ops.aten.convolution_backward,
+            *(dy, x, kernel, None, *pairs, False, [0, 0], g.groups, wanted),
+        )
+    held = measure.array_bytes(x, kernel, dy)
+    return measure.Candidate("PyTorch", measure.finished(call), held=held, on_torch=True)
+
+
+if __name__ == "__main__":
+    sys.exit(command_line.run_main(main))
