@@ -1,18 +1,24 @@
 """Mode check_data: opens every sample of both splits and reports what is in them.
 
 Reads through the data set's source, so whatever training would refuse is found here, for every
-data set. It does not stop at a bad file, and its memory does not grow with the images.
+data set. It does not stop at a bad file, and its memory does not grow with the images. A picture of
+each split shows some of its samples, those for training as the network sees them.
 """
 
 import collections
 import dataclasses
+import pathlib
 import sys
+from collections.abc import Iterator
 
 import numpy as np
+from PIL import Image
 from tqdm import tqdm
 
-from memseg_jax.data import IGNORE_LABEL, open_split
+from memseg_jax import visualize
+from memseg_jax.data import IGNORE_LABEL, open_split, transforms
 from memseg_jax.data.images import LabelValueError, value_advice
+from memseg_jax.data.pipeline import TrainSamples
 from memseg_jax.data.reading import map_ahead
 from memseg_jax.errors import UserError
 
@@ -21,6 +27,8 @@ _SHOWN_FILES = 100  # ... and further ones by their files alone
 _NEVER_LISTED = 8
 _NAME_WIDTH = 30
 _BAR_WIDTH = 20
+_PICTURE_ROWS = 6
+_PICTURE_TRIES = 5 * _PICTURE_ROWS  # samples that are bad are passed over
 
 
 @dataclasses.dataclass
@@ -38,6 +46,7 @@ class SplitReport:
         sizes: samples per (height, width).
         bad_values: pixels per value in label files with values that are not allowed.
         official_size: number of samples that a published split should have, or None.
+        has_labels: False if the labels of the split are not public.
     """
 
     split: str
@@ -50,13 +59,16 @@ class SplitReport:
     sizes: collections.Counter = dataclasses.field(default_factory=collections.Counter)
     bad_values: collections.Counter = dataclasses.field(default_factory=collections.Counter)
     official_size: int | None = None
+    has_labels: bool = True
 
 
-def run(config) -> int:
+def run(config, folder: str | None = None) -> int:
     """Checks the training and the evaluation split and prints a report.
 
     Args:
-        config: the whole config; `config.data` is used.
+        config: the whole config; `config.data` is used, and for the pictures what decides about the
+            training samples.
+        folder: for the pictures, <split>.png; made if it is not there. None: no pictures.
 
     Returns:
         The exit status: 0, or 1 if a split cannot be opened or holds a bad sample.
@@ -66,13 +78,15 @@ def run(config) -> int:
     unusable = []
     for split in dict.fromkeys((data.train_split, data.eval_split)):
         try:
-            source = open_split(data, split)
+            source = open_split(data, split, needs_labels=split == data.train_split)
         except UserError as error:
             print(f"\n{split}: this split cannot be opened\n  {error}")
             unusable.append(split)
             continue
         report = check_split(source, split, len(data.class_names), data.threads)
         print("\n" + format_report(report, data.class_names, data.ignore_label))
+        if folder is not None:
+            print(f"\n  {draw_picture(config, source, split, pathlib.Path(folder))}")
         num_images += report.images
         num_bad += report.num_bad
 
@@ -98,7 +112,12 @@ def check_split(source, split: str, num_classes: int, threads: int = 1) -> Split
     Returns:
         The counts and messages; the same for any number of threads.
     """
-    report = SplitReport(split, len(source), official_size=getattr(source, "official_size", None))
+    report = SplitReport(
+        split,
+        len(source),
+        official_size=getattr(source, "official_size", None),
+        has_labels=getattr(source, "has_labels", True),
+    )
     # The bar goes to the terminal only; a log file gets the report alone.
     results = tqdm(
         map_ahead(lambda index: _read_one(source, index, num_classes), range(len(source)), threads),
@@ -132,7 +151,7 @@ def _read_one(source, index: int, num_classes: int):
             raise UserError(
                 f"the label is {label.dtype} {label.shape}, not uint8 {image.shape[:2]}."
             )
-        pixels = np.bincount(label.ravel(), minlength=256)
+        pixels = np.array(Image.fromarray(label).histogram())  # no copy, however large
         bad = np.flatnonzero(pixels[num_classes:IGNORE_LABEL]) + num_classes
         if bad.size:
             raise UserError(
@@ -158,6 +177,77 @@ def _add_bad(report: SplitReport, files: str, error: Exception) -> None:
         report.bad.append(files)
 
 
+def draw_picture(config, source, split: str, folder: pathlib.Path) -> str:
+    """Writes the picture of a split. The check goes on if that is not possible.
+
+    The samples of the training split are the first ones of the training run, which `config.seed`
+    decides; those of another split are spread over it.
+
+    Args:
+        config: the whole config.
+        source: the data set's source of the split.
+        split: its name.
+        folder: is made if it is not there.
+
+    Returns:
+        A sentence that says where the picture is and what it shows, or why there is none.
+    """
+    path = folder / f"{split.replace('/', '_')}.png"
+    try:
+        class_names = tuple(config.data.class_names)
+        palette = visualize.resolve_palette(config.data.palette, len(class_names))
+        if split == config.data.train_split:
+            titles = ("image", "label", "image for the network", "label for the network")
+            rows = _rows(source, TrainSamples(source, config))
+            shown = "the first samples of the training, before and after augmentation"
+        else:
+            titles, rows, shown = ("image", "label"), _rows(source, None), "some samples"
+        sheet = visualize.contact_sheet(rows, titles, class_names, palette)
+        _make_folder(folder)
+        visualize.save_png(path, sheet)
+    # The numbers of a check that may have taken an hour matter more than a picture.
+    except Exception as error:
+        text = str(error) if isinstance(error, UserError) else f"{type(error).__name__}: {error}"
+        return f"no picture of this split: {text}"
+    return f"{path} shows {shown}"
+
+
+def _make_folder(folder: pathlib.Path) -> None:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(
+            f"cannot make the folder {folder}: {error.strerror or error}. Choose another one with "
+            "--output."
+        ) from error
+
+
+def _rows(source, samples: TrainSamples | None) -> Iterator[tuple[str, list[np.ndarray]]]:
+    """Captions, images and labels; with `samples`, both a second time as the network sees them."""
+    if samples:
+        places = ((samples.locate(item)[2], item) for item in range(_PICTURE_TRIES))
+    else:
+        spread = np.linspace(0, len(source) - 1, _PICTURE_ROWS).astype(int)
+        places = ((index, None) for index in np.unique(spread).tolist())
+    rows = 0
+    for index, item in places:
+        try:
+            sample = source[index]
+            arrays = [sample["image"], sample["label"]]
+            if samples:
+                seen = samples[item]
+                arrays += [transforms.denormalise(seen["image"]), seen["label"]]
+        except Exception:  # it is in the report
+            continue
+        height, width = sample["label"].shape
+        yield f"{sample['name']}   {height} x {width}", arrays
+        rows += 1
+        if rows == _PICTURE_ROWS:
+            return
+    if not rows:
+        raise UserError("none of the samples it would show can be read.")
+
+
 def format_report(report: SplitReport, class_names, ignore_label: int = IGNORE_LABEL) -> str:
     """Formats the report of one split for the console.
 
@@ -172,7 +262,11 @@ def format_report(report: SplitReport, class_names, ignore_label: int = IGNORE_L
     good = report.images - report.num_bad
     lines = [f"{report.split}: {report.images} images" + f", {report.num_bad} bad" * (good == 0)]
     if good:
-        lines += [_sizes_line(report.sizes), *_class_table(report, class_names)]
+        lines.append(_sizes_line(report.sizes))
+    if good and report.has_labels:
+        lines += _class_table(report, class_names)
+    if not report.has_labels:
+        lines.append("  the labels of this split are not public: only its images were checked")
     if report.num_bad:
         lines += ["", f"  bad files: {report.num_bad} of {report.images} samples"]
         lines += [f"    {text}" for text in report.bad]
@@ -242,6 +336,8 @@ def _warnings(report: SplitReport, class_names, ignore_label: int) -> list[str]:
             f"the published split has {report.official_size} images, and here are {report.images}: "
             "scores on it compare with published ones only if it is whole."
         )
+    if not report.has_labels:
+        return warnings
     if report.bad_values:
         values = collections.Counter(report.bad_values)
         # Good samples tell which allowed values the files hold besides.

@@ -1,9 +1,10 @@
-"""Pictures of labels: colours, overlays and comparison sheets. NumPy and Pillow only."""
+"""Pictures of labels: colours, overlays and sheets. NumPy and Pillow only."""
 
+import bisect
 import colorsys
 import functools
 import os
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
@@ -11,9 +12,10 @@ from PIL import Image, ImageDraw, ImageFont
 from memseg_jax.errors import UserError
 from memseg_jax.progress import replacing
 
-# Measures of a comparison sheet in pixels.
+# Measures of a sheet in pixels.
 _PANEL_MAX = 480
 _PANEL_MIN = 240
+_CONTACT_MAX = 512  # crops of the published size are shown pixel by pixel
 _GAP = 6
 _MARGIN = 16
 _SWATCH = 16
@@ -21,6 +23,8 @@ _FONT_SIZE = 15
 _BACKGROUND = (255, 255, 255)
 _TEXT = (40, 40, 40)
 _FRAME = (170, 170, 170)
+_STRIPES = ((255, 255, 255), (120, 120, 120))  # of ignored pixels, where a class may be black
+_STRIPE_WIDTH = 4
 # The first generated colours, chosen by eye to sit well side by side.
 _FIRST_COLOURS = (
     (70, 92, 130),
@@ -222,44 +226,130 @@ def comparison_sheet(
                 f"image {image.shape}, truth {truth.shape} and prediction {prediction.shape} "
                 "differ in size"
             )
-        present |= np.bincount(truth.ravel(), minlength=256) > 0
-        present |= np.bincount(prediction.ravel(), minlength=256) > 0
+        present |= _values_of(truth) | _values_of(prediction)
         labels = (colourise(truth, palette), colourise(prediction, palette))
         size = _panel_size(*truth.shape)
         panels = [_scaled(image, size, Image.Resampling.BICUBIC)]
         panels += [_scaled(x, size, Image.Resampling.NEAREST) for x in labels]
-        rows.append(panels)
+        rows.append(("", panels))
+    entries = _legend_entries(present, class_names, palette, (0, 0, 0))
+    return _laid_out(rows, ("image", "truth", "prediction"), entries)
 
-    font = ImageFont.load_default(size=_FONT_SIZE)
-    column = max(max(panels[0].width for panels in rows), 120)
-    width = 2 * _MARGIN + 3 * column + 2 * _GAP
-    lefts = [_MARGIN + i * (column + _GAP) for i in range(3)]
+
+def contact_sheet(
+    rows: Iterable[tuple[str, Sequence[np.ndarray]]],
+    titles: Sequence[str],
+    class_names: Sequence[str],
+    palette: np.ndarray,
+) -> np.ndarray:
+    """Draws images and label maps, one row a sample, with titles, captions and a legend.
+
+    Large ones are shrunk to panels of at most 512 pixels; small ones grow by whole factors, pixel
+    by pixel. Ignored pixels are striped. One row at a time is asked for, and only its panels kept.
+
+    Args:
+        rows: (caption, one array a title): images are uint8 [h, w, 3] RGB, label maps uint8 [h, w];
+            all sizes may differ.
+        titles: of the columns.
+        class_names: K names.
+        palette: uint8 [K, 3].
+
+    Returns:
+        uint8 [height, width, 3].
+
+    Raises:
+        ValueError: there is no row.
+    """
+    drawn = []
+    present = np.zeros(256, bool)
+    for caption, arrays in rows:
+        for label in arrays:
+            if label.ndim == 2:
+                present |= _values_of(label)
+        # File names may hold bytes that are no text.
+        caption = caption.encode("utf-8", "replace").decode()
+        drawn.append((caption, [_contact_panel(array, palette) for array in arrays]))
+    if not drawn:
+        raise ValueError("a contact sheet needs at least one row")
+    return _laid_out(drawn, titles, _legend_entries(present, class_names, palette, None))
+
+
+def _contact_panel(array: np.ndarray, palette: np.ndarray) -> Image.Image:
+    """An image, or a label map in colours, at the size of a contact sheet."""
+    size = _panel_size(*array.shape[:2], _CONTACT_MAX)
+    if array.ndim == 3 and size[0] < array.shape[1]:
+        return _scaled(array, size, Image.Resampling.BICUBIC)
+    panel = _scaled(array, size, Image.Resampling.NEAREST)
+    if array.ndim == 3:
+        return panel
+    label = np.asarray(panel)
+    stripes = _stripes(*label.shape)
+    return Image.fromarray(
+        np.where((label < len(palette))[..., None], colourise(label, palette), stripes)
+    )
+
+
+def _stripes(height: int, width: int) -> np.ndarray:
+    """Diagonal stripes, uint8 [height, width, 3]."""
+    y, x = np.ogrid[:height, :width]
+    return np.array(_STRIPES, np.uint8)[(x + y) // _STRIPE_WIDTH % 2]
+
+
+def _values_of(label: np.ndarray) -> np.ndarray:
+    """Which values a uint8 label map holds, bool [256]; without a copy, however large it is."""
+    return np.array(Image.fromarray(label).histogram()) > 0
+
+
+def _legend_entries(
+    present: np.ndarray,
+    class_names: Sequence[str],
+    palette: np.ndarray,
+    ignored: tuple[int, int, int] | None,
+) -> list[tuple[str, tuple[int, int, int] | None]]:
+    """Names and colours of the values that are present, bool [256]; None means striped."""
     entries = [(class_names[k], tuple(palette[k])) for k in np.flatnonzero(present[: len(palette)])]
-    if present[len(palette) :].any():
-        entries.append(("ignored", (0, 0, 0)))
+    return entries + [("ignored", ignored)] * bool(present[len(palette) :].any())
+
+
+def _laid_out(
+    rows: Sequence[tuple[str, Sequence[Image.Image]]],
+    titles: Sequence[str],
+    entries: Sequence[tuple[str, tuple[int, int, int] | None]],
+) -> np.ndarray:
+    """Puts panels in columns under their titles, captions over the rows, and a legend below."""
+    font = ImageFont.load_default(size=_FONT_SIZE)
+    column = max(120, *(panel.width for _, panels in rows for panel in panels))
+    width = 2 * _MARGIN + len(titles) * column + (len(titles) - 1) * _GAP
+    lefts = [_MARGIN + i * (column + _GAP) for i in range(len(titles))]
     legend = _legend(entries, width - 2 * _MARGIN, font)
 
     title_height = _MARGIN + _FONT_SIZE + 8
-    body_height = sum(panels[0].height for panels in rows) + _GAP * (len(rows) - 1)
+    caption_heights = [(_FONT_SIZE + 8) * bool(caption) for caption, _ in rows]
+    body_height = sum(max(panel.height for panel in panels) for _, panels in rows)
+    body_height += sum(caption_heights) + _GAP * (len(rows) - 1)
     height = title_height + body_height + _MARGIN + legend.height + _MARGIN
     sheet = Image.new("RGB", (width, height), _BACKGROUND)
     draw = ImageDraw.Draw(sheet)
-    for left, title in zip(lefts, ("image", "truth", "prediction")):
+    for left, title in zip(lefts, titles):
         where = (left + column // 2, title_height - 8)
         draw.text(where, title, fill=_TEXT, font=font, anchor="ms")
     top = title_height
-    for panels in rows:
+    for (caption, panels), caption_height in zip(rows, caption_heights):
+        if caption:
+            text = _shortened(caption, width - 2 * _MARGIN, font)
+            draw.text((_MARGIN, top + caption_height // 2), text, _TEXT, font, anchor="lm")
+        top += caption_height
         for left, panel in zip(lefts, panels):
             sheet.paste(panel, (left + (column - panel.width) // 2, top))
-        top += panels[0].height + _GAP
+        top += max(panel.height for panel in panels) + _GAP
     sheet.paste(legend, (_MARGIN, height - _MARGIN - legend.height))
     return np.asarray(sheet)
 
 
-def _panel_size(height: int, width: int) -> tuple[int, int]:
+def _panel_size(height: int, width: int, largest: int = _PANEL_MAX) -> tuple[int, int]:
     """Returns the (width, height) at which an image is shown; small ones grow by whole factors."""
     longest = max(height, width)
-    factor = min(1.0, _PANEL_MAX / longest)
+    factor = min(1.0, largest / longest)
     if longest < _PANEL_MIN:
         factor = -(-_PANEL_MIN // longest)
     return max(round(width * factor), 1), max(round(height * factor), 1)
@@ -270,7 +360,9 @@ def _scaled(array: np.ndarray, size: tuple[int, int], method: Image.Resampling) 
 
 
 def _legend(
-    entries: Sequence[tuple[str, tuple[int, int, int]]], width: int, font: ImageFont.FreeTypeFont
+    entries: Sequence[tuple[str, tuple[int, int, int] | None]],
+    width: int,
+    font: ImageFont.FreeTypeFont,
 ) -> Image.Image:
     """Draws colour swatches with names in columns, as many as fit, filled line by line."""
     names = [_shortened(name, width - _SWATCH - 8, font) for name, _ in entries]
@@ -282,7 +374,10 @@ def _legend(
     for i, (name, (_, colour)) in enumerate(zip(names, entries)):
         left, top = i % columns * cell, i // columns * line
         swatch = (left, top, left + _SWATCH - 1, top + _SWATCH - 1)
-        draw.rectangle(swatch, fill=tuple(int(c) for c in colour), outline=_FRAME)
+        if colour is None:
+            picture.paste(Image.fromarray(_stripes(_SWATCH, _SWATCH)), (left, top))
+        fill = colour and tuple(int(c) for c in colour)
+        draw.rectangle(swatch, fill=fill, outline=_FRAME)
         where = (left + _SWATCH + 8, top + _SWATCH // 2)
         draw.text(where, name, fill=_TEXT, font=font, anchor="lm")
     return picture
@@ -291,6 +386,7 @@ def _legend(
 def _shortened(text: str, width: int, font: ImageFont.FreeTypeFont) -> str:
     if font.getlength(text) <= width:
         return text
-    while text and font.getlength(text + "...") > width:
-        text = text[:-1]
-    return text + "..."
+    too_long = bisect.bisect_right(
+        range(len(text)), width, key=lambda length: font.getlength(text[:length] + "...")
+    )
+    return text[: max(too_long - 1, 0)] + "..."

@@ -1,14 +1,17 @@
 import dataclasses
 import importlib
+import os
 import re
+from pathlib import Path
 
 import numpy as np
 import pytest
+import scipy.io
 from PIL import Image
 
 from configs import ade20k_resnet50, common
-from memseg_jax import check_data
-from memseg_jax.data import ade20k
+from memseg_jax import check_data, visualize
+from memseg_jax.data import ade20k, open_split, pipeline, transforms
 from tests.official_trees import SPLITS, write_tree
 
 
@@ -232,3 +235,210 @@ def test_check_of_a_published_data_set(name, tmp_path, capsys):
     out = capsys.readouterr().out
     assert "samples can be read and have allowed labels" in out
     assert out.count("warning: the published split has ") == 2
+
+
+def official_config(name, root):
+    config = importlib.import_module(f"configs.{name}_resnet50").get_config()
+    config.data.root = str(root)
+    config.data.threads = 2
+    return config
+
+
+def cut_file(path):
+    data = path.read_bytes()
+    path.write_bytes(data[: len(data) // 2])
+
+
+def write_label(path, value):
+    if path.suffix == ".mat":
+        scipy.io.savemat(path, {"S": np.full((48, 64), value, np.uint8)})
+    else:
+        Image.fromarray(np.full((48, 64), value, np.uint8)).save(path)
+
+
+# What is done to one image and its label, and what the report says about it.
+DAMAGES = {
+    "image without label": (lambda image, label: label.unlink(), "have no label here"),
+    "label without image": (lambda image, label: image.unlink(), "(have no image|no image in)"),
+    "damaged image": (lambda image, label: cut_file(image), "bad files: 1 of 2 samples"),
+    "damaged label": (lambda image, label: cut_file(label), "bad files: 1 of 2 samples"),
+    "other value": (
+        lambda image, label: write_label(label, 200),
+        r"not allowed: 200 \(3072",
+    ),
+    "no field": (
+        lambda image, label: scipy.io.savemat(label, {"T": np.zeros((48, 64), np.uint8)}),
+        "there is no field 'S'",
+    ),
+}
+
+
+@pytest.mark.parametrize(
+    ("name", "damage"),
+    [
+        (name, damage)
+        for name in sorted(SPLITS)
+        for damage in DAMAGES
+        if damage != "no field" or name == "cocostuff10k"
+    ],
+)
+def test_check_of_a_damaged_published_data_set(name, damage, tmp_path, capsys):
+    config = official_config(name, write_tree(name, tmp_path))
+    split = config.data.eval_split
+    source = open_split(config.data, split)
+    do, said = DAMAGES[damage]
+    do(Path(source.images[1]), Path(source.labels[1]))
+    assert check_data.run(config) == 1
+    out = capsys.readouterr().out
+    report = out[out.rindex(f"\n{split}: ") :]
+    assert re.search(said, report)
+    assert source.names[1] in report
+
+
+@pytest.mark.parametrize("kind", ["images", "labels"])
+@pytest.mark.parametrize("name", sorted(SPLITS))
+def test_check_of_a_half_downloaded_split(name, kind, tmp_path, capsys):
+    config = official_config(name, tmp_path)
+    write_tree(name, tmp_path, dict.fromkeys(SPLITS[name], 6))
+    source = open_split(config.data, config.data.eval_split)
+    for path in getattr(source, kind)[3:]:
+        Path(path).unlink()
+    assert check_data.run(config) == 1
+    out = capsys.readouterr().out
+    assert f"{config.data.eval_split}: this split cannot be opened" in out
+    assert "3 of 6" in out
+    assert source.names[3] in out
+    assert importlib.import_module(f"memseg_jax.data.{name}").DATA_SET.download in out
+
+
+@pytest.mark.parametrize("name", sorted(SPLITS))
+def test_check_says_how_many_samples_the_published_splits_have(name, tmp_path, capsys):
+    config = official_config(name, write_tree(name, tmp_path))
+    assert check_data.run(config) == 0
+    out = capsys.readouterr().out
+    sizes = importlib.import_module(f"memseg_jax.data.{name}").SPLIT_SIZES
+    for split in (config.data.train_split, config.data.eval_split):
+        here = 4 if split == "trainval" else 2
+        assert f"the published split has {sizes[split]} images, and here are {here}" in out
+
+
+# ---- Pictures -----------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def drawn(monkeypatch):
+    """Collects the rows of the contact sheets that are drawn."""
+    sheets = []
+    draw = visualize.contact_sheet
+
+    def collect(rows, titles, *rest):
+        sheets.append((titles, list(rows)))
+        return draw(sheets[-1][1], titles, *rest)
+
+    monkeypatch.setattr(visualize, "contact_sheet", collect)
+    return sheets
+
+
+def test_picture_shows_the_samples_of_the_first_training_step(config, tmp_path, drawn, capsys):
+    config.augment.crop, config.augment.base_size = (40, 50), (60, 60)
+    config.train.batch_size = 8
+    assert check_data.run(config, str(tmp_path / "new" / "pictures")) == 0
+    out = capsys.readouterr().out
+    assert f"{tmp_path}/new/pictures/train.png shows the first samples of the training" in out
+    assert f"{tmp_path}/new/pictures/val.png shows some samples" in out
+    source = open_split(config.data, "train")
+    with pipeline.train_batches(source, config, 0, 1) as batches:
+        batch = next(batches)
+    (titles, rows), (val_titles, val_rows) = drawn
+    assert titles == ("image", "label", "image for the network", "label for the network")
+    assert len(rows) == 6
+    for k, (caption, (image, label, seen_image, seen_label)) in enumerate(rows):
+        stored = source[int(batch["index"][k])]
+        assert caption == f"{stored['name']}   6 x {stored['label'].shape[1]}"
+        np.testing.assert_array_equal(image, stored["image"])
+        np.testing.assert_array_equal(label, stored["label"])
+        np.testing.assert_array_equal(seen_label, batch["label"][k])
+        normalised = transforms.normalise(seen_image)
+        inside = batch["image"][k] != 0  # the padding is the mean colour, which is no grey level
+        np.testing.assert_array_equal(normalised[inside], batch["image"][k][inside])
+        np.testing.assert_allclose(normalised, batch["image"][k], atol=0.01)
+    assert val_titles == ("image", "label")
+    assert [caption for caption, _ in val_rows] == [
+        "images/val/s0   6 x 8",
+        "images/val/s1   6 x 9",
+    ]
+    # What is drawn is what is in the file: a crop of 40 x 50 is shown five times as large.
+    sheet = np.asarray(Image.open(tmp_path / "new" / "pictures" / "train.png"))
+    shown = rows[0][1][2].repeat(5, 0).repeat(5, 1)
+    assert any(shown[0].tobytes() in line.tobytes() for line in sheet)
+
+
+def test_pictures_depend_on_the_seed_alone(config, tmp_path):
+    def picture(folder):
+        check_data.run(config, str(tmp_path / folder))
+        return (tmp_path / folder / "train.png").read_bytes()
+
+    first = picture("a")
+    assert picture("b") == first
+    config.seed = 1
+    assert picture("c") != first
+
+
+def test_picture_of_one_image_shows_several_augmentations(config, tmp_path, drawn):
+    for kind in ("images", "labels"):
+        for path in sorted((tmp_path / kind / "train").iterdir())[1:]:
+            path.unlink()
+    assert check_data.run(config, str(tmp_path / "pictures")) == 0
+    rows = drawn[0][1]
+    assert len({caption for caption, _ in rows}) == 1
+    assert len(rows) == len({arrays[2].tobytes() for _, arrays in rows}) == 6
+
+
+def test_bad_samples_are_left_out_of_the_picture(config, tmp_path, drawn, capsys):
+    (tmp_path / "labels/train/s3.png").write_bytes(b"")
+    for path in (tmp_path / "images/val").iterdir():
+        path.write_bytes(b"nothing")
+    assert check_data.run(config, str(tmp_path / "pictures")) == 1
+    captions = [caption for caption, _ in drawn[0][1]]
+    assert len(captions) == 6
+    assert not any("s3" in caption for caption in captions)
+    out = capsys.readouterr().out
+    assert "no picture of this split: none of the samples it would show can be read" in out
+    assert os.listdir(tmp_path / "pictures") == ["train.png"]
+
+
+def test_no_picture_is_no_failure(config, tmp_path, capsys):
+    (tmp_path / "file").touch()
+    assert check_data.run(config, str(tmp_path / "file" / "pictures")) == 0
+    out = capsys.readouterr().out
+    assert out.count("no picture of this split: cannot make the folder") == 2
+    assert "Not a directory. Choose another one with --output." in out
+    (tmp_path / "pictures" / "train.png").mkdir(parents=True)
+    config.replica_groups = 7
+    assert check_data.run(config, str(tmp_path / "pictures")) == 0
+    assert "no picture of this split: config.train.batch_size" in capsys.readouterr().out
+    config.replica_groups = 1
+    assert check_data.run(config, str(tmp_path / "pictures")) == 0
+    assert "no picture of this split: cannot write" in capsys.readouterr().out
+    config.augment.crop = (-3, 3)
+    assert check_data.run(config, str(tmp_path / "pictures")) == 0
+    out = capsys.readouterr().out
+    assert "no picture of this split: none of the samples it would show" in out
+    assert "All 7 samples can be read" in out
+
+
+def test_split_without_public_labels(tmp_path, drawn, capsys):
+    config = official_config("cityscapes", write_tree("cityscapes", tmp_path / "data"))
+    config.data.eval_split = "test"
+    assert check_data.run(config, str(tmp_path / "pictures")) == 0
+    out = capsys.readouterr().out
+    test = out[out.index("test: 2 images") :]
+    assert "the labels of this split are not public: only its images were checked" in test
+    assert "never seen" not in test
+    assert "no pixel is labelled" not in test
+    assert "the published split has 1525 images, and here are 2" in test
+    assert "pictures/test.png shows some samples" in test
+    assert all((label == 255).all() for _, (_, label) in drawn[1][1])
+    config.data.train_split = "test"
+    assert check_data.run(config) == 1
+    assert "its labels are not public" in capsys.readouterr().out

@@ -1,14 +1,18 @@
+import weakref
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
+from memseg_jax import visualize
 from memseg_jax.errors import UserError
 from memseg_jax.visualize import (
     colourise,
     comparison,
     comparison_sheet,
+    contact_sheet,
     default_palette,
     overlay,
     resolve_palette,
@@ -163,3 +167,94 @@ def test_sheet_refuses_bad_samples():
         comparison_sheet([], NAMES, PALETTE)
     with pytest.raises(ValueError, match="differ in size"):
         comparison(image_of(6, 8), label_map(8, 6), label_map(6, 8), NAMES, PALETTE)
+
+
+# ---- Contact sheets -----------------------------------------------------------------------------
+
+
+def contact(label, image=None, caption="a.png"):
+    image = np.zeros((*label.shape, 3), np.uint8) if image is None else image
+    return contact_sheet([(caption, [image, label])], ("image", "label"), NAMES, PALETTE)
+
+
+def place_of(sheet, panel):
+    """Where a panel is in a sheet: (top, left) of its pixels, or None."""
+    for top in range(sheet.shape[0] - panel.shape[0] + 1):
+        at = sheet[top].tobytes().find(panel[0].tobytes())
+        while at >= 0:
+            left = at // 3
+            area = sheet[top : top + panel.shape[0], left : left + panel.shape[1]]
+            if at % 3 == 0 and np.array_equal(area, panel):
+                return top, left
+            at = sheet[top].tobytes().find(panel[0].tobytes(), at + 1)
+    return None
+
+
+@pytest.mark.parametrize(("size", "factor"), [((30, 40), 6), ((240, 200), 1), ((512, 512), 1)])
+def test_contact_sheet_shows_every_pixel(size, factor):
+    image, label = image_of(*size), label_map(*size, values=(0, 1, 4))
+    sheet = contact(label, image)
+    panels = [image.repeat(factor, 0).repeat(factor, 1)]
+    panels.append(colourise(label, PALETTE).repeat(factor, 0).repeat(factor, 1))
+    places = [place_of(sheet, panel) for panel in panels]
+    assert None not in places
+    assert places[0][0] == places[1][0]
+    assert places[0][1] + panels[0].shape[1] <= places[1][1]
+
+
+def test_contact_sheet_stripes_what_is_ignored():
+    label = np.zeros((300, 300), np.uint8)
+    label[:, 100:] = 255
+    black = np.zeros((2, 3), np.uint8)
+    sheet = contact_sheet([("", [label])], ("label",), NAMES[:2], black)  # as LIP's background
+    top, left = place_of(sheet, np.zeros((300, 100, 3), np.uint8))
+    ignored = sheet[top : top + 300, left + 100 : left + 300].reshape(-1, 3)
+    colours, counts = np.unique(ignored, axis=0, return_counts=True)
+    assert colours.tolist() == [[120, 120, 120], [255, 255, 255]]
+    np.testing.assert_allclose(counts / counts.sum(), 0.5, atol=0.01)
+    legend = sheet[-40:]
+    stripes = visualize._stripes(16, 16)[1:-1, 1:-1]
+    assert place_of(legend, stripes)
+    without = contact_sheet([("", [label[:, :99]])], ("label",), NAMES, PALETTE)
+    assert place_of(without, stripes) is None
+
+
+@given(st.integers(1, 900), st.integers(1, 900))
+@settings(deadline=None, max_examples=15)
+def test_contact_sheet_of_any_size(height, width):
+    sheet = contact(np.zeros((height, width), np.uint8))
+    assert sheet.shape[0] <= 512 + 150
+    assert 120 <= sheet.shape[1] <= 2 * 512 + 100
+
+
+@pytest.mark.parametrize("size", [(1, 1), (1, 20_000), (20_000, 1), (4000, 6000)])
+def test_contact_sheet_of_extreme_sizes(size):
+    assert max(contact(np.zeros(size, np.uint8)).shape) <= 1200
+
+
+@pytest.mark.parametrize("caption", ["x" * 3000, "bytes \udcff\udc80", "Straße 街", "two\nlines"])
+def test_contact_sheet_with_any_file_name(caption):
+    plain = contact(label_map(values=(0,)))
+    named = contact(label_map(values=(0,)), caption=caption)
+    assert named.shape == plain.shape
+    assert not np.array_equal(named, plain)
+
+
+def test_contact_sheet_holds_few_samples_at_a_time():
+    alive = []
+
+    def rows():
+        for _ in range(6):
+            assert sum(reference() is not None for reference in alive) <= 1
+            image = image_of(50, 60)
+            alive.append(weakref.ref(image))
+            yield "a", [image, label_map(50, 60)]
+            del image
+
+    contact_sheet(rows(), ("image", "label"), NAMES, PALETTE)
+    assert len(alive) == 6
+
+
+def test_contact_sheet_without_rows():
+    with pytest.raises(ValueError, match="at least one row"):
+        contact_sheet(iter(()), ("image",), NAMES, PALETTE)

@@ -13,6 +13,10 @@ source is a picklable object with
   pixels of its samples are ignored;
 * optionally `source.official_size`: how many samples a published split should have, or None.
 
+With `config.data.packed` set, the samples of any data set come from that folder (see `packed`). It
+is refused if fields of `config.data` have changed since it was written, so all that decides what
+the samples are should be such a field.
+
 The module may have a `BENCHMARK`, an `official.Benchmark`: what the server of its benchmark takes.
 """
 
@@ -49,7 +53,12 @@ def open_split(data_config, split: str, *, needs_labels: bool = True):
         open_function = getattr(module, "open_split", None)
     if open_function is None:
         raise UserError(_unknown_data_set(name))
-    source = open_function(data_config, split)
+    if data_config.packed:
+        from memseg_jax.data import packed
+
+        source = packed.open_packed(data_config, split)
+    else:
+        source = open_function(data_config, split)
     if needs_labels and not getattr(source, "has_labels", True):
         raise UserError(
             f"split {split!r} of {name}: its labels are not public, so nothing can be trained or "

@@ -139,8 +139,9 @@ class TrainSamples:
 class Batches:
     """A closable iterator over batches; also a context manager. `train_batches` makes it."""
 
-    def __init__(self, iterator: Any):
+    def __init__(self, iterator: Any, in_shared_memory: bool = False):
         self._iterator = iterator
+        self._in_shared_memory = in_shared_memory
 
     def __iter__(self) -> Iterator[dict[str, np.ndarray]]:
         return self
@@ -150,8 +151,10 @@ class Batches:
             raise StopIteration
         try:
             batch = next(self._iterator)
-            # Batches of worker processes lie in shared memory. JAX may keep such an array for
-            # longer than the program lives; a copy lets go of the shared memory at once.
+            if not self._in_shared_memory:
+                return batch
+            # As batches of worker processes do. JAX may keep such an array for longer than the
+            # program lives; a copy lets go of the shared memory at once.
             return {name: np.array(value) for name, value in batch.items()}
         except StopIteration:
             self.close()
@@ -244,7 +247,7 @@ def train_batches(
             ),
             worker_init_fn=_start_worker,
         )
-    return Batches(iter(batches))
+    return Batches(iter(batches), in_shared_memory=workers > 0)
 
 
 def _start_worker(worker_index: int, worker_count: int) -> None:

@@ -1,0 +1,392 @@
+"""Packed data: the samples of any data set in a few large files, read like its folders.
+
+    <config.data.packed>/<data set>-<split>.array_record-00003-of-00016    the samples
+    <config.data.packed>/<split>.packed.json                               what belongs to a split
+    <config.data.packed>/{dataset_info,features}.json, label.labels.txt    for tensorflow-datasets
+
+Mode pack writes the folder; with `config.data.packed` set, `open_split` reads it. A record is a
+tf.train.Example: the bytes of the image file, the class map as a PNG file, and the sample's name.
+The image is decoded as in `images.read_image`, so a sample is the same array either way.
+"""
+
+import bisect
+import dataclasses
+import functools
+import itertools
+import json
+import os
+import re
+import threading
+import zlib
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import cv2
+import numpy as np
+
+from memseg_jax.data.images import read_image
+from memseg_jax.errors import UserError
+from memseg_jax.progress import replacing
+
+FORMAT = 1
+_KEYS = ("name", "image", "label")
+# The fields of config.data that do not decide what the samples are.
+_NO_MATTER = frozenset(
+    ["root", "packed", "train_split", "eval_split", "palette", "workers", "threads", "prefetch"]
+)
+_OPENING = threading.Lock()
+
+
+@dataclasses.dataclass(frozen=True)
+class Shard:
+    """One file of samples.
+
+    Attributes:
+        file: its name in the folder.
+        count: number of samples.
+        size: bytes of the file; 0 as long as it is not written.
+        names: of the samples.
+        checksums: of the samples, see `checksum`.
+    """
+
+    file: str
+    count: int
+    size: int = 0
+    names: Sequence[str] = ()
+    checksums: Sequence[int] = ()
+
+
+@dataclasses.dataclass(frozen=True)
+class Manifest:
+    """What is known of a packed split.
+
+    Attributes:
+        split: its name in the config.
+        settings: the fields of `config.data` that decide what the samples are.
+        fingerprint: of the source that was packed.
+        has_labels: of that source.
+        official_size: of that source.
+        shards: all that belong to the split, in order.
+        complete: whether all of them were written.
+    """
+
+    split: str
+    settings: Mapping[str, Any]
+    fingerprint: str
+    has_labels: bool
+    official_size: int | None
+    shards: Sequence[Shard]
+    complete: bool = False
+
+    @property
+    def count(self) -> int:
+        """Number of samples."""
+        return sum(shard.count for shard in self.shards)
+
+
+@dataclasses.dataclass(frozen=True, repr=False)
+class PackedSource:
+    """Samples of one packed split; see `memseg_jax.data` for the interface."""
+
+    folder: str
+    manifest: Manifest
+
+    def __len__(self) -> int:
+        return self.manifest.count
+
+    def __getitem__(self, index: int) -> dict:
+        """Reads, checks and decodes one sample; see `folder.FileSource`."""
+        where, shard, position = self._locate(index)
+        try:
+            example = parse(self._records[where])
+        except Exception as error:  # array_record raises RuntimeError, protobuf DecodeError
+            raise self._damaged(index, str(error)) from None
+        if checksum(example) != shard.checksums[position]:
+            raise self._damaged(index, "its checksum is not the one that was noted")
+        return decode(example, self.describe(index))
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}({len(self)} samples, {self.fingerprint()})"
+
+    def __getstate__(self) -> dict:
+        """Leaves out the open files: a worker process opens its own."""
+        return {"folder": self.folder, "manifest": self.manifest}
+
+    @property
+    def has_labels(self) -> bool:
+        """Whether there is anything to train or to score on."""
+        return self.manifest.has_labels
+
+    @property
+    def official_size(self) -> int | None:
+        """How many samples the split should have; None if that is not known."""
+        return self.manifest.official_size
+
+    def describe(self, index: int) -> str:
+        """Returns the shard and the record of sample `index`."""
+        _, shard, position = self._locate(index)
+        path = Path(self.folder, shard.file)
+        return f"{path}, record {position} (sample {shard.names[position]})"
+
+    def fingerprint(self) -> str:
+        """Returns the fingerprint of the source that was packed."""
+        return self.manifest.fingerprint
+
+    def _locate(self, index: int) -> tuple[int, Shard, int]:
+        """Returns the index counted from 0, its shard, and its position there."""
+        where = range(len(self))[index]
+        which = bisect.bisect_right(self._starts, where) - 1
+        return where, self.manifest.shards[which], where - self._starts[which]
+
+    @functools.cached_property
+    def _starts(self) -> list[int]:
+        counts = (shard.count for shard in self.manifest.shards)
+        return list(itertools.accumulate(counts, initial=0))[:-1]
+
+    @functools.cached_property
+    def _records(self) -> Sequence[bytes]:
+        return open_records(
+            [(Path(self.folder, shard.file), shard.count) for shard in self.manifest.shards]
+        )
+
+    def _damaged(self, index: int, reason: str) -> UserError:
+        return UserError(
+            f"{self.describe(index)} is damaged: {reason}. Copy the file again from where it was "
+            "packed; or run --mode pack with the same config where the folders of the data set "
+            "are, which writes damaged files again."
+        )
+
+
+class _File(NamedTuple):
+    """How array_record wants to be told of a file without opening it."""
+
+    filename: str
+    skip: int
+    take: int
+    examples_in_shard: int
+
+
+def open_records(files: Sequence[tuple[Path, int]]) -> Sequence[bytes]:
+    """Opens files as one sequence of records, by random access and from several threads.
+
+    Args:
+        files: path and number of records of each; they are opened when first needed.
+
+    Returns:
+        The records.
+    """
+    with _OPENING:  # the import has parts that are done when they are first used
+        from array_record.python.array_record_data_source import ArrayRecordDataSource
+
+        return ArrayRecordDataSource([_File(str(path), 0, count, count) for path, count in files])
+
+
+def parse(record: bytes) -> dict[str, bytes]:
+    """Returns the `name`, the `image` and the `label` of a record, each as its file's bytes."""
+    features = protocol().Example.FromString(record).features.feature
+    return {key: features[key].bytes_list.value[0] for key in _KEYS}
+
+
+@functools.cache
+def protocol() -> Any:
+    """Returns the module with `Example`: tensorflow-datasets takes a second to import."""
+    with _OPENING:
+        from tensorflow_datasets.proto import tf_example_pb2
+
+        return tf_example_pb2
+
+
+def checksum(example: Mapping[str, bytes]) -> int:
+    """Returns the CRC-32 of what is in a record, whatever order it is stored in."""
+    value = 0
+    for key in _KEYS:
+        value = zlib.crc32(example[key], value)
+    return value
+
+
+def decode(example: Mapping[str, bytes], where: str) -> dict:
+    """Turns a record into a sample.
+
+    Args:
+        example: from `parse`; its checksum was compared.
+        where: for messages.
+
+    Returns:
+        `dict(image=uint8 [height, width, 3] RGB, label=uint8 [height, width], name=str)`.
+    """
+    # OpenCV is the faster reader of PNG files, and they are our own: 8 bits, grey.
+    label = cv2.imdecode(np.frombuffer(example["label"], np.uint8), cv2.IMREAD_UNCHANGED)
+    image = read_image(where, example["image"])
+    return {"image": image, "label": label, "name": os.fsdecode(example["name"])}
+
+
+def open_packed(data_config, split: str) -> PackedSource:
+    """Opens a packed split.
+
+    Args:
+        data_config: `config.data`; `packed` is the folder.
+        split: name of the split.
+
+    Returns:
+        The source.
+
+    Raises:
+        UserError: the split is not packed, not complete, or packed with other settings.
+    """
+    folder = folder_of(data_config)
+    again = (
+        "Write it with --mode pack, the same config, and config.data.root set to the folders of "
+        "the data set; or leave config.data.packed empty to read those."
+    )
+    if not folder.is_dir():
+        what = "is not a folder" if folder.exists() else "does not exist"
+        raise UserError(f"config.data.packed: {folder} {what}. {again}")
+    manifest = manifest_of(folder, split)
+    if manifest is None:
+        there = ", ".join(one.split for one in manifests(folder)) or "no packed split"
+        raise UserError(
+            f"{folder}: split {split!r} is not packed there (config.data.packed); the folder holds "
+            f"{there}. {again}"
+        )
+    check_settings(folder, manifest, data_config)
+    if not manifest.complete:
+        done = sum(shard.size > 0 for shard in manifest.shards)
+        raise UserError(
+            f"{folder}: split {split!r} was not packed to its end: {done} of "
+            f"{len(manifest.shards)} shards are there. Run --mode pack with the same config: it "
+            "goes on where it was interrupted."
+        )
+    problems = [text for shard in manifest.shards if (text := misses(folder, shard))]
+    if problems:
+        raise UserError(
+            f"{folder}: {len(problems)} of {len(manifest.shards)} shards of split {split!r} are "
+            f"missing or not whole: {'; '.join(problems[:5])}. Copy the folder again from where it "
+            "was packed; or run --mode pack with the same config where the folders of the data set "
+            "are, which writes missing and damaged files again."
+        )
+    return PackedSource(str(folder), manifest)
+
+
+def folder_of(data_config) -> Path:
+    """Returns the folder that `config.data.packed` names."""
+    return Path(os.path.abspath(Path(data_config.packed).expanduser()))
+
+
+def split_name(split: str) -> str:
+    """Returns a split's name for file names and for tensorflow-datasets, which reserves "all"."""
+    name = re.sub(r"\W+", "_", split)
+    return f"{name}_" if name == "all" else name
+
+
+def manifest_path(folder: Path, split: str) -> Path:
+    """Returns the file with a split's manifest."""
+    return folder / f"{split_name(split)}.packed.json"
+
+
+def manifests(folder: Path) -> list[Manifest]:
+    """Reads the manifests of all splits in a folder, complete or not; see `read_manifest`."""
+    paths = sorted(path for path in folder.glob("*.packed.json") if path.name[0] != ".")
+    return [read_manifest(path) for path in paths]
+
+
+def manifest_of(folder: Path, split: str) -> Manifest | None:
+    """Reads the manifest of a split; None if there is none; see `read_manifest`."""
+    path = manifest_path(folder, split)
+    if not path.exists():
+        return None
+    manifest = read_manifest(path)
+    if manifest.split != split:
+        raise UserError(
+            f"{path} is of split {manifest.split!r}; split {split!r} would have the same file. "
+            "Pack them into two folders."
+        )
+    return manifest
+
+
+def read_manifest(path: Path) -> Manifest:
+    """Reads a manifest.
+
+    Raises:
+        UserError: the file is damaged or of a later version.
+    """
+    try:
+        fields = json.loads(path.read_text(encoding="utf-8"))
+        version = fields.pop("format")
+        if version != FORMAT:
+            raise UserError(
+                f"{path}: packed in format {version}; this version of memseg_jax reads {FORMAT}. "
+                "Use the version it was packed with, or pack into another folder."
+            )
+        shards = tuple(Shard(**shard) for shard in fields.pop("shards"))
+        return Manifest(**fields, shards=shards)
+    except UserError:
+        raise
+    except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
+        raise UserError(
+            f"{path}: the list of a packed split cannot be read ({error}). Copy it again from "
+            "where it was packed; or delete it and run --mode pack with the same config."
+        ) from None
+
+
+def write_manifest(folder: Path, manifest: Manifest) -> None:
+    """Writes or replaces the manifest of a split."""
+    with replacing(manifest_path(folder, manifest.split)) as temporary:
+        text = json.dumps({"format": FORMAT} | dataclasses.asdict(manifest))
+        temporary.write_text(text, encoding="utf-8")
+        synchronise(temporary)
+
+
+def synchronise(path: Path) -> None:
+    """Makes the system write a file or a folder to the disk: a power cut loses nothing then."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def settings_of(data_config) -> dict[str, Any]:
+    """Returns the fields of `config.data` that decide what the samples are, as JSON has them."""
+    fields = {key: value for key, value in data_config.items() if key not in _NO_MATTER}
+    return json.loads(json.dumps(fields))
+
+
+def check_settings(folder: Path, manifest: Manifest, data_config) -> None:
+    """Refuses data that was packed with other settings than the config's.
+
+    Raises:
+        UserError: names every field that differs, with both values.
+    """
+    now = settings_of(data_config)
+    # A field that only one version of this program knows cannot have been set to anything.
+    differences = [
+        f"config.data.{field} {_difference(manifest.settings[field], now[field])}"
+        for field in sorted(manifest.settings.keys() & now.keys())
+        if manifest.settings[field] != now[field]
+    ]
+    if differences:
+        raise UserError(
+            f"{folder} (config.data.packed) was packed with other settings than the config's: "
+            + "; ".join(differences)
+            + ". Give the folder that belongs to the config, correct the config, or pack into "
+            "another folder with --mode pack."
+        )
+
+
+def _difference(packed: Any, now: Any) -> str:
+    if isinstance(packed, list) and isinstance(now, list):
+        if len(packed) != len(now):
+            return f"has {len(now)} entries, and had {len(packed)} when it was packed"
+        index = next(k for k, pair in enumerate(zip(packed, now)) if pair[0] != pair[1])
+        return f"has {now[index]!r} at {index}, and had {packed[index]!r} when it was packed"
+    return f"is {now!r}, and was {packed!r} when it was packed"
+
+
+def misses(folder: Path, shard: Shard) -> str:
+    """Says what is wrong with the size of a shard's file; "" if nothing is."""
+    try:
+        size = os.stat(folder / shard.file).st_size
+    except OSError as error:
+        return f"{shard.file} ({error.strerror})"
+    return "" if size == shard.size else f"{shard.file} ({size} bytes instead of {shard.size})"
