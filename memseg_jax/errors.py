@@ -7,3 +7,11 @@ class UserError(ValueError):
     The message names the file or field, what was found, what was expected and what to do.
     `memseg_jax.main` prints it without a traceback and exits with status 1.
     """
+
+
+class Stopped(Exception):
+    """The run was asked to stop, and everything is saved; the message says how to go on."""
+
+    # "Temporary failure, try again" of sysexits.h. Not 143, which shells report for a process that
+    # SIGTERM has killed.
+    EXIT_STATUS = 75

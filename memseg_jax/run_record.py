@@ -4,21 +4,25 @@ import importlib.metadata
 import json
 import math
 import platform
+import time
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
 
 import memseg_jax
+from memseg_jax import distributed
 from memseg_jax.errors import UserError
 
 FORMAT_VERSION = 1
 # Fields that may change between a run and its continuation: they say where files lie, how fast
-# batches are made, what is kept in memory, and what is reported, but not which numbers the training
-# produces (rounding aside).
+# batches are made, what is kept in memory, what is reported, and what happens after a mishap, but
+# not which numbers the training produces (rounding aside).
 HARMLESS_FIELDS = (
     "data.root",
+    "data.packed",
     "data.workers",
     "data.threads",
     "data.prefetch",
@@ -26,8 +30,12 @@ HARMLESS_FIELDS = (
     "data.eval_split",
     "data.num_val",
     "model.remat",
+    "sharding.*",
     "train.log_every",
     "train.eval_every",
+    "train.on_nonfinite",
+    "train.max_nonfinite",
+    "train.watchdog_minutes",
     "checkpoint.*",
     "eval.*",
 )
@@ -61,8 +69,6 @@ def make_meta(
     Returns:
         The dict that `Checkpointer.save` takes as `meta`.
     """
-    versions = {name: importlib.metadata.version(name) for name in _PACKAGES}
-    versions |= {"memseg_jax": memseg_jax.__version__, "python": platform.python_version()}
     return {
         "format_version": FORMAT_VERSION,
         "step": int(step),
@@ -71,9 +77,15 @@ def make_meta(
         "class_names": _plain(class_names),
         "palette": _plain(palette),
         "fingerprint": fingerprint,
-        "versions": versions,
+        "versions": versions(),
         "scores": _plain(scores),
     }
+
+
+def versions() -> dict[str, str]:
+    """Versions of what the numbers depend on, by name."""
+    found = {name: importlib.metadata.version(name) for name in _PACKAGES}
+    return found | {"memseg_jax": memseg_jax.__version__, "python": platform.python_version()}
 
 
 def _plain(value: Any) -> Any:
@@ -158,6 +170,40 @@ def check_class_names(meta: Mapping[str, Any], class_names: Sequence[str]) -> No
             f"config.data.class_names are {list(class_names)}, but the checkpoint was trained "
             f"with {trained}: scores would be given to the wrong classes"
         )
+
+
+def check_processes_agree(config: Any, fingerprint: str, workdir: Path) -> None:
+    """Refuses a run whose processes have different configs, data or workdirs.
+
+    Args:
+        config: the config of this process.
+        fingerprint: `Source.fingerprint()` of the training images of this process.
+        workdir: folder of the run, which all processes must see.
+
+    Raises:
+        UserError: naming what differs.
+    """
+    if distributed.process_count() == 1:
+        return
+    values = {f"config.{name}": show(value) for name, value in flatten(_plain(config)).items()}
+    for place in ("config.data.root", "config.data.packed"):  # disks of their own
+        values.pop(place, None)
+    values["the list of training images"] = fingerprint
+    values |= {f"the version of {name}": version for name, version in versions().items()}
+    distributed.check_same("config", values)
+    # A folder of the same name on another disk would do until the first checkpoint.
+    sign = workdir / ".processes"
+    word = f"{time.time_ns()}"
+    if distributed.is_primary():
+        sign.write_text(word, encoding="utf-8")
+    word = distributed.from_primary("workdir", word)
+    try:
+        found = sign.read_text(encoding="utf-8") == word
+    except OSError:
+        found = False
+    distributed.check_same("sees", {"whether it sees the files of process 0 in --workdir": found})
+    if distributed.is_primary():
+        sign.unlink(missing_ok=True)
 
 
 _ABSENT = object()

@@ -18,6 +18,7 @@ import jax.numpy as jnp
 import ml_collections
 import optax
 
+from memseg_jax.guards import FLAG, keep_finite
 from memseg_jax.losses import consistency_loss, cross_entropy, group_weights
 from memseg_jax.models.memory import (
     MemorySums,
@@ -53,10 +54,12 @@ def make_train_step(
     Returns:
         step(state, batch) -> (state, metrics), where batch has "image" float32
         [batch, height, width, 3] and "label" integer [batch, height, width]; metrics are scalars:
-        the losses by name (weighted), "loss" their sum, "lr", and "grad_norm".
+        the losses by name (weighted), "loss" their sum, "lr", "grad_norm", and "nonfinite": 1 if
+        the step was bad and its result thrown away (see `guards`), otherwise 0.
     """
     losses = Losses(model, config, (config.loss.consistency_from_epoch - 1) * steps_per_epoch)
     parts = config.train.accumulate
+    halts = config.train.on_nonfinite == "raise"
 
     def step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
         lr = schedule(state.step)
@@ -74,7 +77,12 @@ def make_train_step(
             memory=memory,
             opt_state=opt_state,
         )
-        return new_state, metrics | {"lr": lr, "grad_norm": optax.tree.norm(grads)}
+        grad_norm = optax.tree.norm(grads)
+        # The update is a sum of finite numbers times finite numbers if the gradients are finite; to
+        # look at every new parameter would double the number of reductions.
+        checked = (metrics["loss"], grad_norm, batch_stats, memory)
+        new_state, bad = keep_finite(state, new_state, checked, halts)
+        return new_state, metrics | {"lr": lr, "grad_norm": grad_norm, FLAG: bad}
 
     return step
 

@@ -1,5 +1,6 @@
 """Checkpoints: exact round trips, kills in the middle, what is kept, and clear refusals."""
 
+import contextlib
 import gc
 import json
 import os
@@ -7,6 +8,7 @@ import resource
 import signal
 import subprocess
 import sys
+import tempfile
 import textwrap
 import time
 from pathlib import Path
@@ -24,6 +26,7 @@ from hypothesis import strategies as st
 from configs import common
 from memseg_jax import checkpoint, run_record
 from memseg_jax.checkpoint import Checkpointer
+from memseg_jax.checkpoint.steps import sealed
 from memseg_jax.errors import UserError
 
 
@@ -337,19 +340,97 @@ def test_half_deleted_old_checkpoint_does_no_harm(tmp_path):
     assert checkpoint.all_steps(tmp_path) == [3]
 
 
-def test_disk_full_in_the_background_is_raised_by_the_next_save(tmp_path):
+@contextlib.contextmanager
+def small_disk(size=1_000_000):
+    """No file may grow beyond a size: to the program it looks like a disk that is full."""
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    with Checkpointer(tmp_path, keep=2) as checkpointer:
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+
+def leftovers(workdir):
+    return [x.name for x in (workdir / checkpoint.FOLDER).iterdir() if not x.name.isdecimal()]
+
+
+def test_disk_full_in_the_background_is_reported_and_the_save_retried(tmp_path, caplog):
+    large = make_state(2, width=40000)
+    with Checkpointer(tmp_path, keep=5) as checkpointer:
         checkpointer.save(make_state(1), make_meta(1))
         checkpointer.wait_until_finished()
-        resource.setrlimit(resource.RLIMIT_FSIZE, (1_000_000, hard))
-        try:
-            checkpointer.save(make_state(2, width=40000), make_meta(2))
-            with pytest.raises(UserError, match=r"step 2 .* failed: File too large.*continues"):
-                checkpointer.save(make_state(3), make_meta(3))
-        finally:
-            resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+        with small_disk():
+            checkpointer.save(large, make_meta(2))
+            with pytest.raises(UserError, match=r"step 2 failed: File too large.*of step 1\."):
+                checkpointer.wait_until_finished()
+            assert leftovers(tmp_path) == []
+            checkpointer.save(large, make_meta(2))
+            while checkpointer._manager.is_saving_in_progress():
+                time.sleep(0.01)
         assert checkpointer.latest_step() == 1
+        # There is space again. The library believes that step 2 was saved.
+        caplog.clear()
+        checkpointer.save(large, make_meta(2))
+        assert checkpoint.all_steps(tmp_path) == [1, 2]  # it was waited for
+        assert "step 2 in" in caplog.text
+        assert "File too large. The last good one is of step 1" in caplog.text
+        checkpointer.save(make_state(3), make_meta(3))
+        assert_same(checkpointer.restore(abstract(large), step=2)[0], large)
+    assert checkpoint.all_steps(tmp_path) == [1, 2, 3]
+
+
+@contextlib.contextmanager
+def unwritable(folder):
+    """Takes away the right to write in a folder, also from root."""
+    folder.chmod(0o555)
+    user = os.geteuid()
+    try:
+        if user == 0:
+            os.seteuid(65534)
+        yield
+    finally:
+        os.seteuid(user)
+        folder.chmod(0o755)
+
+
+def save_and_wait(checkpointer, *arguments):
+    checkpointer.save(*arguments)
+    checkpointer.wait_until_finished()
+
+
+def test_a_folder_that_becomes_unwritable():
+    with tempfile.TemporaryDirectory() as name:  # not in a folder that only root may enter
+        workdir = Path(name)
+        workdir.chmod(0o755)
+        with Checkpointer(workdir, keep=5) as checkpointer:
+            checkpointer.save(make_state(1), make_meta(1))
+            checkpointer.wait_until_finished()
+            second = make_state(2), make_meta(2)
+            with unwritable(workdir / checkpoint.FOLDER):
+                with pytest.raises(UserError, match=r"step 2 failed: Permission.*of step 1\."):
+                    save_and_wait(checkpointer, *second)
+                with pytest.raises(UserError, match=r"cannot write to the workdir"):
+                    checkpoint.prepare_workdir(workdir / checkpoint.FOLDER / "run")
+            checkpointer.save(make_state(3), make_meta(3))
+        assert checkpoint.all_steps(workdir) == [1, 3]
+
+
+def test_a_file_in_the_place_of_the_folder(tmp_path):
+    (tmp_path / checkpoint.FOLDER).write_text("no folder")
+    with pytest.raises(UserError, match=r"cannot write to the workdir .*checkpoints: File exists"):
+        Checkpointer(tmp_path, keep=1)
+
+
+def test_a_disk_that_stays_full_ends_the_run_and_leaves_the_last_good_step(tmp_path, caplog):
+    with Checkpointer(tmp_path, keep=5) as checkpointer:
+        checkpointer.save(make_state(1), make_meta(1))
+        with small_disk():
+            checkpointer.save(make_state(2, width=40000), make_meta(2))
+            with pytest.raises(UserError, match=r"step 3 failed: File too large.*of step 1\."):
+                checkpointer.save(make_state(3, width=40000), make_meta(3))
+            assert "saving the checkpoint of step 2" in caplog.text
+        assert leftovers(tmp_path) == []
         checkpointer.save(make_state(4), make_meta(4))
     assert checkpoint.all_steps(tmp_path) == [1, 4]
 
@@ -381,7 +462,7 @@ def test_damaged_checkpoint_is_named(tmp_path, pattern, change, named):
         with pytest.raises(UserError, match="step 2 is damaged") as caught:
             checkpointer.restore(abstract(state))
         assert str(tmp_path / "checkpoints/2" / named) in str(caught.value)
-        assert "Other checkpoints of this run: 1. Remove the folder" in str(caught.value)
+        assert "Other checkpoints of this run: 1. Evaluate or predict" in str(caught.value)
         restored, _ = checkpointer.restore(abstract(state), step=1)
     assert_same(restored, make_state(1, width=512))
     del caught
@@ -391,7 +472,7 @@ def test_damaged_checkpoint_is_named(tmp_path, pattern, change, named):
 def test_later_format_is_refused(tmp_path):
     save_one(tmp_path)
     path = tmp_path / "checkpoints/3/meta/metadata"
-    path.write_text(json.dumps(dict(json.loads(path.read_text()), format_version=2)))
+    path.write_text(json.dumps(sealed(dict(json.loads(path.read_text()), format_version=2))))
     with pytest.raises(UserError, match=r"format version 2.*reads up to 1"):
         checkpoint.read_meta(tmp_path)
 

@@ -1,0 +1,96 @@
+"""How the feature memory is doing: the norms of its rows, and how long ago they changed."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+
+class MemoryHealth:
+    """Looks at the memory now and then, and keeps one number a class: when its rows last changed.
+
+    That is known to the step at which the memory was looked at: a row that changed since the time
+    before counts as changed now.
+
+    Args:
+        class_names: one a class.
+        step: number of completed steps.
+        memory: at this step, [classes, slots, channels].
+        ages: what `ages` returned at this step, if it was kept; None: counting starts now.
+    """
+
+    def __init__(
+        self,
+        class_names: Sequence[str],
+        step: int,
+        memory: jax.Array,
+        ages: Sequence[int] | None = None,
+    ):
+        self._names = tuple(class_names)
+        self._changed = step - np.array(ages if ages else [0] * len(self._names), np.int64)
+        self._step = step
+        self._program = jax.jit(_rows, out_shardings=_everywhere(memory))
+        self._sums = jax.device_get(self._program(memory))[1]
+
+    @property
+    def ages(self) -> list[int]:
+        """Steps since the rows of every class last changed, as of the last look."""
+        return (self._step - self._changed).tolist()
+
+    def look(self, step: int, memory: jax.Array) -> tuple[dict[str, float], str]:
+        """Looks at the memory.
+
+        Args:
+            step: number of completed steps.
+            memory: at this step, [classes, slots, channels].
+
+        Returns:
+            Numbers for the metrics, and a line for people. Norms are of the rows of classes that
+            were seen, ages are in steps, of the same classes.
+        """
+        norms, sums = jax.device_get(self._program(memory))
+        self._changed[np.any(sums != self._sums, axis=-1)] = step
+        self._sums, self._step = sums, step
+        seen = np.any(norms > 0, axis=-1)
+        of_seen = norms[seen] if seen.any() else np.zeros((1, 1))
+        ages = np.where(seen, step - self._changed, -1)
+        oldest = int(np.argmax(ages))
+        values = {
+            "memory_norm_min": float(of_seen.min()),
+            "memory_norm_mean": float(of_seen.mean()),
+            "memory_norm_max": float(of_seen.max()),
+            "memory_never_seen": float(np.mean(~seen)),
+            "memory_age_mean": float(ages[seen].mean()) if seen.any() else 0.0,
+            "memory_age_max": float(max(ages[oldest], 0)),
+        }
+        never = [name for name, was_seen in zip(self._names, seen) if not was_seen]
+        more = f" and {len(never) - 5} more" if len(never) > 5 else ""
+        line = (
+            f"memory: norms of the rows {values['memory_norm_min']:.3g} to "
+            f"{values['memory_norm_max']:.3g}, mean {values['memory_norm_mean']:.3g}; "
+            + (
+                f"longest without a change: {self._names[oldest]}, {ages[oldest]} steps; "
+                if seen.any()
+                else ""
+            )
+            + f"{len(never)} of {len(seen)} classes never seen"
+            + (f": {', '.join(never[:5])}{more}" if never else "")
+        )
+        return values, line
+
+
+def _rows(memory: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Norm, and a number that changes with the bits, of every row: [classes, slots]."""
+    memory = memory.astype(jnp.float32)
+    bits = jax.lax.bitcast_convert_type(memory, jnp.uint32)
+    odd = 2 * jnp.arange(memory.shape[-1], dtype=jnp.uint32) + 1
+    sums = jnp.sum(bits * odd * jnp.uint32(0x9E3779B1), axis=-1, dtype=jnp.uint32)
+    return jnp.sqrt(jnp.sum(jnp.square(memory), axis=-1)), sums
+
+
+def _everywhere(memory: Any) -> Any:
+    """Every device, so that every process can read the results."""
+    mesh = getattr(memory.sharding, "mesh", None)
+    return None if mesh is None else jax.NamedSharding(mesh, jax.P())

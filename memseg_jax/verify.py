@@ -1,0 +1,103 @@
+"""The verify mode: reads every checkpoint of a workdir and compares it with its checksums."""
+
+import os
+from pathlib import Path
+from typing import NamedTuple
+
+import jax
+
+from memseg_jax.checkpoint import reading, steps
+
+
+class Report(NamedTuple):
+    """What was found in one checkpoint.
+
+    Attributes:
+        arrays: their number.
+        size: of the arrays that could be read, in bytes.
+        has_checksums: whether there are any; checkpoints of earlier versions have none.
+        problems: what is wrong, with the names of files and arrays; empty if all is well.
+    """
+
+    arrays: int
+    size: int
+    has_checksums: bool
+    problems: list[str]
+
+
+def run(workdir: str | os.PathLike) -> int:
+    """Checks all checkpoints of a workdir and prints a table of them.
+
+    Every array is read, so this takes as long as reading the files does. Nothing is changed.
+
+    Args:
+        workdir: folder of a run.
+
+    Returns:
+        The exit status: 0, or 1 if anything is damaged.
+
+    Raises:
+        UserError: there is no checkpoint.
+    """
+    # Accelerators are not needed, and the run that uses them may be going on.
+    jax.config.update("jax_platforms", "cpu")
+    folder = Path(workdir).expanduser().absolute()
+    found = steps.all_steps(folder)
+    if not found:
+        steps.find_step(folder, "last")  # raises, and says what to do
+    print(f"{'step':>9}  {'arrays':>6}  {'MB':>9}  result")
+    bad = []
+    for step in found:
+        report = check(folder, step)
+        result = "ok" if report.has_checksums else "readable; no checksums (earlier version)"
+        if report.problems:
+            bad.append(step)
+            result = "DAMAGED"
+        print(f"{step:>9}  {report.arrays:>6}  {report.size / 1e6:>9.1f}  {result}", flush=True)
+        for problem in report.problems:
+            print(f"{'':>9}  {problem}", flush=True)
+    aside = folder / steps.DAMAGED_FOLDER
+    if aside.is_dir():
+        names = ", ".join(sorted(path.name for path in aside.iterdir()))
+        print(f"{aside}: found damaged earlier and not used: {names}")
+    good = [step for step in found if step not in bad]
+    if not bad:
+        print(f"all {len(found)} checkpoints in {folder / steps.FOLDER} are good")
+        return 0
+    print(
+        f"{len(bad)} of {len(found)} checkpoints in {folder / steps.FOLDER} are damaged: steps "
+        f"{', '.join(map(str, bad))}. "
+        + (f"Training goes on from step {good[-1]}." if good else "No good one is left.")
+    )
+    return 1
+
+
+def check(workdir: Path, step: int) -> Report:
+    """Checks one checkpoint.
+
+    Args:
+        workdir: folder of the run.
+        step: of the checkpoint.
+
+    Returns:
+        What was found.
+    """
+    folder = workdir / steps.FOLDER / str(step) / "state"
+    try:
+        meta = steps.read_meta_file(workdir, step)
+        saved = reading.list_arrays(workdir, step, meta)
+    except steps.DamagedCheckpoint as error:
+        return Report(0, 0, False, [error.what])
+    expected = reading.recorded_checksums(meta)
+    size, problems = 0, []
+    # One by one: a checkpoint may be larger than the memory of the machine that looks at it.
+    for name in saved:
+        try:
+            array = reading.read_on_host(folder, [name])[name]
+        except Exception as error:
+            problems.append(f"{name} in {folder} cannot be read ({steps.brief(error)})")
+            continue
+        size += array.nbytes
+        if expected and (difference := reading.differences({name: array}, expected)):
+            problems.append(f"{difference}, in {folder}")
+    return Report(len(saved), size, bool(expected), problems)
