@@ -18,8 +18,9 @@ import jax.numpy as jnp
 import ml_collections
 import numpy as np
 
-from memseg_jax import optimizer, sharding
+from memseg_jax import distributed, sharding
 from memseg_jax.checkpoint import prepare_workdir
+from memseg_jax.chips import chip_of, peak
 from memseg_jax.compilation import compile_with_notice
 from memseg_jax.data import IGNORE_LABEL, open_split
 from memseg_jax.data.pipeline import steps_per_epoch, train_batches
@@ -29,12 +30,11 @@ from memseg_jax.inference import Predictor, check_evaluation
 from memseg_jax.models.segmentor import Segmentor, build_segmentor
 from memseg_jax.state import (
     TrainState,
-    abstract_state,
     abstract_variables,
     init_state,
     init_variables,
 )
-from memseg_jax.train_step import make_train_step
+from memseg_jax.training_program import training_program
 
 log = logging.getLogger(__name__)
 
@@ -42,22 +42,6 @@ FILE = "benchmark.json"
 _SECONDS = 10.0  # about this long for each measurement, ...
 _LEAST = 3  # ... but at least so many steps
 _WARM_UP = 2
-
-# Dense TFLOP/s that the makers give for products of bfloat16, and of float32 at JAX's default
-# precision (TF32 on GPUs; one bfloat16 pass on TPUs), by the beginning of `device_kind`.
-_PEAKS = {
-    "NVIDIA H200": (989.0, 494.0),
-    "NVIDIA H100 80GB HBM3": (989.0, 494.0),
-    "NVIDIA H100 PCIe": (756.0, 378.0),
-    "NVIDIA A100": (312.0, 156.0),
-    "NVIDIA L4": (121.0, 60.0),
-    "TPU v4": (275.0, 275.0),
-    "TPU v5 lite": (197.0, 197.0),
-    "TPU v5e": (197.0, 197.0),
-    "TPU v5": (459.0, 459.0),
-    "TPU v6 lite": (918.0, 918.0),
-    "TPU v6e": (918.0, 918.0),
-}
 
 
 def run(config: ml_collections.ConfigDict, workdir: str | None = None) -> dict[str, Any]:
@@ -73,7 +57,7 @@ def run(config: ml_collections.ConfigDict, workdir: str | None = None) -> dict[s
     Raises:
         UserError: the config is wrong, or the batch does not fit into memory.
     """
-    mesh = sharding.make_mesh()
+    mesh = sharding.make_mesh(layout=config.get("sharding"))
     train = config.train
     sharding.check_batch_size(train.batch_size, mesh, config.replica_groups, train.accumulate)
     config = config.copy_and_resolve_references()
@@ -100,8 +84,9 @@ def run(config: ml_collections.ConfigDict, workdir: str | None = None) -> dict[s
     result["share_of_measured_peak"] = result["flops_per_second"] / result["measured_peak"]
     if result["nominal_peak"]:
         result["share_of_nominal_peak"] = result["flops_per_second"] / result["nominal_peak"]
-    print(format_result(result), flush=True)
-    if folder:
+    if distributed.is_primary():
+        print(format_result(result), flush=True)
+    if folder and distributed.is_primary():
         (folder / FILE).write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
         log.info("wrote %s", folder / FILE)
     return result
@@ -127,11 +112,8 @@ def random_batch(
 
 def nominal_peak(device_kind: str, dtype: str) -> float | None:
     """FLOP/s that the maker gives for a device, or None if it is not in the table."""
-    known = [name for name in _PEAKS if device_kind.startswith(name)]
-    if not known:
-        return None
-    bfloat16, float32 = _PEAKS[max(known, key=len)]
-    return 1e12 * (bfloat16 if dtype == "bfloat16" else float32)
+    chip = chip_of(device_kind)
+    return peak(chip, dtype) if chip else None
 
 
 def network_flops(model: Segmentor, size: tuple[int, int], *, train: bool) -> int:
@@ -192,24 +174,21 @@ def _measure_training(
     # Without data, any length of an epoch will do.
     count = 1000 * batch_size if source is None else len(source)
     epoch_steps = steps_per_epoch(count, batch_size, config.replica_groups)
-    schedule = optimizer.schedule_from_config(config, config.train.epochs * epoch_steps)
-    tx = optimizer.sgd(config, schedule)
-    step = jax.jit(make_train_step(model, config, tx, schedule, epoch_steps), donate_argnums=0)
+    program = training_program(config, model, mesh, epoch_steps)
     local_size = batch_size // jax.process_count()
     batch = random_batch(local_size, crop, len(config.data.class_names))
     batch = sharding.place_batch(batch, mesh)
-    shapes = sharding.with_sharding(abstract_state(model, tx), mesh)
 
     hits: list[str] = []
     jax.monitoring.register_event_listener(
         listener := lambda event, **_: hits.append(event) if event.endswith("cache_hits") else None
     )
     start = time.perf_counter()
-    compiled = compile_with_notice(step, "the training step", shapes, batch)
+    compiled = compile_with_notice(program.step, "the training step", program.state, batch)
     compile_seconds = time.perf_counter() - start
     jax.monitoring.unregister_event_listener(listener)
 
-    state = sharding.place(init_state(init_variables(model, config.seed), tx), mesh)
+    state = sharding.place(init_state(init_variables(model, config.seed), program.tx), mesh)
     state, step_seconds, _ = _time_steps(compiled, state, lambda: batch, _WARM_UP)
     flops = network_flops(model, crop, train=True)
     result = {
@@ -254,6 +233,8 @@ def _time_steps(
         The state after, the median time of a step, and the share of the time that was spent in
         `next_batch`.
     """
+    alone = distributed.process_count() == 1
+    planned = _LEAST  # steps that count; all processes have to take as many
     done: list[float] = []  # when each step that counts was done, the one before them included
     waited, before = 0.0, None
     start = time.perf_counter()
@@ -265,12 +246,15 @@ def _time_steps(
         if before is not None:
             jax.block_until_ready(before)
             now = time.perf_counter()
-            if not done and (index >= warm_up or now - start > _SECONDS):
-                done, waited, start = [now], 0.0, now
+            if not done and (index >= warm_up or (alone and now - start > _SECONDS)):
+                if not alone:
+                    planned = max(_LEAST, math.ceil(_SECONDS / (now - asked)))
+                    planned = distributed.from_primary("benchmark", planned)
+                done, waited, start = [time.perf_counter()], 0.0, time.perf_counter()
                 log.info("a step takes about %.3g s", now - asked)
             elif done:
                 done.append(now)
-                if len(done) > _LEAST and now - start > _SECONDS:
+                if len(done) > planned and (now - start > _SECONDS or not alone):
                     break
         before = metrics
     jax.block_until_ready(state)
@@ -290,6 +274,7 @@ def _measure_evaluation(
     else:
         image = source[0]["image"]
     mesh = sharding.make_mesh(jax.local_devices())
+    variables = sharding.on_own_devices(variables, mesh)
     predictor = Predictor(model, variables, config.eval, mesh, config.augment.flip_pairs)
     count = config.eval.batch_size * mesh.size if config.eval.mode == "whole" else 1
     times = []

@@ -1,6 +1,11 @@
-"""The evaluate mode: segments the evaluation split and scores it."""
+"""The evaluate mode: segments the evaluation split and scores it.
+
+Several processes share the images: each segments every so many-th one on its own devices, and
+process 0 puts the results together.
+"""
 
 import dataclasses
+import io
 import logging
 import pathlib
 import time
@@ -11,7 +16,7 @@ import jax
 import ml_collections
 import numpy as np
 
-from memseg_jax import checkpoint, metrics, run_record, visualize
+from memseg_jax import checkpoint, distributed, metrics, run_record, visualize
 from memseg_jax.data import benchmark_of, open_split
 from memseg_jax.data.reading import map_ahead
 from memseg_jax.inference import Predictor
@@ -32,15 +37,18 @@ class Evaluation:
     """The result over a split.
 
     Attributes:
-        matrix: int64 [classes, classes + 1], see `metrics.confusion_matrix`.
-        scores: see `metrics.scores`.
-        examples: (image, truth, prediction) of a few images spread over the split.
+        matrix: int64 [classes, classes + 1], see `metrics.confusion_matrix`; of all processes.
+        scores: see `metrics.scores`; of all processes.
+        examples: (image, truth, prediction) of a few images spread over the split; only process 0
+            has those of the others.
+        sizes: height and width of every image by its name; only process 0 has those of the others.
         seconds: how long it took.
     """
 
     matrix: np.ndarray
     scores: dict
     examples: list[tuple[np.ndarray, np.ndarray, np.ndarray]]
+    sizes: dict[str, tuple[int, int]]
     seconds: float
 
 
@@ -50,51 +58,113 @@ def evaluate_source(
     num_classes: int,
     threads: int = 4,
     save: Callable[[str, np.ndarray], None] | None = None,
-) -> Evaluation:
+    stop: Callable[[], bool] | None = None,
+) -> Evaluation | None:
     """Segments every image of a source and compares with its label.
 
     One confusion matrix is all that is kept, besides a few examples: memory does not grow with
-    the number of images.
+    the number of images. All processes have to call it.
 
     Args:
         predictor: holds the model and its weights.
         source: images and labels, see `memseg_jax.data`.
         num_classes: number of classes.
         threads: number of images that are read ahead.
-        save: called with the name and the label map of every sample.
+        save: called with the name and the label map of every sample of this process.
+        stop: asked after every image whether to give up.
 
     Returns:
-        An `Evaluation`.
+        An `Evaluation`, or None if a process gave up.
     """
     start = reported = time.monotonic()
     count = len(source)
+    own = range(distributed.process_index(), count, distributed.process_count())
     shown = set(np.linspace(0, count - 1, min(_EXAMPLES, count)).astype(int).tolist())
-    matrix = np.zeros((num_classes, num_classes + 1), np.int64)
+    part = _Part(np.zeros((num_classes, num_classes + 1), np.int64))
     waiting: dict[int, dict[str, np.ndarray]] = {}
-    examples: dict[int, tuple[np.ndarray, np.ndarray, np.ndarray]] = {}
 
     def images() -> Iterator[tuple[int, np.ndarray]]:
-        for index, sample in enumerate(map_ahead(source.__getitem__, range(count), threads)):
+        for index, sample in zip(own, map_ahead(source.__getitem__, own, threads)):
             waiting[index] = sample
             yield index, sample["image"]
 
     for done, prediction in enumerate(predictor.predict(images()), 1):
         sample = waiting.pop(prediction.key)
-        matrix += metrics.confusion_matrix(prediction.label, sample["label"], num_classes)
+        part.matrix += metrics.confusion_matrix(prediction.label, sample["label"], num_classes)
         if save:
             save(sample["name"], prediction.label)
+            part.sizes[sample["name"]] = prediction.label.shape
         if prediction.key in shown:
-            examples[prediction.key] = (sample["image"], sample["label"], prediction.label)
+            part.examples[prediction.key] = (sample["image"], sample["label"], prediction.label)
         if time.monotonic() - reported > _REPORT_EVERY:
             reported = time.monotonic()
             rate = done / (reported - start)
-            log.info("evaluated %d of %d images, %.2f images/s", done, count, rate)
+            log.info("evaluated %d of %d images, %.2f images/s", done, len(own), rate)
+        if stop and stop():
+            part.complete = False
+            break
+    if not part.merge():
+        return None
     return Evaluation(
-        matrix,
-        metrics.scores(matrix),
-        [examples[index] for index in sorted(examples)],
+        part.matrix,
+        metrics.scores(part.matrix),
+        [part.examples[index] for index in sorted(part.examples)],
+        part.sizes,
         time.monotonic() - start,
     )
+
+
+@dataclasses.dataclass
+class _Part:
+    """What one process has seen of a split; the attributes are those of `Evaluation`."""
+
+    matrix: np.ndarray
+    examples: dict[int, tuple[np.ndarray, np.ndarray, np.ndarray]] = dataclasses.field(
+        default_factory=dict
+    )
+    sizes: dict[str, tuple[int, int]] = dataclasses.field(default_factory=dict)
+    complete: bool = True
+
+    def merge(self) -> bool:
+        """Adds up the matrices of all processes; returns whether all of them were complete."""
+        if distributed.process_count() == 1:
+            return self.complete
+
+        def add_up(payloads: list[bytes]) -> bytes:
+            for payload in payloads[1:]:
+                self._add(payload)
+            return self._packed(with_examples=False)
+
+        total = distributed.merge("evaluation", self._packed(with_examples=True), add_up)
+        if not distributed.is_primary():
+            self.matrix[:] = 0
+            self._add(total)
+        return self.complete
+
+    def _packed(self, with_examples: bool) -> bytes:
+        arrays = {"matrix": self.matrix, "complete": self.complete}
+        if with_examples:
+            for index, triple in self.examples.items():
+                for number, array in enumerate(triple):
+                    arrays[f"example/{index}/{number}"] = array
+            arrays["names"] = np.array(list(self.sizes), np.str_)
+            arrays["sizes"] = np.array(list(self.sizes.values()), np.int64).reshape(-1, 2)
+        file = io.BytesIO()
+        np.savez_compressed(file, **arrays)
+        return file.getvalue()
+
+    def _add(self, payload: bytes) -> None:
+        with np.load(io.BytesIO(payload)) as arrays:
+            self.matrix += arrays["matrix"]
+            self.complete &= bool(arrays["complete"])
+            for name in arrays.files:
+                if name.startswith("example/") and name.endswith("/0"):
+                    stem = name.removesuffix("0")
+                    index = int(stem.split("/")[1])
+                    self.examples[index] = tuple(arrays[f"{stem}{n}"] for n in range(3))
+            if "names" in arrays:
+                sizes = map(tuple, arrays["sizes"].tolist())
+                self.sizes |= dict(zip(arrays["names"].tolist(), sizes))
 
 
 def report(
@@ -130,6 +200,8 @@ def run(config: ml_collections.ConfigDict, workdir: str, which: str | int = "bes
         workdir: folder of a run.
         which: "best", "last" or a step.
 
+    All processes of a run have to call it; process 0 prints and writes the scores.
+
     Returns:
         The scores; empty if there are no labels.
 
@@ -140,6 +212,7 @@ def run(config: ml_collections.ConfigDict, workdir: str, which: str | int = "bes
     _, meta = checkpoint.read_meta(workdir, which)  # first: a misspelt workdir is not to be made
     class_names = tuple(config.data.class_names)
     run_record.check_class_names(meta, class_names)
+    distributed.check_same("evaluate", {"the checkpoint": meta["step"]})
     folder = checkpoint.prepare_workdir(workdir)
     split, save_to = config.data.eval_split, config.eval.save_predictions
     source = open_split(config.data, split, needs_labels=not save_to)
@@ -155,10 +228,16 @@ def run(config: ml_collections.ConfigDict, workdir: str, which: str | int = "bes
     result = evaluate_source(
         predictor, source, len(class_names), config.data.threads, writer and writer.save
     )
+    if writer:
+        writer.sizes.update(result.sizes)
     if not getattr(source, "has_labels", True):
+        if not distributed.is_primary():
+            return {}
         print(f"no scores: the labels of split {split!r} are not public")
         print(writer.finish(), flush=True)
         return {}
+    if not distributed.is_primary():
+        return result.scores
     extra = {
         "step": meta["step"],
         "split": split,

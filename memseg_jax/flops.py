@@ -19,10 +19,11 @@ def count_flops(function: Callable, *args: Any) -> int:
         function: anything that can be traced.
         *args: arrays, or `jax.ShapeDtypeStruct`.
     """
-    return _count(jax.make_jaxpr(function)(*args).jaxpr)
+    return flops_of_jaxpr(jax.make_jaxpr(function)(*args).jaxpr)
 
 
-def _count(jaxpr: Any) -> int:
+def flops_of_jaxpr(jaxpr: Any) -> int:
+    """The same of a function that is traced already."""
     return sum(_count_equation(equation) for equation in jaxpr.eqns)
 
 
@@ -39,8 +40,8 @@ def _count_equation(equation: Any) -> int:
         work = 2 * equation.outvars[0].aval.size * (kernel.size // outputs)
         return work // math.prod(params["lhs_dilation"])
     if name == "cond":
-        return max(_count(branch.jaxpr) for branch in params["branches"])
-    inner = sum(_count(part) for value in params.values() for part in _jaxprs(value))
+        return max(flops_of_jaxpr(branch.jaxpr) for branch in params["branches"])
+    inner = sum(flops_of_jaxpr(part) for value in params.values() for part in _jaxprs(value))
     return inner * (params["length"] if name == "scan" else 1)
 
 

@@ -5,6 +5,7 @@ import os
 import re
 import sys
 import textwrap
+import traceback
 from collections.abc import Callable, Mapping
 from logging import WARNING, Formatter
 from pathlib import Path
@@ -13,11 +14,11 @@ from typing import Any
 from absl import flags, logging
 from ml_collections import config_flags
 
-from memseg_jax import suggest
-from memseg_jax.errors import UserError
+from memseg_jax import distributed, suggest
+from memseg_jax.errors import Stopped, UserError
 
 # Only light imports: `--help` must be quick, and every worker process imports this module.
-MODES = ("train", "evaluate", "predict", "check_data", "benchmark")
+MODES = ("train", "evaluate", "predict", "verify", "check_data", "pack", "benchmark", "plan")
 USAGE = """\
 Semantic segmentation in JAX: train a model, evaluate it, and segment your own images.
 
@@ -28,16 +29,34 @@ examples:
   python -m memseg_jax.main --config configs/quickstart.py --mode predict --input photos/
   python -m memseg_jax.main --config configs/quickstart.py --mode benchmark
 
+A training that SIGTERM, SIGUSR1 or Ctrl-C ends saves its state and exits with status 75; the same
+command goes on. Status 1 is an error.
+
 flags:"""
+TOGETHER = ("train", "evaluate", "benchmark")  # what several processes can do as one run
 FLAGS = {  # name -> (default, the modes that read it, help)
     "config": (None, MODES, "config file (required); FILE.py:ARG passes ARG to its get_config"),
     "workdir": (None, MODES, "folder of the run; a run there is continued (default: runs/CONFIG)"),
     "mode": ("train", MODES, f"{', '.join(MODES[:-1])} or {MODES[-1]} (default: train)"),
     "checkpoint": ("best", ("evaluate", "predict"), "best, last or a step (default: best)"),
     "input": (None, ("predict",), "an image, a folder, or a quoted pattern such as '*.jpg'"),
-    "output": (None, ("predict",), "folder for the results (default: <workdir>/predictions)"),
+    "output": (
+        None,
+        ("predict", "check_data"),
+        "folder for the results (default: <workdir>/predictions or <workdir>/check_data)",
+    ),
     "save_confidence": (False, ("predict",), "also write how sure the model is of each pixel"),
     "save_ids": (False, ("predict",), "also write the raw class ids"),
+    "distributed": (
+        "auto",
+        TOGETHER,
+        "auto, on or off: whether this is one of several processes. auto: if JAX finds a TPU pod, "
+        "Slurm, Open MPI or GKE around it, or the three flags below say so (default: auto)",
+    ),
+    "coordinator_address": (None, TOGETHER, "HOST:PORT of process 0, the same for all processes"),
+    "num_processes": (None, TOGETHER, "how many processes there are"),
+    "process_id": (None, TOGETHER, "number of this process, from 0"),
+    "topology": (None, ("plan",), "devices to compile for, such as v5e:16x16, h200:8 or cpu:8"),
 }
 
 
@@ -50,7 +69,15 @@ def main(argv: list[str]) -> int:
     Returns:
         The exit status. What the user can fix is explained on stderr without a traceback.
     """
-    return status_of(_run, argv)
+    try:
+        status = status_of(_run, argv)
+    except Exception:
+        if distributed.process_count() == 1:
+            raise
+        traceback.print_exc()
+        status = 1
+    distributed.finish(status)
+    return status
 
 
 def status_of(function: Callable[[list[str]], int], argv: list[str]) -> int:
@@ -60,6 +87,10 @@ def status_of(function: Callable[[list[str]], int], argv: list[str]) -> int:
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
+    except Stopped as stopped:
+        if distributed.is_primary():
+            print(stopped, file=sys.stderr)
+        return Stopped.EXIT_STATUS
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return 130
@@ -83,14 +114,18 @@ def enable_compilation_cache() -> None:
 
 
 def set_up_logging() -> None:
-    """Shows our own messages as plain lines on stderr, and of the libraries only warnings."""
+    """Shows our own messages as plain lines on stderr, and of the libraries only warnings.
+
+    Of several processes, the first shows them all, the others only warnings.
+    """
     package = os.path.dirname(os.path.abspath(__file__))
     if flags.FLAGS["verbosity"].using_default_value:
         logging.set_verbosity(logging.INFO)
     logging.use_absl_handler()
     handler = logging.get_absl_handler().python_handler
     handler.setFormatter(Formatter("%(message)s"))
-    handler.filters = [lambda record: record.levelno >= WARNING or package in record.pathname]
+    ours = package if distributed.is_primary() else "nothing of ours"
+    handler.filters = [lambda record: record.levelno >= WARNING or ours in record.pathname]
 
 
 def _run(argv: list[str]) -> int:
@@ -98,15 +133,33 @@ def _run(argv: list[str]) -> int:
         print(_help_text() + (flags.FLAGS.get_help() if "--helpfull" in argv else ""))
         return 0
     values = _parse(argv)
+    if values.mode in TOGETHER:  # before anything asks JAX for its devices
+        distributed.start(
+            values.distributed, values.coordinator_address, values.num_processes, values.process_id
+        )
     set_up_logging()
+    try:
+        return _run_mode(values)
+    except BaseException as error:
+        distributed.failed(error)
+        raise
+
+
+def _run_mode(values: flags.FlagValues) -> int:
     module = importlib.import_module(f"memseg_jax.{values.mode}")
+    workdir = values.workdir or os.path.join("runs", _run_name(values["config"].config_filename))
     if values.mode == "check_data":
+        return module.run(values.config, values.output or os.path.join(workdir, "check_data"))
+    if values.mode == "verify":
+        return module.run(workdir)
+    if values.mode == "pack":
         return module.run(values.config)
     enable_compilation_cache()
     if values.mode == "benchmark":  # it measures the config, not a run
         module.run(values.config, values.workdir)
         return 0
-    workdir = values.workdir or os.path.join("runs", _run_name(values["config"].config_filename))
+    if values.mode == "plan":
+        return module.run(values.config, values.topology, values.workdir)
     arguments = [values.config, workdir]
     if values.mode != "train":
         arguments.append(int(which) if (which := values.checkpoint).isdecimal() else which)
@@ -125,14 +178,14 @@ def asks_for_help(argv: list[str]) -> bool:
 
 def flag_help(name: str, text: str) -> str:
     """Returns the paragraph of one flag for --help."""
-    return textwrap.fill(f"  --{name:<17}{text}", 99, subsequent_indent=" " * 21)
+    return textwrap.fill(f"  --{name:<20}{text}", 99, subsequent_indent=" " * 24)
 
 
 def _help_text() -> str:
     lines = [USAGE]
     for name, (_, modes, text) in FLAGS.items():
         lines.append(flag_help(name, text if modes == MODES else f"{', '.join(modes)}: {text}"))
-    return "\n".join([*lines, "  --helpfull         also the flags of absl", ""])
+    return "\n".join([*lines, flag_help("helpfull", "also the flags of absl"), ""])
 
 
 def _run_name(config_flag: str) -> str:
@@ -203,6 +256,8 @@ def _parse(argv: list[str]) -> flags.FlagValues:
             raise UserError(f"--{name} is only for --mode {' and '.join(modes)}")
     if mode == "predict" and not values.input:
         raise UserError(f"--mode predict needs --input: {FLAGS['input'][2]}")
+    if mode == "plan" and not values.topology:
+        raise UserError(f"--mode plan needs --topology: {FLAGS['topology'][2]}")
     if values.checkpoint not in ("best", "last") and not values.checkpoint.isdecimal():
         raise UserError(f"--checkpoint {values.checkpoint}: expected best, last or a step")
     return values

@@ -6,7 +6,6 @@ compiles the training step of narrow models and prints what `contents` finds in 
 program of its own, because a process that has loaded the GPU plugin is not good for much else.
 """
 
-import importlib.metadata
 import json
 import re
 import sys
@@ -16,64 +15,24 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import ml_collections
-import numpy as np
-from jax.experimental import topologies
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from configs import common
-from memseg_jax import optimizer
+from memseg_jax import optimizer, sharding, topologies
 from memseg_jax.models import convolution
 from memseg_jax.models.segmentor import build_segmentor
 from memseg_jax.state import abstract_state
 from memseg_jax.train_step import make_train_step
 
-PLUGINS = ("jax-cuda13-plugin", "jax-cuda13-pjrt")
-TARGET = """
-gpu_device_info {
-  threads_per_block_limit: 1024
-  threads_per_warp: 32
-  shared_memory_per_block: 49152
-  shared_memory_per_core: 233472
-  threads_per_core_limit: 2048
-  core_count: 132
-  fpus_per_core: 128
-  block_dim_limit_x: 2147483647
-  block_dim_limit_y: 65535
-  block_dim_limit_z: 65535
-  memory_bandwidth: 4800000000000
-  l2_cache_size: 52428800
-  clock_rate_ghz: 1.98
-  device_memory_size: 150000000000
-  shared_memory_per_block_optin: 232448
-  cuda_compute_capability { major: 9 minor: 0 }
-  registers_per_core_limit: 65536
-  registers_per_block_limit: 65536
-}
-platform_name: "CUDA"
-dnn_version_info { major: 9 minor: 10 }
-device_description_str: "NVIDIA H200"
-"""
-
 
 def missing() -> str | None:
     """Says what has to be installed before `make_mesh` works; None: nothing."""
-    for name in PLUGINS:
-        try:
-            version = importlib.metadata.version(name)
-        except importlib.metadata.PackageNotFoundError:
-            version = "not installed"
-        if version != jax.__version__:
-            wanted = " ".join(f"{plugin}=={jax.__version__}" for plugin in PLUGINS)
-            return f"{name} is {version}; compiling for a GPU needs: pip install {wanted}"
-    return None
+    return topologies.missing("h200")
 
 
 def make_mesh(devices: int = 1) -> Mesh:
-    """A mesh like `sharding.make_mesh` of H200s that can be compiled for, but not run on."""
-    topology = topologies.get_topology_desc(
-        "", "cuda", target_config=TARGET, topology=f"1x1x{devices}"
-    )
-    return Mesh(np.array(topology.devices), ("data",))
+    """A mesh of H200s that can be compiled for, but not run on."""
+    return sharding.make_mesh(topologies.open_devices(topologies.parse(f"h200:{devices}")).devices)
 
 
 def compile_for(mesh: Mesh, function: Callable, *args: Any, split: tuple[int, ...] = ()) -> Any:

@@ -115,7 +115,7 @@ def counting_step(monkeypatch):
         def step(state, batch):
             with jax.transfer_guard("allow"):
                 state = state.replace(step=state.step + 1)
-            return state, {"loss": np.float32(1), "lr": np.float32(0.1)}
+            return state, {"loss": np.float32(1), "lr": np.float32(0.1), "nonfinite": np.int32(0)}
 
         return step
 
@@ -159,18 +159,20 @@ def test_evaluation(root, workdir, capsys, compilations, name):
 
 @pytest.mark.parametrize("split", ["train", "val"])
 @pytest.mark.parametrize("name", CASES)
-def test_check_data(root, capsys, name, split):
+def test_check_data(root, tmp_path, capsys, name, split):
     parts = CASES[name](root, split)
-    assert tiny.run(f"--config.data.root={root}", "--mode=check_data") == 1
+    flags = [f"--config.data.root={root}", "--output", tmp_path / "pictures"]
+    assert tiny.run(*flags, "--mode=check_data") == 1
     shown = capsys.readouterr()
     assert_explained(shown.out, [part for part in parts if part != "Correct the"])
     if name not in ("missing_label", "empty_split", "missing_split"):
         assert "1 of 36 samples are bad" in shown.out
 
 
-def test_several_bad_files_are_all_listed(root, capsys):
+def test_several_bad_files_are_all_listed(root, tmp_path, capsys):
     parts = label_200(root, "train")[:2] + label_of_another_size(root, "val")[:2]
-    assert tiny.run(f"--config.data.root={root}", "--mode=check_data") == 1
+    flags = [f"--config.data.root={root}", "--output", tmp_path / "pictures"]
+    assert tiny.run(*flags, "--mode=check_data") == 1
     assert_explained(capsys.readouterr().out, [*parts, "2 of 36 samples are bad"])
 
 
@@ -179,8 +181,7 @@ def test_several_bad_files_are_all_listed(root, capsys):
 def test_wrong_root(tmp_path, workdir, capsys, mode, wrong):
     (tmp_path / "file").touch()
     flags = [f"--config.data.root={tmp_path / wrong}"] if wrong else []
-    if mode != "check_data":
-        flags += ["--workdir", workdir if mode == "evaluate" else tmp_path / "run"]
+    flags += ["--workdir", workdir if mode == "evaluate" else tmp_path / "run"]
     assert tiny.run(f"--mode={mode}", *flags) == 1
     shown = capsys.readouterr()
     reason = {"missing": "does not exist", "file": "is not a folder"}.get(wrong, "is not set")
@@ -211,7 +212,7 @@ def test_one_pixel_wide_images_are_used(tmp_path, workdir, capsys, counting_step
         if label.shape[0] == 1:
             tiny.write(path, np.zeros_like(label))  # the first row of pictures is not labelled
     flag = f"--config.data.root={root}"
-    assert tiny.run(flag, "--mode=check_data") == 0
+    assert tiny.run(flag, "--mode=check_data", "--output", tmp_path / "pictures") == 0
     assert tiny.run(flag, "--workdir", workdir, "--mode=evaluate") == 0
     output = tmp_path / "out"
     pictures = root / "images" / "train"
@@ -314,3 +315,28 @@ def test_unreadable_input_in_the_real_program(workdir, tmp_path):
     assert result.returncode == 1
     assert_explained(result.stderr, [f"{tmp_path / 'a.jpg'}: not an image file"])
     assert "0 pictures segmented" in result.stdout
+
+
+def test_an_image_that_turns_unreadable_in_the_middle_of_a_run(root, tmp_path, capsys, monkeypatch):
+    path = root / "images" / "train" / "05.png"
+    content = path.read_bytes()
+
+    def compile_nothing(function, what, *args):
+        def step(state, batch):
+            with jax.transfer_guard("allow"):
+                state = state.replace(step=state.step + 1)
+                if int(state.step) == 5:
+                    path.write_bytes(content[: len(content) // 2])
+            return state, {"loss": np.float32(1), "lr": np.float32(0.1), "nonfinite": np.int32(0)}
+
+        return step
+
+    monkeypatch.setattr(train, "compile_with_notice", compile_nothing)
+    monkeypatch.setattr("memseg_jax.inference.predictor.compile_with_notice", tiny.compile_quickly)
+    run = (f"--config.data.root={root}", "--workdir", tmp_path / "run")
+    assert tiny.run(*run) == 1
+    assert_explained(capsys.readouterr().err, [str(path), "replace or remove it"])
+    assert checkpoint.all_steps(tmp_path / "run")[-1] in (3, 6)  # that of before it
+    path.write_bytes(content)
+    assert tiny.run(*run) == 0, capsys.readouterr().err
+    assert checkpoint.all_steps(tmp_path / "run")[-1] == 16

@@ -76,6 +76,15 @@ def test_attention(run):
     assert "attention and gradients: 1 x 16 x 4, float32" in printed
 
 
+def test_convolutions(run):
+    options = ("--crop=40x48", "--batch=1", "--only=3x3 256 -> 512, dilation 2", "--all")
+    ((found,), printed) = run("convolutions", *options, "--pass=filter")
+    (row,) = found["rows"]
+    forms = ["in use", "XLA's own", "group by group", "shifts", "tiles", "folding", "PyTorch"]
+    check(row["results"], forms)
+    assert "| 3x3 256 -> 512, dilation 2, groups 2, /8 | filter | " in printed
+
+
 def test_training_step(run):
     ((found,), printed) = run("training_step", *MODEL)
     check(found["results"], ["JAX", "PyTorch"])
@@ -96,7 +105,29 @@ def test_input_pipeline(run):
         "input_pipeline", f"--config={CONFIG}", "--size=40x48", "--images=9", "--format=png"
     )
     assert found["core_seconds_per_image"] > 0
+    parts = found["core_seconds_of"]
+    assert list(parts) == ["read, decode", "scale", "crop, flip, rotate", "photometric", "rest"]
+    assert all(seconds > 0 for seconds in list(parts.values())[:-1])
+    assert list(found["images_per_second"]) == ["2 threads"]
     assert "generated 40x48 png" in printed
+
+
+def test_reading_packed_data(run):
+    flags = ("--size=40x48", "--images=9", "--format=png", "--packed")
+    ((found,), printed) = run("input_pipeline", f"--config={CONFIG}", *flags)
+    assert found["core_seconds"].keys() == {"folders", "packed"}
+    assert min(found["core_seconds"].values()) > 0
+    assert "generated 40x48 png" in printed
+
+
+def test_many_sizes(run):
+    config = "--config=configs/ade20k_resnet50.py:ms_flip"
+    ((found,), printed) = run("many_sizes", config, "--images=50", "--plan=6")
+    assert found["networks"] <= 6
+    assert found["networks"] + found["small"] <= 12
+    assert found["sizes"] > 50
+    assert found["padding"] > 0
+    assert printed.startswith("config.eval.canvases = ((")
 
 
 def test_scaling(run):
@@ -113,6 +144,8 @@ def test_scaling(run):
         (("--features=2x4x4",), "--features 2x4x4: expected positive numbers such as 2x64x64x512"),
         (("--labels=ten",), "--labels ten: expected whole numbers such as 512x512"),
         (("--classes=many",), "--classes many: expected a number such as 150"),
+        (("--classes=0",), "--classes 0: expected a positive number such as 150"),
+        (("--seconds=-1",), "--seconds -1: expected a positive number such as 60.0"),
     ],
 )
 def test_mistakes(run, arguments, message):

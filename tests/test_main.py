@@ -109,7 +109,11 @@ def test_predict(config_file, calls):
 
 def test_check_data_returns_its_status(config_file, calls):
     assert run("--config", config_file, "--mode", "check_data") == 5
-    assert [call[0] for call in calls] == ["check_data"]
+    run("--config", config_file, "--mode", "check_data", "--output", "pictures")
+    assert [(call[0], *call[2:]) for call in calls] == [
+        ("check_data", "runs/tiny/check_data"),
+        ("check_data", "pictures"),
+    ]
 
 
 # ---------------------------------------------------------------------------------- mistakes

@@ -168,7 +168,7 @@ def compilations(monkeypatch):
         made.append(what)
         return compile_quickly(function, what, *args)
 
-    def one_device(devices=None):
+    def one_device(devices=None, layout=None):
         return Mesh(np.array(jax.devices()[:1]), ("data",))
 
     monkeypatch.setattr(train, "compile_with_notice", compile_and_count)

@@ -9,6 +9,7 @@ import torch
 
 from converters import names, torch_files
 from memseg_jax import checkpoint, optimizer, train
+from memseg_jax.errors import UserError
 from memseg_jax.models.segmentor import build_segmentor
 from memseg_jax.state import abstract_state, abstract_variables, init_variables
 from tests import tiny
@@ -38,8 +39,10 @@ def counting_step(fails_at):
         def step(state, batch):
             with jax.transfer_guard("allow"):
                 state = state.replace(step=state.step + 1)
-                loss = np.float32("nan" if int(state.step) == fails_at else 1)
-            return state, {"loss": loss, "loss_stage2": loss, "lr": np.float32(0.1)}
+                if int(state.step) == fails_at:
+                    raise UserError(f"stopped at step {fails_at}")
+            metrics = {"loss": np.float32(1), "loss_stage2": np.float32(1), "lr": np.float32(0.1)}
+            return state, metrics | {"nonfinite": np.int32(0)}
 
         return step
 
@@ -80,7 +83,7 @@ def test_training_starts_from_the_file_and_goes_on_without_it(
     monkeypatch.setattr(train, "compile_with_notice", counting_step(fails_at=4))
     with caplog.at_level("INFO"):
         assert tiny.run(*run) == 1
-    assert "no longer finite at step 4" in capsys.readouterr().err
+    assert "stopped at step 4" in capsys.readouterr().err
     assert f"backbone from imagenet.pth (SHA-256 {first_digits(path)}" in caplog.text
     assert f"{len(tensors)} tensors taken" in caplog.text
     check_weights(3)
@@ -90,7 +93,7 @@ def test_training_starts_from_the_file_and_goes_on_without_it(
     monkeypatch.setattr(train, "compile_with_notice", counting_step(fails_at=7))
     with caplog.at_level("INFO"):
         assert tiny.run(*run) == 1
-    assert "no longer finite at step 7" in capsys.readouterr().err
+    assert "stopped at step 7" in capsys.readouterr().err
     assert "resuming at step 3 of 16" in caplog.text
     assert "imagenet.pth" not in caplog.text
     check_weights(6)
