@@ -12,6 +12,7 @@ import os
 import shutil
 import sys
 import tempfile
+import time
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -28,6 +29,7 @@ from memseg_jax.models.segmentor import Segmentor, build_segmentor
 from memseg_jax.state import abstract_variables
 
 REPORT = "conversion.txt"
+_REMOVAL_ATTEMPTS = 100  # a tenth of a second apart
 FLAGS = {
     "checkpoint": "file of the PyTorch model (.pth, .pt or .safetensors); required",
     "output": "folder to write, to be used as --workdir; must not exist; required",
@@ -145,7 +147,7 @@ def convert(
     except OSError as error:
         raise UserError(f"{output} cannot be written: {error.strerror or error}") from error
     finally:
-        shutil.rmtree(unfinished, ignore_errors=True)
+        _remove(unfinished)
     return file, conversion
 
 
@@ -185,6 +187,15 @@ def _check_values(file: TorchFile, found: Mapping[str, np.ndarray]) -> None:
                 "checkpoints are"
             )
         torch_files.check_finite(file, key, array)
+
+
+def _remove(folder: Path) -> None:
+    """Removes a folder, if it is there, into which threads of a failed save may still write."""
+    for _ in range(_REMOVAL_ATTEMPTS):
+        shutil.rmtree(folder, ignore_errors=True)
+        if not folder.exists():
+            return
+        time.sleep(0.1)
 
 
 def _umask() -> int:

@@ -78,9 +78,8 @@ def make_train_step(
             opt_state=opt_state,
         )
         grad_norm = optax.tree.norm(grads)
-        # The update is a sum of finite numbers times finite numbers if the gradients are finite; to
-        # look at every new parameter would double the number of reductions.
-        checked = (metrics["loss"], grad_norm, batch_stats, memory)
+        # Norms stand for their trees: one number is not finite, or overflows, if one inside is not.
+        checked = (metrics["loss"], grad_norm, optax.tree.norm(updates), batch_stats, memory)
         new_state, bad = keep_finite(state, new_state, checked, halts)
         return new_state, metrics | {"lr": lr, "grad_norm": grad_norm, FLAG: bad}
 

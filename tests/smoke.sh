@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Every mode once, in a minute or two: train, go on, evaluate, predict, check_data.
+# Every mode once, in a few minutes.
 # Usage: tests/smoke.sh WORKDIR   (from the repository root, with `python` on the PATH)
 set -euo pipefail
 workdir=$1
@@ -11,7 +11,11 @@ small=(
 python -m memseg_jax.main "${small[@]}" --config.train.epochs=2
 python -m memseg_jax.main "${small[@]}" --config.train.epochs=2
 python -m memseg_jax.main "${small[@]}" --mode evaluate --config.data.workers=0
-python -m memseg_jax.main "${small[@]}" --mode check_data
+python -m memseg_jax.main "${small[@]}" --mode verify
+python -m memseg_jax.main "${small[@]}" --config.data.packed="$workdir/packed" --mode pack
+python -m memseg_jax.main "${small[@]}" --config.data.packed="$workdir/packed" --mode check_data
+python -m memseg_jax.main "${small[@]}" --mode benchmark
+python -m memseg_jax.main "${small[@]}" --mode plan --topology cpu:2
 python - "$workdir" <<'PY'
 import sys
 from memseg_jax.visualize import save_png

@@ -189,6 +189,7 @@ def test_devices_keep_their_images():
     assert {opcode.removesuffix("-start") for opcode, _ in collectives(program)} == {"all-reduce"}
 
 
+@pytest.mark.slow
 def test_memory_falls_with_the_number_of_parts():
     peaks = []
     for parts in (1, 4):

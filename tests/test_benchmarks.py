@@ -130,6 +130,7 @@ def test_many_sizes(run):
     assert printed.startswith("config.eval.canvases = ((")
 
 
+@pytest.mark.slow
 def test_scaling(run):
     sweeps = ("--batches=1,2", "--crops=32", "--classes=3,4")
     ((found,), _) = run("scaling", f"--config={CONFIG}", *sweeps)

@@ -49,11 +49,13 @@ def compare(workdir: Path, images: list[np.ndarray], scratch: Path) -> float:
     )
     predictor = Predictor(model, variables, config.eval, make_mesh())
     different = total = 0
+    classes = set()
     for prediction in predictor.predict(enumerate(images)):
         labels = torch_labels(twin, images[prediction.key], config.eval)
-        assert len(np.unique(labels)) > 1
+        classes.update(np.unique(labels).tolist())
         different += int((prediction.label != labels).sum())
         total += labels.size
+    assert len(classes) > 1  # something was learned that can differ
     return different / total
 
 
