@@ -1,10 +1,16 @@
 """A tiny segmentor for tests: every part of the real one, compiled in about a second."""
 
+from typing import Any
+
+import flax.linen as nn
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from configs import common
 from converters import names
+from memseg_jax.models.backbone import Backbone
+from memseg_jax.models.layers import ConvNorm
 from memseg_jax.models.segmentor import Segmentor
 from memseg_jax.state import abstract_variables
 
@@ -23,6 +29,22 @@ def small_config():
     config.model.aspp_dilations = (1, 2, 3)
     config.model.memory.attention_dim = 8
     return config
+
+
+class ThreeConvolutions(Backbone):
+    """Three convolutions in place of a ResNet: what is around it is the same."""
+
+    dtype: Any = jnp.float32
+    output_stride = 8
+    auxiliary_levels = (-2,)
+
+    @nn.compact
+    def __call__(self, x, *, train, extent=None):
+        maps = []
+        for features in (8, 16, 16):
+            conv = ConvNorm(features, 3, stride=2, activation="relu", dtype=self.dtype)
+            maps.append(x := conv(x, train=train, extent=extent))
+        return maps
 
 
 def random_tree(abstract: dict, seed: int) -> dict:

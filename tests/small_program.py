@@ -7,30 +7,13 @@ Arguments are those of `memseg_jax.main` after --config.
 import sys
 from pathlib import Path
 
-import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
 from memseg_jax import evaluate, main, sharding, train, training_program
-from memseg_jax.models.backbone import Backbone
-from memseg_jax.models.layers import ConvNorm
+from tests.small_models import ThreeConvolutions
 
 CONFIG = Path(__file__).with_name("tiny_config.py")
-
-
-class ThreeConvolutions(Backbone):
-    """Three convolutions in place of a backbone."""
-
-    output_stride = 8
-    auxiliary_levels = (-2,)
-
-    @nn.compact
-    def __call__(self, x, *, train, extent=None):
-        maps = []
-        for features in (8, 16, 16):
-            conv = ConvNorm(features, 3, stride=2, activation="relu", dtype=jnp.float64)
-            maps.append(x := conv(x, train=train, extent=extent))
-        return maps
 
 
 def double(tree):
@@ -52,7 +35,7 @@ def in_double(function):
 
 
 def small_model(config):
-    return build(config).clone(backbone=ThreeConvolutions(), dtype=jnp.float64)
+    return build(config).clone(backbone=ThreeConvolutions(jnp.float64), dtype=jnp.float64)
 
 
 build = train.build_segmentor

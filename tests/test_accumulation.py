@@ -21,8 +21,8 @@ from memseg_jax.state import abstract_state, init_state, init_variables
 from memseg_jax.train_step import make_train_step
 from tests import tiny
 from tests.compiled_program import collectives
-from tests.small_models import FAST_COMPILE
-from tests.test_train_step import ThreeConvolutions, assert_close, double, largest_difference
+from tests.small_models import FAST_COMPILE, ThreeConvolutions
+from tests.test_train_step import assert_close, double, largest_difference
 
 BATCH = 16
 UNLABELLED_PART = 1  # of the four parts of `labels()`
@@ -68,7 +68,9 @@ def build(parts, groups=1, frozen=False, memory=True, weights=()):
     config.model.dropout = 0.0
     config.model.memory.enabled = memory
     config.loss.class_weights = weights
-    model = build_segmentor(config).clone(backbone=ThreeConvolutions(), dtype=jnp.float64)
+    model = build_segmentor(config).clone(
+        backbone=ThreeConvolutions(jnp.float64), dtype=jnp.float64
+    )
     schedule = optimizer.schedule_from_config(config, 4)
     tx = optimizer.sgd(config, schedule)
     state = double(init_state(init_variables(model, 0), tx))
@@ -156,7 +158,7 @@ def test_statistics_move_once_by_the_mean_over_the_parts():
     alone = []
     for part in range(4):
         images = batch(0, False)["image"][part::4]
-        _, mutated = ThreeConvolutions().apply(
+        _, mutated = ThreeConvolutions(jnp.float64).apply(
             {"params": build(1)[1].params["backbone"],
              "batch_stats": build(1)[1].batch_stats["backbone"]},
             images, train=True, mutable=["batch_stats"],
@@ -195,7 +197,9 @@ def test_memory_falls_with_the_number_of_parts():
     for parts in (1, 4):
         config = tiny.get_config()
         config.train.accumulate = parts
-        model = build_segmentor(config).clone(backbone=ThreeConvolutions(), dtype=jnp.float64)
+        model = build_segmentor(config).clone(
+            backbone=ThreeConvolutions(jnp.float64), dtype=jnp.float64
+        )
         schedule = optimizer.schedule_from_config(config, 4)
         tx = optimizer.sgd(config, schedule)
         arrays = {

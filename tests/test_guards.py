@@ -5,7 +5,6 @@ import functools
 import logging
 import shutil
 
-import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -13,33 +12,16 @@ import pytest
 from PIL import Image
 
 from memseg_jax import checkpoint, guards, optimizer, train
-from memseg_jax.models.backbone import Backbone
-from memseg_jax.models.layers import ConvNorm
 from memseg_jax.models.segmentor import build_segmentor
 from memseg_jax.state import TrainState, abstract_state
 from memseg_jax.train_step import make_train_step
 from tests import tiny
-from tests.small_models import fast_jit
+from tests.small_models import ThreeConvolutions, fast_jit
 
 pytestmark = [
     pytest.mark.usefixtures("quiet_entry"),
     pytest.mark.filterwarnings("ignore:the load_module:DeprecationWarning"),
 ]
-
-
-class ThreeConvolutions(Backbone):
-    """Three convolutions in place of a ResNet: compiled in a fraction of the time."""
-
-    output_stride = 8
-    auxiliary_levels = (-2,)
-
-    @nn.compact
-    def __call__(self, x, *, train, extent=None):
-        maps = []
-        for features in (8, 16, 16):
-            conv = ConvNorm(features, 3, stride=2, activation="relu")
-            maps.append(x := conv(x, train=train, extent=extent))
-        return maps
 
 
 def small_model(config):

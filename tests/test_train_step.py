@@ -3,7 +3,6 @@ now and then, which hides what is compared here."""
 
 import functools
 
-import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -12,33 +11,16 @@ import pytest
 
 from memseg_jax import optimizer, sharding
 from memseg_jax.losses import consistency_loss, cross_entropy
-from memseg_jax.models.backbone import Backbone
-from memseg_jax.models.layers import ConvNorm
 from memseg_jax.models.memory import memory_momentum, update_memory
 from memseg_jax.models.segmentor import Segmentor, build_segmentor
 from memseg_jax.state import init_state, init_variables
 from memseg_jax.train_step import make_train_step
 from tests import tiny
-from tests.small_models import FAST_COMPILE, fast_jit
+from tests.small_models import FAST_COMPILE, ThreeConvolutions, fast_jit
 
 STEPS = 3
 BATCH = 8
 CE_TERMS = ("loss_stage1", "loss_stage2", "loss_aux")
-
-
-class ThreeConvolutions(Backbone):
-    """Three convolutions in place of a ResNet: the step around it is the same."""
-
-    output_stride = 8
-    auxiliary_levels = (-2,)
-
-    @nn.compact
-    def __call__(self, x, *, train, extent=None):
-        maps = []
-        for features in (8, 16, 16):
-            conv = ConvNorm(features, 3, stride=2, activation="relu", dtype=jnp.float64)
-            maps.append(x := conv(x, train=train, extent=extent))
-        return maps
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -67,7 +49,9 @@ def build(groups=1, dropout=0.0, memory=True):
     config.replica_groups = groups
     config.model.dropout = dropout
     config.model.memory.enabled = memory
-    model = build_segmentor(config).clone(backbone=ThreeConvolutions(), dtype=jnp.float64)
+    model = build_segmentor(config).clone(
+        backbone=ThreeConvolutions(jnp.float64), dtype=jnp.float64
+    )
     schedule = optimizer.schedule_from_config(config, STEPS + 1)
     return config, model, schedule, optimizer.sgd(config, schedule)
 
