@@ -82,7 +82,7 @@ def listing(workdir):
     """All files and folders of the checkpoints, without those that vanish while it is made."""
     found = set()
     for folder, folders, files in os.walk(workdir / checkpoint.FOLDER):
-        found |= {os.path.join(folder, name) for name in folders + files}
+        found |= {os.path.relpath(os.path.join(folder, name), workdir) for name in folders + files}
     return found
 
 

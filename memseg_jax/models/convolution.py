@@ -217,10 +217,11 @@ def _form_on_cpu(
     if _is_strongly_dilated(x.shape[1:3], geometry):
         return convolve_by_shifts
     channels = min(x.shape[-1], out_channels) // geometry.groups
-    # In shorter types the sums and differences would be rounded.
-    precise = x.dtype in (jnp.float32, jnp.float64)
+    # In shorter types the sums and differences would be rounded; who computes in double precision
+    # wants the plain sums.
+    single = x.dtype == jnp.float32
     small = x.size <= LARGEST_INPUT_TO_TILE
-    if tuple(window) == (3, 3) and channels >= CHANNELS_TO_TILE and precise and small:
+    if tuple(window) == (3, 3) and channels >= CHANNELS_TO_TILE and single and small:
         return convolve_by_tiles
     return convolve_plainly
 
