@@ -192,7 +192,9 @@ def test_trained_evaluated_and_scored(name, walks):
     for scores, maps in ((plain, plain_maps), (flipped, flipped_maps)):
         assert sorted(maps) == sorted(source.names)
         assert scores["mIoU"] == pytest.approx(mean_iou(source, maps), abs=1e-12)
-    assert any((plain_maps[key] != flipped_maps[key]).any() for key in plain_maps)
+    # So short a training may have found one class only; then no scale can change anything.
+    if len(np.unique(np.concatenate([x.ravel() for x in plain_maps.values()]))) > 1:
+        assert any((plain_maps[key] != flipped_maps[key]).any() for key in plain_maps)
 
 
 @pytest.mark.parametrize("name", DATA_SETS)
