@@ -1,8 +1,7 @@
-"""Guards against losses, gradients and updates that are not finite.
+"""Guards against losses and gradients that are not finite.
 
-A step is judged on the device: if its loss, gradients, updates of the parameters, new batch
-statistics or new memory are not finite, its state is thrown away as a whole. One scalar of the
-metrics tells. The host looks at that scalar when the step is over, a few steps later, and does what
+A step is judged on the device: if its loss, gradients, new batch statistics or new memory are not
+finite, its state is thrown away as a whole. One scalar of the metrics tells. The host looks at that scalar when the step is over, a few steps later, and does what
 `config.train.on_nonfinite` says:
 
     raise     ends the run. From the bad step on no step changes the state, so that the one before
