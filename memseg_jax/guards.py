@@ -1,7 +1,8 @@
 """Guards against losses and gradients that are not finite.
 
 A step is judged on the device: if its loss, gradients, new batch statistics or new memory are not
-finite, its state is thrown away as a whole. One scalar of the metrics tells. The host looks at that scalar when the step is over, a few steps later, and does what
+finite, its state is thrown away as a whole. One scalar of the metrics tells. The host looks at that
+scalar when the step is over, a few steps later, and does what
 `config.train.on_nonfinite` says:
 
     raise     ends the run. From the bad step on no step changes the state, so that the one before
