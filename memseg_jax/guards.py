@@ -1,9 +1,9 @@
 """Guards against losses and gradients that are not finite.
 
-A step is judged on the device: if its loss, gradients, new batch statistics or new memory are not
-finite, its state is thrown away as a whole. One scalar of the metrics tells. The host looks at that
-scalar when the step is over, a few steps later, and does what
-`config.train.on_nonfinite` says:
+A step is judged on the device: if its loss, gradients, updates, new batch statistics or new memory
+are not finite, its state is thrown away as a whole. One scalar of the metrics tells. The host looks
+at that scalar when the step is over, a few steps later, and does what `config.train.on_nonfinite`
+says:
 
     raise     ends the run. From the bad step on no step changes the state, so that the one before
               it can be written, beside the bad batch.
@@ -41,7 +41,12 @@ FLAG = "nonfinite"  # the metric: 1 for a bad step
 def all_finite(tree: Any) -> jax.Array:
     """Whether all floating-point numbers of a tree are finite: a boolean scalar."""
     leaves = [x for x in jax.tree.leaves(tree) if jnp.issubdtype(jnp.result_type(x), jnp.inexact)]
-    return jnp.all(jnp.stack([jnp.all(jnp.isfinite(x)) for x in leaves]))
+    bad = [~jnp.all(jnp.isfinite(x)) for x in leaves]
+    # The index of the first True. XLA joins a plain `any` to each of the thousands of operations
+    # that depend on it, with everything that it is made of, and compiles for minutes; not an
+    # argmax.
+    first = jnp.argmax(jnp.stack([*bad, jnp.array(True)]))
+    return first == len(bad)
 
 
 def keep_finite(
@@ -60,8 +65,7 @@ def keep_finite(
     Returns:
         The state, and 1 if the step was bad, otherwise 0 (int32).
     """
-    # The barrier keeps compilers from computing this anew for every array that depends on it.
-    finite = jax.lax.optimization_barrier(all_finite(checked))
+    finite = all_finite(checked)
     running = before.step >= 0
     good = finite & running if halts else finite
 
@@ -120,7 +124,7 @@ class BadStep:
             for name, value in self.metrics.items()
             if name != FLAG and not np.all(np.isfinite(value))
         ]
-        what = ", ".join(bad) or "the new parameters, statistics or memory"
+        what = ", ".join(bad) or "the updates, the new batch statistics or the new memory"
         files = "\n  ".join(self.files(describe))
         return f"step {self.step}: {what} not finite. Its batch:\n  {files}"
 

@@ -78,9 +78,7 @@ def make_train_step(
             opt_state=opt_state,
         )
         grad_norm = optax.tree.norm(grads)
-        # The update is a sum of finite numbers times finite numbers if the gradients are finite; a
-        # further reduction for every parameter makes compiling large models much longer.
-        checked = (metrics["loss"], grad_norm, batch_stats, memory)
+        checked = (metrics["loss"], grad_norm, updates, batch_stats, memory)
         new_state, bad = keep_finite(state, new_state, checked, halts)
         return new_state, metrics | {"lr": lr, "grad_norm": grad_norm, FLAG: bad}
 

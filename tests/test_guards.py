@@ -173,6 +173,18 @@ def test_a_bad_batch_changes_nothing(policy, accumulate):
     assert np.abs(np.asarray(state.memory) - a_state().memory).max() > 0
 
 
+def test_a_bad_update_changes_nothing():
+    """Loss and gradients are finite; the momentum, and so the update, is not."""
+    state = jax.tree.map(np.copy, a_state())
+    momentum = max(jax.tree.leaves(state.opt_state), key=np.size)
+    momentum.flat[7] = np.inf
+    after, metrics = real_step("skip", 1)(jax.tree.map(jnp.array, state), a_batch(1))
+    assert np.isfinite(metrics["loss"])
+    assert np.isfinite(metrics["grad_norm"])
+    assert metrics["nonfinite"] == 1
+    assert_same(after, guards.at_step(jax.tree.map(jnp.array, state), 5))
+
+
 def test_without_labels_a_batch_is_good_and_leaves_the_memory():
     batch = a_batch(1)
     batch["label"][:] = 255
