@@ -20,21 +20,21 @@ import numpy as np
 
 from memseg_jax import distributed, sharding
 from memseg_jax.checkpoint import prepare_workdir
-from memseg_jax.chips import chip_of, peak
 from memseg_jax.compilation import compile_with_notice
 from memseg_jax.data import IGNORE_LABEL, open_split
 from memseg_jax.data.pipeline import steps_per_epoch, train_batches
 from memseg_jax.errors import UserError
-from memseg_jax.flops import count_flops
 from memseg_jax.inference import Predictor, check_evaluation
 from memseg_jax.models.segmentor import Segmentor, build_segmentor
+from memseg_jax.programs.chips import chip_of, peak
+from memseg_jax.programs.flops import count_flops
+from memseg_jax.programs.training_program import training_program
 from memseg_jax.state import (
     TrainState,
     abstract_variables,
     init_state,
     init_variables,
 )
-from memseg_jax.training_program import training_program
 
 log = logging.getLogger(__name__)
 

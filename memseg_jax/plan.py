@@ -20,21 +20,22 @@ import jax
 import ml_collections
 import numpy as np
 
-from memseg_jax import program_text, sharding, topologies
+from memseg_jax import sharding
 from memseg_jax.benchmark import program_bytes
 from memseg_jax.checkpoint import prepare_workdir
-from memseg_jax.chips import Chip, peak
 from memseg_jax.data import open_split
 from memseg_jax.data.pipeline import steps_per_epoch
 from memseg_jax.errors import UserError
-from memseg_jax.flops import flops_of_jaxpr
 from memseg_jax.inference import check_evaluation
 from memseg_jax.inference.predictor import network_scores
 from memseg_jax.models.segmentor import Segmentor, build_segmentor
-from memseg_jax.program_text import Collective
+from memseg_jax.programs import program_text, topologies
+from memseg_jax.programs.chips import Chip, peak
+from memseg_jax.programs.flops import flops_of_jaxpr
+from memseg_jax.programs.program_text import Collective
+from memseg_jax.programs.topologies import Devices, Topology
+from memseg_jax.programs.training_program import training_program
 from memseg_jax.state import abstract_variables
-from memseg_jax.topologies import Devices, Topology
-from memseg_jax.training_program import training_program
 
 log = logging.getLogger(__name__)
 

@@ -16,7 +16,6 @@ from memseg_jax import (
     checkpoint,
     distributed,
     evaluate,
-    guards,
     run_record,
     sharding,
     visualize,
@@ -27,13 +26,14 @@ from memseg_jax.data.pipeline import Batches, check_batch, steps_per_epoch, trai
 from memseg_jax.errors import UserError
 from memseg_jax.inference import Predictor, check_evaluation
 from memseg_jax.initial import initial_variables
-from memseg_jax.memory_health import MemoryHealth
 from memseg_jax.models.segmentor import build_segmentor
-from memseg_jax.preemption import StopRequests
+from memseg_jax.programs.training_program import training_program
 from memseg_jax.progress import MetricWriter, ProgressLine, format_duration, format_progress
+from memseg_jax.safety import guards
+from memseg_jax.safety.memory_health import MemoryHealth
+from memseg_jax.safety.preemption import StopRequests
+from memseg_jax.safety.watchdog import Watchdog
 from memseg_jax.state import TrainState, init_state
-from memseg_jax.training_program import training_program
-from memseg_jax.watchdog import Watchdog
 
 log = logging.getLogger(__name__)
 
@@ -54,7 +54,7 @@ def run(config: ml_collections.ConfigDict, workdir: str) -> None:
 
     Raises:
         UserError: anything in config, data or workdir that the user can mend.
-        Stopped: it was asked to stop, see `memseg_jax.preemption`; the state is saved.
+        Stopped: it was asked to stop, see `memseg_jax.safety.preemption`; the state is saved.
     """
     _check(config)
     with StopRequests() as stops, Watchdog(config.train.watchdog_minutes) as watchdog:

@@ -18,7 +18,6 @@ import jax.numpy as jnp
 import ml_collections
 import optax
 
-from memseg_jax.guards import FLAG, keep_finite
 from memseg_jax.losses import consistency_loss, cross_entropy, group_weights
 from memseg_jax.models.memory import (
     MemorySums,
@@ -27,6 +26,7 @@ from memseg_jax.models.memory import (
     move_memory_groups,
 )
 from memseg_jax.models.segmentor import Segmentor
+from memseg_jax.safety.guards import FLAG, keep_finite
 from memseg_jax.state import TrainState
 
 Batch = dict[str, jax.Array]

@@ -10,7 +10,8 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 
-from memseg_jax import evaluate, main, sharding, train, training_program
+from memseg_jax import evaluate, main, sharding, train
+from memseg_jax.programs import training_program
 from tests.small_models import ThreeConvolutions
 
 CONFIG = Path(__file__).with_name("tiny_config.py")

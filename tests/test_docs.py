@@ -8,8 +8,9 @@ from pathlib import Path
 import pytest
 
 from configs import common
-from memseg_jax import main, topologies
+from memseg_jax import main
 from memseg_jax.errors import Stopped
+from memseg_jax.programs import topologies
 
 ROOT = Path(__file__).resolve().parents[1]
 LAUNCH = ROOT / "docs" / "launch"

@@ -13,11 +13,12 @@ import numpy as np
 import pytest
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from memseg_jax import plan, program_text, topologies
-from memseg_jax.chips import CHIPS, Chip
+from memseg_jax import plan
 from memseg_jax.errors import UserError
 from memseg_jax.models.segmentor import build_segmentor
-from memseg_jax.program_text import Collective
+from memseg_jax.programs import program_text, topologies
+from memseg_jax.programs.chips import CHIPS, Chip
+from memseg_jax.programs.program_text import Collective
 from memseg_jax.state import abstract_variables
 from tests import tiny
 

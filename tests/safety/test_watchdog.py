@@ -4,7 +4,7 @@ import logging
 import threading
 import time
 
-from memseg_jax.watchdog import Watchdog
+from memseg_jax.safety.watchdog import Watchdog
 
 
 def where_it_hangs(event):

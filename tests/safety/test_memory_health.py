@@ -4,7 +4,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from memseg_jax.memory_health import MemoryHealth
+from memseg_jax.safety.memory_health import MemoryHealth
 
 NAMES = ("sky", "road", "car")
 

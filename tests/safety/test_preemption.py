@@ -18,7 +18,7 @@ import pytest
 from memseg_jax import checkpoint, distributed, train
 from memseg_jax.errors import Stopped
 from memseg_jax.inference import Prediction
-from memseg_jax.preemption import SIGNALS, StopRequests
+from memseg_jax.safety.preemption import SIGNALS, StopRequests
 from tests import tiny
 from tests.test_distributed import (
     LIMIT,
@@ -138,7 +138,7 @@ def waiting_program(unsaved):
     """Starts a program that listens for signals while its main thread sleeps in one call."""
     text = f"""
         import time
-        from memseg_jax.preemption import StopRequests
+        from memseg_jax.safety.preemption import StopRequests
         with StopRequests() as stops:
             stops.unsaved = {unsaved}
             print("ready", flush=True)

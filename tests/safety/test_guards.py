@@ -11,8 +11,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from memseg_jax import checkpoint, guards, optimizer, train
+from memseg_jax import checkpoint, optimizer, train
 from memseg_jax.models.segmentor import build_segmentor
+from memseg_jax.safety import guards
 from memseg_jax.state import TrainState, abstract_state
 from memseg_jax.train_step import make_train_step
 from tests import tiny

@@ -20,8 +20,8 @@ from typing import Any
 import jax
 from jax.experimental import topologies
 
-from memseg_jax.chips import Chip, chip_of
 from memseg_jax.errors import UserError
+from memseg_jax.programs.chips import Chip, chip_of
 
 EXAMPLES = ("v5e:16x16", "v6e:8x8", "v4:2x2x2", "v5p:4x4x4", "h200:8", "cpu:8")
 GPUS_A_HOST = 8

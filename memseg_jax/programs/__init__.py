@@ -1,0 +1,1 @@
+"""Compiled programs: which devices they are for, what they count, and what they cost."""
