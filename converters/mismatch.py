@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping
 
-_SHOWN = 5  # names listed of each kind
+from memseg_jax.errors import first_few
 
 Shape = tuple[int, ...]
 
@@ -26,14 +26,13 @@ def mismatches(found: Mapping[str, Shape], wanted: Mapping[str, Shape]) -> list[
         if name in found and tuple(found[name]) != tuple(wanted[name])
     ]
     return [
-        *_listed("missing in the file", missing),
-        *_listed("not in the model", extra),
-        *_listed("of another shape", other),
+        *_section("missing in the file", missing),
+        *_section("not in the model", extra),
+        *_section("of another shape", other),
     ]
 
 
-def _listed(title: str, entries: list[str]) -> list[str]:
+def _section(title: str, entries: list[str]) -> list[str]:
     if not entries:
         return []
-    more = [f"    and {len(entries) - _SHOWN} more"] if len(entries) > _SHOWN else []
-    return [f"  {len(entries)} {title}:", *(f"    {entry}" for entry in entries[:_SHOWN]), *more]
+    return [f"  {len(entries)} {title}:", *(f"    {line}" for line in first_few(entries))]

@@ -1,4 +1,6 @@
-"""The one exception that means "the user can fix this"."""
+"""What ends a program by design: bad input that the user can fix, and a request to stop."""
+
+from collections.abc import Sequence
 
 
 class UserError(ValueError):
@@ -15,3 +17,9 @@ class Stopped(Exception):
     # "Temporary failure, try again" of sysexits.h. Not 143, which shells report for a process that
     # SIGTERM has killed.
     EXIT_STATUS = 75
+
+
+def first_few(entries: Sequence[str], shown: int = 5) -> list[str]:
+    """The first entries of a list that a message is to name, and last how many more there are."""
+    more = len(entries) - shown
+    return [*entries[:shown], *([f"and {more} more"] if more > 0 else [])]

@@ -24,15 +24,9 @@ from tests.compiled_program import collectives
 from tests.small_models import FAST_COMPILE, ThreeConvolutions
 from tests.test_train_step import assert_close, double, largest_difference
 
+pytestmark = pytest.mark.usefixtures("double_precision")
 BATCH = 16
 UNLABELLED_PART = 1  # of the four parts of `labels()`
-
-
-@pytest.fixture(autouse=True, scope="module")
-def double_precision():
-    jax.config.update("jax_enable_x64", True)
-    yield
-    jax.config.update("jax_enable_x64", False)
 
 
 class WithRunningStatistics(types.SimpleNamespace):

@@ -13,13 +13,13 @@ import pytest
 
 from memseg_jax import checkpoint, verify
 from memseg_jax.checkpoint import Checkpointer
-from tests.test_checkpoint import abstract, assert_same, make_meta, make_state
+from tests.checkpoints import abstract, assert_same, make_meta, make_state
 
 WIDTH = 40000
 CHILD = """
     import sys
     sys.path[:0] = [{root!r}]
-    from tests.test_checkpoint import Checkpointer, make_meta, make_state
+    from tests.checkpoints import Checkpointer, make_meta, make_state
     state = make_state(1, {width})
     with Checkpointer({workdir!r}, keep=2) as checkpointer:
         print("ready", flush=True)

@@ -9,7 +9,7 @@ import pytest
 from configs import common
 from memseg_jax import run_record
 from memseg_jax.errors import UserError
-from tests.test_checkpoint import make_meta
+from tests.checkpoints import make_meta
 
 
 def test_scores_become_plain_json():

@@ -18,16 +18,10 @@ from memseg_jax.train_step import make_train_step
 from tests import tiny
 from tests.small_models import FAST_COMPILE, ThreeConvolutions, fast_jit
 
+pytestmark = pytest.mark.usefixtures("double_precision")
 STEPS = 3
 BATCH = 8
 CE_TERMS = ("loss_stage1", "loss_stage2", "loss_aux")
-
-
-@pytest.fixture(autouse=True, scope="module")
-def double_precision():
-    jax.config.update("jax_enable_x64", True)
-    yield
-    jax.config.update("jax_enable_x64", False)
 
 
 def double(tree):

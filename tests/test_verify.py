@@ -16,7 +16,7 @@ from memseg_jax.checkpoint import Checkpointer, DamagedCheckpoint
 from memseg_jax.checkpoint.steps import sealed
 from memseg_jax.errors import UserError
 from tests import tiny
-from tests.test_checkpoint import abstract, assert_same, halve, make_meta, make_state, save_one
+from tests.checkpoints import abstract, assert_same, halve, make_meta, make_state, save_one
 
 # A failed read leaves unfinished work inside the library, which complains when it is collected.
 pytestmark = [

@@ -10,11 +10,12 @@ import flax.serialization
 import jax
 import numpy as np
 import orbax.checkpoint as ocp
+from flax.traverse_util import unflatten_dict
 
 from memseg_jax import distributed
 from memseg_jax.checkpoint.checksums import checksums, describe
 from memseg_jax.checkpoint.steps import FOLDER, brief, damaged, find_step, read_meta_file
-from memseg_jax.errors import UserError
+from memseg_jax.errors import UserError, first_few
 from memseg_jax.run_record import flatten, show
 
 log = logging.getLogger(__name__)
@@ -152,14 +153,17 @@ def list_arrays(workdir: Path, step: int, meta: Mapping[str, Any]) -> dict[str, 
         if expected and found.get(name) != expected.get(name)
     ]
     if lines:
-        raise damaged(workdir, step, f"the list of arrays in {folder}: {_listed(lines)}")
+        raise damaged(
+            workdir, step, f"the list of arrays in {folder}: {'; '.join(first_few(lines))}"
+        )
     return saved
 
 
 def read_on_host(folder: Path, names: list[str]) -> dict[str, np.ndarray]:
     """Reads arrays of a checkpoint's folder `state` by name, as NumPy arrays."""
-    target = _nested(dict.fromkeys(names, 0))
-    arguments = _nested({name: ocp.RestoreArgs(restore_type=np.ndarray) for name in names})
+    target = dict.fromkeys(names, 0)
+    arguments = {name: ocp.RestoreArgs(restore_type=np.ndarray) for name in names}
+    target, arguments = (unflatten_dict(flat, sep=".") for flat in (target, arguments))
     return flatten(_restore(folder, target, arguments, partial=True))
 
 
@@ -190,7 +194,7 @@ def differences(arrays: Mapping[str, Any], expected: Mapping[str, str]) -> str:
         for name, text in found.items()
         if text != expected[name]
     ]
-    return _listed(lines)
+    return "; ".join(first_few(lines))
 
 
 def recorded_checksums(meta: Mapping[str, Any]) -> dict[str, str]:
@@ -221,23 +225,6 @@ def _restore(folder: Path, target: Any, arguments: Any, partial: bool) -> Any:
                 item=target, restore_args=arguments, partial_restore=partial
             ),
         )
-
-
-def _nested(flat: Mapping[str, Any]) -> dict[str, Any]:
-    """The reverse of `flatten`."""
-    tree: dict[str, Any] = {}
-    for name, value in flat.items():
-        *path, last = name.split(".")
-        inner = tree
-        for part in path:
-            inner = inner.setdefault(part, {})
-        inner[last] = value
-    return tree
-
-
-def _listed(lines: list[str]) -> str:
-    more = f"; and {len(lines) - 5} more" if len(lines) > 5 else ""
-    return "; ".join(lines[:5]) + more
 
 
 def _with_sharding(leaf: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
@@ -284,12 +271,11 @@ def check_same_arrays(
     )
     config = flatten(meta["config"])
     facts = {field: config[field] for field in _SHAPE_FIELDS if field in config}
-    more = f"\n  and {len(lines) - 5} more" if len(lines) > 5 else ""
     raise UserError(
         f"{folder} is a checkpoint of another model: {len(lines)} of {len(wanted)} arrays "
         "differ.\n  "
-        + "\n  ".join(lines[:5])
-        + f"{more}\nThe likely cause is {cause}. The checkpoint was saved with "
+        + "\n  ".join(first_few(lines))
+        + f"\nThe likely cause is {cause}. The checkpoint was saved with "
         f"{len(meta['class_names'])} classes, "
         + ", ".join(f"{key} = {show(value)}" for key, value in facts.items())
         + ". Use the config it was trained with, or another --workdir."
