@@ -1,6 +1,8 @@
-"""What ends a program by design: bad input that the user can fix, and a request to stop."""
+"""Bad input that the user can fix, a request to stop, and how messages shorten lists."""
 
 from collections.abc import Sequence
+
+_SHOWN = 5  # entries of a list that a message names
 
 
 class UserError(ValueError):
@@ -19,7 +21,7 @@ class Stopped(Exception):
     EXIT_STATUS = 75
 
 
-def first_few(entries: Sequence[str], shown: int = 5) -> list[str]:
-    """The first entries of a list that a message is to name, and last how many more there are."""
-    more = len(entries) - shown
-    return [*entries[:shown], *([f"and {more} more"] if more > 0 else [])]
+def first_few(entries: Sequence[str]) -> list[str]:
+    """The first entries, and then how many more there are: a message stays short."""
+    more = [f"and {len(entries) - _SHOWN} more"] if len(entries) > _SHOWN else []
+    return [*entries[:_SHOWN], *more]

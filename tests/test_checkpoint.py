@@ -12,7 +12,7 @@ from memseg_jax import checkpoint
 from memseg_jax.checkpoint import Checkpointer
 from memseg_jax.checkpoint.steps import sealed
 from memseg_jax.errors import UserError
-from tests.checkpoints import abstract, assert_same, make_meta, make_state, save_one
+from tests.checkpoints import State, abstract, assert_same, make_meta, make_state, save_one
 
 # ------------------------------------------------------------------------------- round trips
 
@@ -197,7 +197,7 @@ def test_removing_a_folder_by_hand_is_noticed(tmp_path):
         assert_same(checkpointer.restore(abstract(make_state(3)))[0], make_state(3))
 
 
-# --------------------------------------------------------------------------------- refusals
+# ---------------------------------------------------------------------------------- refusals
 
 
 def test_later_format_is_refused(tmp_path):

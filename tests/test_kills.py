@@ -19,7 +19,8 @@ WIDTH = 40000
 CHILD = """
     import sys
     sys.path[:0] = [{root!r}]
-    from tests.checkpoints import Checkpointer, make_meta, make_state
+    from memseg_jax.checkpoint import Checkpointer
+    from tests.checkpoints import make_meta, make_state
     state = make_state(1, {width})
     with Checkpointer({workdir!r}, keep=2) as checkpointer:
         print("ready", flush=True)

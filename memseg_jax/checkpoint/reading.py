@@ -153,17 +153,15 @@ def list_arrays(workdir: Path, step: int, meta: Mapping[str, Any]) -> dict[str, 
         if expected and found.get(name) != expected.get(name)
     ]
     if lines:
-        raise damaged(
-            workdir, step, f"the list of arrays in {folder}: {'; '.join(first_few(lines))}"
-        )
+        wrong = "; ".join(first_few(lines))
+        raise damaged(workdir, step, f"the list of arrays in {folder}: {wrong}")
     return saved
 
 
 def read_on_host(folder: Path, names: list[str]) -> dict[str, np.ndarray]:
     """Reads arrays of a checkpoint's folder `state` by name, as NumPy arrays."""
-    target = dict.fromkeys(names, 0)
-    arguments = {name: ocp.RestoreArgs(restore_type=np.ndarray) for name in names}
-    target, arguments = (unflatten_dict(flat, sep=".") for flat in (target, arguments))
+    target = unflatten_dict(dict.fromkeys(names, 0), sep=".")
+    arguments = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), target)
     return flatten(_restore(folder, target, arguments, partial=True))
 
 
