@@ -18,7 +18,7 @@ import jax.numpy as jnp
 import ml_collections
 import numpy as np
 
-from memseg_jax import distributed, sharding
+from memseg_jax import distributed, run_record, sharding
 from memseg_jax.checkpoint import prepare_workdir
 from memseg_jax.compilation import compile_with_notice
 from memseg_jax.data import IGNORE_LABEL, open_split
@@ -55,7 +55,8 @@ def run(config: ml_collections.ConfigDict, workdir: str | None = None) -> dict[s
         What the file holds: times in seconds, memory in bytes, rates in FLOP/s.
 
     Raises:
-        UserError: the config is wrong, or the batch does not fit into memory.
+        UserError: the config is wrong, processes differ in it or in their data, or the batch does
+            not fit into memory.
     """
     mesh = sharding.make_mesh(layout=config.get("sharding"))
     train = config.train
@@ -67,6 +68,9 @@ def run(config: ml_collections.ConfigDict, workdir: str | None = None) -> dict[s
     check_evaluation(config.eval, model, config.augment.flip_pairs)
     folder = prepare_workdir(workdir) if workdir else None  # now: a wrong config leaves no folder
     sources = [_open(config, split) for split in (config.data.train_split, config.data.eval_split)]
+    # A process without data would take fewer steps than the others, which wait for it.
+    fingerprint = "none" if sources[0] is None else sources[0].fingerprint()
+    run_record.check_processes_agree(config, fingerprint, folder)
     try:
         result = _describe(config, mesh) | _measure_training(config, model, mesh, sources[0])
         state = result.pop("state")
@@ -309,7 +313,7 @@ def program_bytes(compiled: Any) -> int | None:
 
 def _measure_peak(config: ml_collections.ConfigDict, mesh: jax.sharding.Mesh) -> dict[str, Any]:
     """FLOP/s of one device in a large matrix product of the compute type."""
-    device = mesh.devices.flat[0]
+    device = mesh.local_devices[0]  # the first of all is out of reach of most processes
     side = 1536 if device.platform == "cpu" else 8192
     x = jax.device_put(np.full((side, side), 0.5, np.float32), device)
     x = x.astype(config.model.compute_dtype)

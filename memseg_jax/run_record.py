@@ -172,13 +172,13 @@ def check_class_names(meta: Mapping[str, Any], class_names: Sequence[str]) -> No
         )
 
 
-def check_processes_agree(config: Any, fingerprint: str, workdir: Path) -> None:
+def check_processes_agree(config: Any, fingerprint: str, workdir: Path | None) -> None:
     """Refuses a run whose processes have different configs, data or workdirs.
 
     Args:
         config: the config of this process.
         fingerprint: `Source.fingerprint()` of the training images of this process.
-        workdir: folder of the run, which all processes must see.
+        workdir: folder of the run, which all processes must see; None: there is none.
 
     Raises:
         UserError: naming what differs.
@@ -190,7 +190,10 @@ def check_processes_agree(config: Any, fingerprint: str, workdir: Path) -> None:
         values.pop(place, None)
     values["the list of training images"] = fingerprint
     values |= {f"the version of {name}": version for name, version in versions().items()}
+    values["whether there is a --workdir"] = workdir is not None
     distributed.check_same("config", values)
+    if workdir is None:
+        return
     # A folder of the same name on another disk would do until the first checkpoint.
     sign = workdir / ".processes"
     word = f"{time.time_ns()}"

@@ -23,6 +23,7 @@ from memseg_jax.errors import UserError
 from tests import tiny
 
 PROGRAM = (sys.executable, "-m", "tests.small_program")
+WITH_RESNET = (sys.executable, "-m", "memseg_jax.main", "--config", tiny.CONFIG)
 STEPS = 16
 LIMIT = 600  # seconds; the machine may be busy
 LOSSES = ("loss", "loss_stage1", "loss_stage2", "loss_aux", "loss_memory", "lr")
@@ -270,17 +271,22 @@ def test_an_image_that_one_process_cannot_read_ends_all(tmp_path, split):
 
 
 @pytest.mark.slow
-def test_processes_that_do_not_agree_are_refused(tmp_path):
-    codes, logs = finish(start(2, tmp_path / "run", last=["--config.seed=1"]))
+@pytest.mark.parametrize(
+    ("mode", "last", "words"),
+    [
+        ("train", "--config.seed=1", "config.seed: 1 there, 0 here"),
+        ("benchmark", "--config.data.root=nowhere", "the list of training images: none there, "),
+    ],
+)
+def test_processes_that_do_not_agree_are_refused(tmp_path, mode, last, words):
+    codes, logs = finish(start(2, tmp_path / "run", f"--mode={mode}", last=[last]))
     assert codes == [1, 1], logs
-    words = "process 1 differs from process 0 in config.seed: 1 there, 0 here"
-    assert all(words in log for log in logs)
+    assert all(f"process 1 differs from process 0 in {words}" in log for log in logs)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("images", [5, 1])
 def test_evaluation_counts_every_image_once(tmp_path, images):
-    program = (sys.executable, "-m", "memseg_jax.main", "--config", tiny.CONFIG)
     sizes = {"train": [(32, 32)], "val": [(32, 32)] * images}
     root = tiny.write_folder(tmp_path / "data", sizes)
     model = tiny.save_random_model(tmp_path / "model")
@@ -290,7 +296,7 @@ def test_evaluation_counts_every_image_once(tmp_path, images):
         maps = tmp_path / f"maps_{count}"
         logs = run(
             count, workdir, "--mode=evaluate", f"--config.eval.save_predictions={maps}",
-            root=root, program=program,
+            root=root, program=WITH_RESNET,
         )  # fmt: skip
         assert f"{images} label maps in {maps}" in logs[0]
         scores = json.loads((workdir / "metrics.json").read_text())
@@ -304,3 +310,19 @@ def test_evaluation_counts_every_image_once(tmp_path, images):
     assert maps_of_one.keys() == maps_of_two.keys()
     for name, array in maps_of_one.items():
         np.testing.assert_array_equal(array, maps_of_two[name])
+
+
+@pytest.mark.slow
+def test_two_processes_measure_the_batch_of_both(tmp_path):
+    workdir = tmp_path / "run"
+    first, second = run(2, workdir, "--mode=benchmark", "--distributed=on", program=WITH_RESNET)
+    header, _, row = (line for line in first.splitlines() if line.startswith("| "))
+    assert "train img/s" in header
+    assert "| 2 x cpu | 8 x 32x32, float32 |" in row
+    assert "| " not in second
+    assert "compiled" not in second
+    result = json.loads((workdir / "benchmark.json").read_text())
+    assert (result["devices"], result["batch_size"]) == (2, 8)
+    assert result["images_per_second"] == pytest.approx(8 / result["step_seconds"])
+    assert f"| {result['images_per_second']:.4g} |" in row
+    assert result["data_images_per_second"] > 0

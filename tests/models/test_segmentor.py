@@ -14,6 +14,7 @@ from memseg_jax.models.layers import Extent
 from memseg_jax.models.segmentor import Segmentor, build_backbone, build_segmentor
 from memseg_jax.models.vit import ViT
 from memseg_jax.state import abstract_variables
+from tests.models.test_resnest import short_backbone
 from tests.reference_models import reference_config
 from tests.small_models import fast_jit, random_variables, small_config
 
@@ -342,6 +343,12 @@ def test_padding_changes_no_number_of_hrnet(downsample, monkeypatch):
     config.model.downsample = downsample
     # An odd size at each of the four branches, then one with one position in the coarsest.
     assert_padding_changes_nothing(build_segmentor(config), [(41, 77), (30, 3)], 0.5)
+
+
+def test_padding_changes_no_number_of_resnest():
+    backbone, _ = short_backbone()
+    # Pools whose last blocks are incomplete; an attention whose mean is of one position.
+    assert_padding_changes_nothing(small_model().clone(backbone=backbone), [(33, 47), (1, 1)])
 
 
 def test_padding_changes_no_number_of_a_vision_transformer():
