@@ -30,6 +30,7 @@ HEARTBEAT_SECONDS = int(os.environ.get("MEMSEG_HEARTBEAT_SECONDS") or 30)
 _LOOK_EVERY = 1.0  # seconds between two looks for notes
 # How long a process that ends with the others waits for them: they may be finishing a save.
 _FAREWELL_SECONDS = 40
+_GOES_LAST_SECONDS = 1  # enough for the others to exit after the farewell
 _LAST_WORDS_SECONDS = 3  # the same where one of them is known to be gone
 _CHUNK = 2**20  # bytes in one value of the key-value store
 _NOTES = "memseg_jax/notes/"
@@ -376,8 +377,11 @@ def leave(status: int, seconds: float = _FAREWELL_SECONDS) -> NoReturn:
         sys.stdout.flush()
         sys.stderr.flush()
         if _run.client is not None:
-            with contextlib.suppress(Exception):  # the runtime is in process 0, which goes last
+            with contextlib.suppress(Exception):
                 _run.client.wait_at_barrier("memseg_jax/farewell", int(seconds * 1000))
+                # The runtime is in process 0: whoever still runs when it goes is aborted.
+                if is_primary():
+                    time.sleep(_GOES_LAST_SECONDS)
         # Threads of collective operations may wait for ever for processes that are gone.
         os._exit(status)
 

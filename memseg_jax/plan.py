@@ -162,7 +162,7 @@ def _plan_evaluation(
     config: ml_collections.ConfigDict, model: Segmentor, devices: Devices
 ) -> dict[str, Any]:
     """Every process evaluates on its own devices; what holds for the first holds for all."""
-    own = [d for d in devices.devices if d.process_index == devices.devices[0].process_index]
+    own = topologies.first_host(devices)
     mesh = sharding.make_mesh(own)
     abstract = abstract_variables(model)
     variables = jax.tree.map(

@@ -389,20 +389,21 @@ def test_what_does_not_fit_is_said_with_advice(no_compilers, quiet_entry, capsys
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("topology", ["v5e:2x4", "h200:8"])
-def test_a_plan_by_the_real_compiler(topology, tmp_path):
+@pytest.mark.parametrize(("topology", "count"), [("v5e:2x4", 8), ("v5e:8x8", 64), ("h200:8", 8)])
+def test_a_plan_by_the_real_compiler(topology, count, tmp_path):
     if reason := topologies.missing(topologies.parse(topology).kind):
         pytest.skip(reason)
     command = [sys.executable, "-m", "memseg_jax.main", "--config", str(tiny.CONFIG)]
     command += ["--mode", "plan", "--topology", topology, "--workdir", str(tmp_path)]
     command += [f"--config.{name}={value}" for name, value in PLAIN.items()]
+    command += [f"--config.train.batch_size={count}"]
     env = os.environ | {"MEMSEG_CACHE": tiny.cache(), "XLA_FLAGS": ""}
     subprocess.run(command, cwd=tiny.ROOT, env=env, check=True, timeout=1800)
     result = json.loads((tmp_path / "plan.json").read_text())
     assert result["compiled_for_stand_ins"] is False
-    assert result["devices"] == 8
+    assert result["devices"] == count
     assert {c["kind"] for c in result["training"]["collectives"]} == {"all-reduce"}
-    assert {c["group"] for c in result["training"]["collectives"]} == {8}
+    assert {c["group"] for c in result["training"]["collectives"]} == {count}
     variables = abstract_variables(build_segmentor(plain_config()))
     parameters = 4 * sum(x.size for x in jax.tree.leaves(variables["params"]))
     exchanged = sum(c["size"] * c["count"] for c in result["training"]["collectives"])

@@ -27,6 +27,7 @@ EXAMPLES = ("v5e:16x16", "v6e:8x8", "v4:2x2x2", "v5p:4x4x4", "h200:8", "cpu:8")
 GPUS_A_HOST = 8
 # Kind -> (axes of the slice, of which multiples the axes are whose ends are linked to a ring).
 _TPUS = {"v4": (3, 4), "v5p": (3, 4), "v5e": (2, 16), "v6e": (2, 16)}
+_TPU_HOST = {2: "2x2", 3: "2x2x1"}  # its chips, by the number of axes
 _DEVICE_KINDS = {  # as JAX calls them
     "v4": "TPU v4",
     "v5p": "TPU v5",
@@ -199,6 +200,16 @@ def open_devices(topology: Topology, stand_in: bool = False) -> Devices:
         "", "cuda", target_config=H200, topology=f"1x{hosts}x{topology.chips // hosts}"
     )
     return Devices(topology, list(described.devices))
+
+
+def first_host(devices: Devices) -> list[jax.Device]:
+    """Devices like those of the first process, to compile a program for that it runs alone."""
+    own = [d for d in devices.devices if d.process_index == devices.devices[0].process_index]
+    if devices.stand_in or not devices.topology.is_tpu or len(own) == len(devices.devices):
+        return own
+    # For a part of a slice of 8x8 chips or more, XLA compiles nothing; a host alone is one.
+    kind = devices.topology.kind
+    return _tpu_devices(parse(f"{kind}:{_TPU_HOST[_TPUS[kind][0]]}"))
 
 
 def _tpu_devices(topology: Topology) -> list[jax.Device]:
