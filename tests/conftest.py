@@ -1,5 +1,7 @@
 """Settings that all tests share: CPU, full float32, eight devices, one compilation cache."""
 
+import ctypes
+import gc
 import os
 
 # Before jax is imported: forced devices let one process test what many devices do.
@@ -22,3 +24,14 @@ def double_precision():
     jax.config.update("jax_enable_x64", True)
     yield
     jax.config.update("jax_enable_x64", False)
+
+
+@pytest.fixture(autouse=True)
+def memory_given_back(request):
+    """After a slow test, nothing stays of its whole networks: several gigabytes each."""
+    yield
+    if request.node.get_closest_marker("slow"):
+        jax.clear_caches()
+        gc.collect()
+        if hasattr(libc := ctypes.CDLL(None), "malloc_trim"):  # glibc keeps what is freed
+            libc.malloc_trim(0)

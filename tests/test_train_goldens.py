@@ -94,6 +94,7 @@ def assert_memory(golden, name, memory, limit):
 
 @pytest.mark.golden
 @pytest.mark.slow
+@pytest.mark.large  # a whole network in double precision
 @pytest.mark.parametrize("name", golden_files("train"))
 def test_three_steps_equal_the_reference(name, double_precision):
     tag = pathlib.Path(name).stem

@@ -243,6 +243,7 @@ def assert_norms(golden, name, key_names, arrays, limit):
 
 @pytest.mark.golden
 @pytest.mark.slow
+@pytest.mark.large  # a whole network in double precision
 @pytest.mark.parametrize("name", golden_files("train"))
 def test_three_steps_equal_the_reference(name):
     tag = pathlib.Path(name).stem
