@@ -275,10 +275,10 @@ def estimate(
     Returns:
         "compute", "memory", "large_collectives", "small_collectives", and "step".
     """
-    chip, share = devices.chip, devices.chip_share
+    chip = devices.chip
     times = {
-        "compute": flops / (peak(chip, dtype) * share * EFFICIENCY),
-        "memory": traffic / (chip.bandwidth * share),
+        "compute": flops / (peak(chip, dtype) * EFFICIENCY),
+        "memory": traffic / chip.bandwidth,
         "large_collectives": 0.0,
         "small_collectives": 0.0,
     }
@@ -361,11 +361,9 @@ def format_plan(result: dict[str, Any], devices: Devices) -> str:
     """The plan in words, with the assumptions of its estimates."""
     count = result["devices"]
     crop = "x".join(map(str, result["crop"]))
-    lines = [f"{result['topology']}: {count} devices ({devices.topology.chips} chips)"]
+    lines = [f"{result['topology']}: {count} devices"]
     if devices.stand_in:
         lines[0] += "; COMPILED FOR CPU DEVICES IN THEIR PLACE, memory differs"
-    if devices.chip_share != 1:
-        lines[0] += f", {1 / devices.chip_share:.0f} devices a chip"
     training, evaluation = result["training"], result["evaluation"]
     lines.append("")
     lines.append(

@@ -247,12 +247,6 @@ def test_the_slowest_counts_and_small_collectives_are_added(flops, traffic, slow
     assert times["step"] == pytest.approx(times[slowest] + 100 * one)
 
 
-def test_two_devices_a_chip_share_it():
-    devices = topologies.Devices(topologies.parse("v4:2x2x1"), jax.devices()[:8], True)
-    assert devices.chip_share == 0.5
-    assert devices.memory == CHIPS["TPU v4"].memory / 2
-
-
 def test_what_xla_says_it_needs():
     message = (
         "RESOURCE_EXHAUSTED: XLA:TPU compile permanent error. Ran out of memory in memory space "
@@ -389,7 +383,22 @@ def test_what_does_not_fit_is_said_with_advice(no_compilers, quiet_entry, capsys
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("topology", "count"), [("v5e:2x4", 8), ("v5e:8x8", 64), ("h200:8", 8)])
+@pytest.mark.parametrize(
+    "topology", ["v4:2x2x1", "v5p:2x2x1", "v5e:2x4", "v6e:2x4", "v5e:8x8", "h200:8"]
+)
+def test_a_device_is_a_chip(topology):
+    wanted = topologies.parse(topology)
+    if reason := topologies.missing(wanted.kind):
+        pytest.skip(reason)
+    found = topologies.open_devices(wanted)
+    assert len(found.devices) == wanted.chips
+
+
+PLANS = [("v4:2x2x1", 4), ("v5e:2x4", 8), ("v5e:8x8", 64), ("h200:8", 8)]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("topology", "count"), PLANS)
 def test_a_plan_by_the_real_compiler(topology, count, tmp_path):
     if reason := topologies.missing(topologies.parse(topology).kind):
         pytest.skip(reason)

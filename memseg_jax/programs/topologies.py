@@ -115,17 +115,9 @@ class Devices:
         return chip_of(_DEVICE_KINDS[self.topology.kind])
 
     @property
-    def chip_share(self) -> float:
-        """Which part of a chip a device is.
-
-        XLA without hardware takes the two cores of a TPU v4 for two devices; with it they are one.
-        """
-        return self.topology.chips / len(self.devices)
-
-    @property
     def memory(self) -> float | None:
         """Bytes of every device; None: not known."""
-        return self.chip.memory * self.chip_share if self.chip else None
+        return self.chip.memory if self.chip else None
 
     @property
     def compiler_options(self) -> dict[str, Any]:
@@ -224,6 +216,8 @@ def _tpu_devices(topology: Topology) -> list[jax.Device]:
     for name, value in values.items():
         os.environ.setdefault(name, value)
     options = {}
+    if topology.kind == "v4":  # its two cores are one device; without hardware that must be said
+        options["chip_config_name"] = "megacore"
     if topology.chips == 1:  # else whole hosts of 2x2 chips
         options["chips_per_host_bounds"] = (1, 1, 1)
     try:
