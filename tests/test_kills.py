@@ -43,7 +43,7 @@ def test_killed_at_many_moments_of_a_save(tmp_path):
     # The moments are counted in changes of the folder, which come in the order of a save: the
     # temporary folder, its items, their files, the new name, and an old checkpoint's end. How many
     # are seen of a save depends on the machine: the later moments wait for whole checkpoints too.
-    names, first, steps = set(), 1, []
+    names, first = set(), 1
     moments = {1: 0, 2: 0, 4: 0, 7: 0, 11: 0, 16: 1, 22: 1, 30: 2}  # changes: new checkpoints
     for moment, complete in moments.items():
         newest = first + complete - 1

@@ -28,7 +28,14 @@ from tests.goldens import (
 )
 from tests.reference_models import reference_config
 from tests.small_models import fast_jit, random_variables, small_config
-from tests.test_train_goldens import OUR_NAMES, RECIPES, SHAPES
+from tests.test_train_goldens import (
+    OUR_NAMES,
+    RECIPES,
+    SHAPES,
+    assert_memory,
+    assert_norms,
+    assert_slices,
+)
 
 MEMORY = golden_files("memory")
 READ = [name for name in MEMORY if "/forward_" in name]
@@ -231,16 +238,6 @@ def golden_training(tag):
     return model.double(), config, batches
 
 
-def assert_norms(golden, name, key_names, arrays, limit):
-    for key, expected in zip(golden[key_names], golden[name]):
-        key = str(key)
-        # The memory has no gradient. The other one is zero in theory.
-        if key == names.MEMORY_KEY or (name == "grad_norm" and key.endswith("conv2.fc1.bias")):
-            continue
-        actual = float(torch.linalg.vector_norm(arrays[key]))
-        assert abs(actual - expected) <= limit * max(expected, 1e-8), f"{name} {key}"
-
-
 @pytest.mark.golden
 @pytest.mark.slow
 @pytest.mark.large  # a whole network in double precision
@@ -261,26 +258,21 @@ def test_three_steps_equal_the_reference(name):
             assert float(losses[ours]) == pytest.approx(expected, rel=limit), loss_name
         if index == 1:
             continue
-        state, limit = model.state_dict(), 1e-8 if index == 0 else 1e-5
+        state = {key: value.numpy() for key, value in model.state_dict().items()}
+        limit = 1e-8 if index == 0 else 1e-5
         if index == 0:
-            gradients = {key: p.grad for key, p in model.named_parameters()}
+            gradients = {
+                key: p.grad.numpy() for key, p in model.named_parameters() if p.grad is not None
+            }
             assert_norms(golden, "grad_norm", "param_names", gradients, 1e-7)
-            for key in (key for key in golden if key.startswith("grad_slice/")):
-                value = take_slice(gradients[key.removeprefix("grad_slice/")].numpy(), 64)
-                scale = max(np.abs(golden[key]).max(), 1e-12)
-                assert np.abs(value - golden[key]).max() <= 1e-6 * scale, key
+            assert_slices(golden, "grad_slice", gradients, 1e-6)
             assert_norms(golden, "buffer_norm_step1", "buffer_names", state, 1e-8)
             for key, count in zip(
                 golden["num_batches_tracked_names"], golden["num_batches_tracked_step1"]
             ):
                 assert int(state[str(key)]) == count, key
         assert_norms(golden, f"param_norm_step{index + 1}", "param_names", state, limit)
-        memory = model.memory_module.memory.numpy()
-        after = f"memory_after_step{index + 1}"
-        norms = np.linalg.norm(memory.reshape(len(memory), -1), axis=1)
-        np.testing.assert_allclose(norms, golden[f"{after}__row_norm"], rtol=limit)
-        slices = golden[f"{after}__slice"]
-        np.testing.assert_allclose(take_slice(memory, 2048), slices, atol=limit)
+        assert_memory(golden, f"memory_after_step{index + 1}", state[names.MEMORY_KEY], limit)
     with torch.no_grad():
         logits = model.eval()(batches[0][0]).numpy()
     expected = golden["eval_logits_after_step3__slice"]
