@@ -22,9 +22,9 @@ from benchmarks import measure
 from benchmarks.shapes import DILATED, GROUPED, Shape
 from converters import command_line
 from memseg_jax.errors import UserError
+from memseg_jax.hlo.flops import count_flops
 from memseg_jax.models import convolution
 from memseg_jax.models.convolution import Geometry
-from memseg_jax.programs.flops import count_flops
 from tests import h200
 
 FLAGS = {

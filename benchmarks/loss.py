@@ -18,8 +18,8 @@ from converters import command_line
 from converters.torch_model.layers import resize
 from memseg_jax.benchmark import random_batch
 from memseg_jax.data import IGNORE_LABEL
-from memseg_jax.losses import cross_entropy
 from memseg_jax.models.layers import resize_bilinear
+from memseg_jax.training.losses import cross_entropy
 
 FLAGS = {
     "logits": "batch x height x width x classes (default: 2x64x64x150)",

@@ -31,8 +31,8 @@ from memseg_jax.data.transforms import resized_size
 from memseg_jax.inference import Predictor, predictor, score_maps, sizes, windows
 from memseg_jax.inference.sizes import Size
 from memseg_jax.models.segmentor import build_segmentor
-from memseg_jax.sharding import make_mesh
-from memseg_jax.state import init_variables
+from memseg_jax.runtime.sharding import make_mesh
+from memseg_jax.training.state import init_variables
 
 DATA_SETS = {"ade20k": 2000, "cocostuff10k": 1000}  # images of the evaluation split
 BACKBONES = ("resnet50", "resnet101", "resnest101", "hrnet", "vit")

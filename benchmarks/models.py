@@ -12,7 +12,7 @@ from benchmarks import measure
 from converters.orbax_to_torch import state_dict
 from converters.torch_model import build_torch_model
 from memseg_jax.models.segmentor import Segmentor, build_segmentor
-from memseg_jax.state import init_variables
+from memseg_jax.training.state import init_variables
 
 FLAGS = {
     "crop": "height x width of the images (default: 256x256; the config's own: --crop config)",

@@ -19,11 +19,11 @@ import numpy as np
 
 from benchmarks import measure
 from converters import command_line
-from memseg_jax import optimizer
 from memseg_jax.benchmark import format_bytes, network_flops, random_batch
 from memseg_jax.models.segmentor import build_segmentor
-from memseg_jax.state import init_state, init_variables
-from memseg_jax.train_step import make_train_step
+from memseg_jax.training import optimizer
+from memseg_jax.training.state import init_state, init_variables
+from memseg_jax.training.step import make_train_step
 
 FLAGS = {
     "batches": "numbers of images, separated by commas (default: 2,4,8)",

@@ -14,11 +14,11 @@ import torch
 from benchmarks import measure, models
 from converters import command_line
 from converters.torch_model import training
-from memseg_jax import optimizer
 from memseg_jax.benchmark import network_flops, random_batch
 from memseg_jax.errors import UserError
-from memseg_jax.state import init_state
-from memseg_jax.train_step import make_train_step
+from memseg_jax.training import optimizer
+from memseg_jax.training.state import init_state
+from memseg_jax.training.step import make_train_step
 
 EPOCH_STEPS = 1000
 

@@ -21,7 +21,7 @@ from converters.torch_files import import_safetensors, import_torch
 from memseg_jax import checkpoint
 from memseg_jax.errors import UserError
 from memseg_jax.models.segmentor import build_segmentor
-from memseg_jax.state import abstract_variables
+from memseg_jax.training.state import abstract_variables
 
 FLAGS = {
     "workdir": "folder of a run, or of a converted checkpoint; required",

@@ -23,10 +23,11 @@ import numpy as np
 from converters import command_line, names, recognise, torch_files
 from converters.mismatch import mismatches
 from converters.torch_files import TorchFile
-from memseg_jax import checkpoint, run_record, visualize
+from memseg_jax import checkpoint, run_record
 from memseg_jax.errors import UserError
 from memseg_jax.models.segmentor import Segmentor, build_segmentor
-from memseg_jax.state import abstract_variables
+from memseg_jax.scoring import visualize
+from memseg_jax.training.state import abstract_variables
 
 REPORT = "conversion.txt"
 _REMOVAL_ATTEMPTS = 100  # a tenth of a second apart

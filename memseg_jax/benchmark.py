@@ -18,18 +18,19 @@ import jax.numpy as jnp
 import ml_collections
 import numpy as np
 
-from memseg_jax import distributed, run_record, sharding
+from memseg_jax import run_record
 from memseg_jax.checkpoint import prepare_workdir
-from memseg_jax.compilation import compile_with_notice
 from memseg_jax.data import IGNORE_LABEL, open_split
 from memseg_jax.data.pipeline import steps_per_epoch, train_batches
 from memseg_jax.errors import UserError
+from memseg_jax.hlo.chips import chip_of, peak
+from memseg_jax.hlo.flops import count_flops
 from memseg_jax.inference import Predictor, check_evaluation
 from memseg_jax.models.segmentor import Segmentor, build_segmentor
-from memseg_jax.programs.chips import chip_of, peak
-from memseg_jax.programs.flops import count_flops
-from memseg_jax.programs.training_program import training_program
-from memseg_jax.state import (
+from memseg_jax.runtime import distributed, sharding
+from memseg_jax.runtime.compilation import compile_with_notice
+from memseg_jax.training.program import training_program
+from memseg_jax.training.state import (
     TrainState,
     abstract_variables,
     init_state,

@@ -15,12 +15,12 @@ import numpy as np
 from PIL import Image
 from tqdm import tqdm
 
-from memseg_jax import visualize
 from memseg_jax.data import IGNORE_LABEL, open_split, transforms
 from memseg_jax.data.images import LabelValueError, value_advice
 from memseg_jax.data.pipeline import TrainSamples
 from memseg_jax.data.reading import map_ahead
 from memseg_jax.errors import UserError
+from memseg_jax.scoring import visualize
 
 _SHOWN_MESSAGES = 20  # bad samples that are reported with their message ...
 _SHOWN_FILES = 100  # ... and further ones by their files alone

@@ -16,14 +16,16 @@ import jax
 import ml_collections
 import numpy as np
 
-from memseg_jax import checkpoint, distributed, metrics, run_record, visualize
+from memseg_jax import checkpoint, run_record
 from memseg_jax.data import benchmark_of, open_split
 from memseg_jax.data.reading import map_ahead
 from memseg_jax.inference import Predictor
 from memseg_jax.models.segmentor import build_segmentor
-from memseg_jax.prediction_files import PredictionWriter
-from memseg_jax.sharding import make_mesh
-from memseg_jax.state import abstract_variables
+from memseg_jax.runtime import distributed
+from memseg_jax.runtime.sharding import make_mesh
+from memseg_jax.scoring import metrics, visualize
+from memseg_jax.scoring.prediction_files import PredictionWriter
+from memseg_jax.training.state import abstract_variables
 
 log = logging.getLogger(__name__)
 

@@ -14,8 +14,9 @@ from typing import Any
 from absl import flags, logging
 from ml_collections import config_flags
 
-from memseg_jax import distributed, suggest
+from memseg_jax import suggest
 from memseg_jax.errors import Stopped, UserError
+from memseg_jax.runtime import distributed
 
 # Only light imports: `--help` must be quick, and every worker process imports this module.
 MODES = ("train", "evaluate", "predict", "verify", "check_data", "pack", "benchmark", "plan")

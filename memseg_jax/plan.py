@@ -20,22 +20,22 @@ import jax
 import ml_collections
 import numpy as np
 
-from memseg_jax import sharding
 from memseg_jax.benchmark import program_bytes
 from memseg_jax.checkpoint import prepare_workdir
 from memseg_jax.data import open_split
 from memseg_jax.data.pipeline import steps_per_epoch
 from memseg_jax.errors import UserError
+from memseg_jax.hlo import hlo_text, topologies
+from memseg_jax.hlo.chips import Chip, peak
+from memseg_jax.hlo.flops import flops_of_jaxpr
+from memseg_jax.hlo.hlo_text import Collective
+from memseg_jax.hlo.topologies import Devices, Topology
 from memseg_jax.inference import check_evaluation
 from memseg_jax.inference.predictor import network_scores
 from memseg_jax.models.segmentor import Segmentor, build_segmentor
-from memseg_jax.programs import program_text, topologies
-from memseg_jax.programs.chips import Chip, peak
-from memseg_jax.programs.flops import flops_of_jaxpr
-from memseg_jax.programs.program_text import Collective
-from memseg_jax.programs.topologies import Devices, Topology
-from memseg_jax.programs.training_program import training_program
-from memseg_jax.state import abstract_variables
+from memseg_jax.runtime import sharding
+from memseg_jax.training.program import training_program
+from memseg_jax.training.state import abstract_variables
 
 log = logging.getLogger(__name__)
 
@@ -234,8 +234,8 @@ def _compile(
         "total": total,
     }
     result["fits"] = None if devices.memory is None else total <= devices.memory
-    result["traffic"] = program_text.traffic(text)
-    found = program_text.collectives(text, count)
+    result["traffic"] = hlo_text.traffic(text)
+    found = hlo_text.collectives(text, count)
     result["collectives"] = [dataclasses.asdict(c) for c in found]
     if devices.chip:
         result["seconds"] = estimate(

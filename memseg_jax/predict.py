@@ -10,14 +10,15 @@ import jax
 import ml_collections
 import numpy as np
 
-from memseg_jax import checkpoint, visualize
+from memseg_jax import checkpoint
 from memseg_jax.data.folder import IMAGE_SUFFIXES
 from memseg_jax.data.images import read_image
 from memseg_jax.errors import UserError
 from memseg_jax.inference import Prediction, Predictor
 from memseg_jax.models.segmentor import build_segmentor
-from memseg_jax.sharding import make_mesh
-from memseg_jax.state import abstract_variables
+from memseg_jax.runtime.sharding import make_mesh
+from memseg_jax.scoring import visualize
+from memseg_jax.training.state import abstract_variables
 
 log = logging.getLogger(__name__)
 

@@ -13,8 +13,8 @@ import jax
 import numpy as np
 
 import memseg_jax
-from memseg_jax import distributed
 from memseg_jax.errors import UserError
+from memseg_jax.runtime import distributed
 
 FORMAT_VERSION = 1
 # Fields that may change between a run and its continuation: they say where files lie, how fast

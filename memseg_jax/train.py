@@ -12,28 +12,28 @@ import jax
 import ml_collections
 import numpy as np
 
-from memseg_jax import (
-    checkpoint,
-    distributed,
-    evaluate,
-    run_record,
-    sharding,
-    visualize,
-)
-from memseg_jax.compilation import compile_with_notice
+from memseg_jax import checkpoint, evaluate, run_record
 from memseg_jax.data import open_split
 from memseg_jax.data.pipeline import Batches, check_batch, steps_per_epoch, train_batches
 from memseg_jax.errors import UserError
 from memseg_jax.inference import Predictor, check_evaluation
-from memseg_jax.initial import initial_variables
 from memseg_jax.models.segmentor import build_segmentor
-from memseg_jax.programs.training_program import training_program
-from memseg_jax.progress import MetricWriter, ProgressLine, format_duration, format_progress
-from memseg_jax.safety import guards
-from memseg_jax.safety.memory_health import MemoryHealth
-from memseg_jax.safety.preemption import StopRequests
-from memseg_jax.safety.watchdog import Watchdog
-from memseg_jax.state import TrainState, init_state
+from memseg_jax.runtime import distributed, sharding
+from memseg_jax.runtime.compilation import compile_with_notice
+from memseg_jax.runtime.stopping import StopRequests
+from memseg_jax.runtime.watchdog import Watchdog
+from memseg_jax.scoring import visualize
+from memseg_jax.scoring.memory_health import MemoryHealth
+from memseg_jax.training import guards
+from memseg_jax.training.initial import initial_variables
+from memseg_jax.training.program import training_program
+from memseg_jax.training.progress import (
+    MetricWriter,
+    ProgressLine,
+    format_duration,
+    format_progress,
+)
+from memseg_jax.training.state import TrainState, init_state
 
 log = logging.getLogger(__name__)
 
@@ -54,7 +54,7 @@ def run(config: ml_collections.ConfigDict, workdir: str) -> None:
 
     Raises:
         UserError: anything in config, data or workdir that the user can mend.
-        Stopped: it was asked to stop, see `memseg_jax.safety.preemption`; the state is saved.
+        Stopped: it was asked to stop, see `memseg_jax.runtime.stopping`; the state is saved.
     """
     _check(config)
     with StopRequests() as stops, Watchdog(config.train.watchdog_minutes) as watchdog:

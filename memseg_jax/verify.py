@@ -6,7 +6,8 @@ from typing import NamedTuple
 
 import jax
 
-from memseg_jax.checkpoint import reading, steps
+from memseg_jax.checkpoint import arrays as stored
+from memseg_jax.checkpoint import meta as records
 
 
 class Report(NamedTuple):
@@ -42,9 +43,9 @@ def run(workdir: str | os.PathLike) -> int:
     # Accelerators are not needed, and the run that uses them may be going on.
     jax.config.update("jax_platforms", "cpu")
     folder = Path(workdir).expanduser().absolute()
-    found = steps.all_steps(folder)
+    found = records.all_steps(folder)
     if not found:
-        steps.find_step(folder, "last")  # raises, and says what to do
+        records.find_step(folder, "last")  # raises, and says what to do
     print(f"{'step':>9}  {'arrays':>6}  {'MB':>9}  result")
     bad = []
     for step in found:
@@ -56,16 +57,16 @@ def run(workdir: str | os.PathLike) -> int:
         print(f"{step:>9}  {report.arrays:>6}  {report.size / 1e6:>9.1f}  {result}", flush=True)
         for problem in report.problems:
             print(f"{'':>9}  {problem}", flush=True)
-    aside = folder / steps.DAMAGED_FOLDER
+    aside = folder / records.DAMAGED_FOLDER
     if aside.is_dir():
         names = ", ".join(sorted(path.name for path in aside.iterdir()))
         print(f"{aside}: found damaged earlier and not used: {names}")
     good = [step for step in found if step not in bad]
     if not bad:
-        print(f"all {len(found)} checkpoints in {folder / steps.FOLDER} are good")
+        print(f"all {len(found)} checkpoints in {folder / records.FOLDER} are good")
         return 0
     print(
-        f"{len(bad)} of {len(found)} checkpoints in {folder / steps.FOLDER} are damaged: steps "
+        f"{len(bad)} of {len(found)} checkpoints in {folder / records.FOLDER} are damaged: steps "
         f"{', '.join(map(str, bad))}. "
         + (f"Training goes on from step {good[-1]}." if good else "No good one is left.")
     )
@@ -82,22 +83,22 @@ def check(workdir: Path, step: int) -> Report:
     Returns:
         What was found.
     """
-    folder = workdir / steps.FOLDER / str(step) / "state"
+    folder = workdir / records.FOLDER / str(step) / "state"
     try:
-        meta = steps.read_meta_file(workdir, step)
-        saved = reading.list_arrays(workdir, step, meta)
-    except steps.DamagedCheckpoint as error:
+        meta = records.read_meta_file(workdir, step)
+        saved = stored.list_arrays(workdir, step, meta)
+    except records.DamagedCheckpoint as error:
         return Report(0, 0, False, [error.what])
-    expected = reading.recorded_checksums(meta)
+    expected = stored.recorded_checksums(meta)
     size, problems = 0, []
     # One by one: a checkpoint may be larger than the memory of the machine that looks at it.
     for name in saved:
         try:
-            array = reading.read_on_host(folder, [name])[name]
+            array = stored.read_on_host(folder, [name])[name]
         except Exception as error:
-            problems.append(f"{name} in {folder} cannot be read ({steps.brief(error)})")
+            problems.append(f"{name} in {folder} cannot be read ({records.brief(error)})")
             continue
         size += array.nbytes
-        if expected and (difference := reading.differences({name: array}, expected)):
+        if expected and (difference := stored.differences({name: array}, expected)):
             problems.append(f"{difference}, in {folder}")
     return Report(len(saved), size, bool(expected), problems)

@@ -18,12 +18,13 @@ import ml_collections
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from configs import common
-from memseg_jax import optimizer, sharding
+from memseg_jax.hlo import topologies
 from memseg_jax.models import convolution
 from memseg_jax.models.segmentor import build_segmentor
-from memseg_jax.programs import topologies
-from memseg_jax.state import abstract_state
-from memseg_jax.train_step import make_train_step
+from memseg_jax.runtime import sharding
+from memseg_jax.training import optimizer
+from memseg_jax.training.state import abstract_state
+from memseg_jax.training.step import make_train_step
 
 
 def missing() -> str | None:

@@ -9,7 +9,7 @@ from configs import common
 from converters import names
 from memseg_jax.errors import UserError
 from memseg_jax.models.segmentor import Segmentor, build_segmentor
-from memseg_jax.state import abstract_variables
+from memseg_jax.training.state import abstract_variables
 from tests.goldens import rule_array
 
 NUM_CLASSES = {"ade20k": 150, "cityscapes": 19, "cocostuff10k": 182, "lip": 20}

@@ -12,7 +12,7 @@ from converters import names
 from memseg_jax.models.backbone import Backbone
 from memseg_jax.models.layers import ConvNorm
 from memseg_jax.models.segmentor import Segmentor
-from memseg_jax.state import abstract_variables
+from memseg_jax.training.state import abstract_variables
 
 # Optimising the machine code takes most of the compile time and gains nothing at these sizes.
 FAST_COMPILE = {"xla_backend_optimization_level": 0}

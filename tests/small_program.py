@@ -10,8 +10,9 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 
-from memseg_jax import evaluate, main, sharding, train
-from memseg_jax.programs import training_program
+from memseg_jax import evaluate, main, train
+from memseg_jax.runtime import sharding
+from memseg_jax.training import program
 from tests.small_models import ThreeConvolutions
 
 CONFIG = Path(__file__).with_name("tiny_config.py")
@@ -46,6 +47,6 @@ if __name__ == "__main__":
     sharding._SMALL = 64  # or nothing of this model would be split
     train.build_segmentor = evaluate.build_segmentor = small_model
     train.init_state = in_double(train.init_state)
-    training_program.abstract_state = in_double(training_program.abstract_state)
+    program.abstract_state = in_double(program.abstract_state)
     evaluate.abstract_variables = in_double(evaluate.abstract_variables)
     sys.exit(main.main(["main", "--config", str(CONFIG), *sys.argv[1:]]))

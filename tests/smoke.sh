@@ -18,7 +18,7 @@ python -m memseg_jax.main "${small[@]}" --mode benchmark
 python -m memseg_jax.main "${small[@]}" --mode plan --topology cpu:2
 python - "$workdir" <<'PY'
 import sys
-from memseg_jax.visualize import save_png
+from memseg_jax.scoring.visualize import save_png
 from memseg_jax.data.shapes import Shapes
 save_png(sys.argv[1] + "/picture.png", Shapes("val", 4, (80, 120))[0]["image"])
 PY

@@ -10,9 +10,9 @@ import pytest
 
 from memseg_jax import benchmark
 from memseg_jax.data import IGNORE_LABEL
+from memseg_jax.hlo.flops import count_flops
 from memseg_jax.inference import predictor
 from memseg_jax.models.segmentor import build_segmentor
-from memseg_jax.programs.flops import count_flops
 from tests import tiny
 
 # How ml_collections loads config files.

@@ -10,7 +10,7 @@ import jax
 import numpy as np
 import pytest
 
-from memseg_jax import optimizer, suggest
+from memseg_jax import suggest
 from memseg_jax.data import transforms
 from memseg_jax.data.pipeline import steps_per_epoch
 from memseg_jax.errors import UserError
@@ -19,7 +19,8 @@ from memseg_jax.models import vit
 from memseg_jax.models.layers import activation
 from memseg_jax.models.memory import memory_momentum
 from memseg_jax.models.segmentor import build_segmentor
-from memseg_jax.state import abstract_variables
+from memseg_jax.training import optimizer
+from memseg_jax.training.state import abstract_variables
 
 CONFIGS = Path(__file__).parents[1] / "configs"
 BASES = ("__init__", "common", "own_folder")  # not configs by themselves

@@ -10,7 +10,7 @@ import pytest
 from configs import common
 from memseg_jax import main
 from memseg_jax.errors import Stopped
-from memseg_jax.programs import topologies
+from memseg_jax.hlo import topologies
 
 ROOT = Path(__file__).resolve().parents[1]
 LAUNCH = ROOT / "docs" / "launch"

@@ -7,10 +7,11 @@ import jax
 import numpy as np
 import pytest
 
-from memseg_jax import evaluate, inference, sharding
+from memseg_jax import evaluate, inference
 from memseg_jax.data import open_split
-from memseg_jax.metrics import confusion_matrix
 from memseg_jax.models.segmentor import build_segmentor
+from memseg_jax.runtime import sharding
+from memseg_jax.scoring.metrics import confusion_matrix
 from tests import tiny
 from tests.small_models import random_variables
 

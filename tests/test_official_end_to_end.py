@@ -17,10 +17,11 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from memseg_jax import evaluate, main, sharding, train
+from memseg_jax import evaluate, main, train
 from memseg_jax.data import open_split
 from memseg_jax.inference import predictor
 from memseg_jax.main import parse_flags
+from memseg_jax.runtime import sharding
 from tests import tiny
 from tests.official_trees import SPLITS, write_tree
 from tests.small_models import FAST_COMPILE

@@ -15,11 +15,11 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from memseg_jax import plan
 from memseg_jax.errors import UserError
+from memseg_jax.hlo import hlo_text, topologies
+from memseg_jax.hlo.chips import CHIPS, Chip
+from memseg_jax.hlo.hlo_text import Collective
 from memseg_jax.models.segmentor import build_segmentor
-from memseg_jax.programs import program_text, topologies
-from memseg_jax.programs.chips import CHIPS, Chip
-from memseg_jax.programs.program_text import Collective
-from memseg_jax.state import abstract_variables
+from memseg_jax.training.state import abstract_variables
 from tests import tiny
 
 # How ml_collections loads config files.
@@ -104,18 +104,18 @@ def compiled_text(function, *shapes, devices=8, out=None):
 
 def test_an_all_reduce_counts_its_array_on_one_device():
     text = compiled_text(lambda x: jax.lax.psum(x, "data"), (8 * 6, 100), out=PartitionSpec())
-    assert program_text.collectives(text, 8) == [Collective("all-reduce", 6 * 100 * 4, 8, 1)]
+    assert hlo_text.collectives(text, 8) == [Collective("all-reduce", 6 * 100 * 4, 8, 1)]
 
 
 def test_gathering_and_scattering_count_the_whole_array():
     text = compiled_text(
         lambda x: jax.lax.all_gather(x, "data", tiled=True), (8 * 6, 100), out=PartitionSpec()
     )
-    assert program_text.collectives(text, 8) == [Collective("all-gather", 8 * 6 * 400, 8, 1)]
+    assert hlo_text.collectives(text, 8) == [Collective("all-gather", 8 * 6 * 400, 8, 1)]
     text = compiled_text(
         lambda x: jax.lax.psum_scatter(x, "data", tiled=True), (8 * 16, 100), devices=8
     )
-    assert program_text.collectives(text, 8) == [Collective("reduce-scatter", 16 * 400, 8, 1)]
+    assert hlo_text.collectives(text, 8) == [Collective("reduce-scatter", 16 * 400, 8, 1)]
 
 
 def test_loops_count_as_often_as_they_run_and_one_branch_counts():
@@ -125,7 +125,7 @@ def test_loops_count_as_often_as_they_run_and_one_branch_counts():
 
         return jax.lax.scan(body, x, length=7)[0]
 
-    found = program_text.collectives(compiled_text(loop, (8, 50)), 8)
+    found = hlo_text.collectives(compiled_text(loop, (8, 50)), 8)
     assert found == [Collective("all-reduce", 200, 8, 7)]
 
     def branch(x):
@@ -134,7 +134,7 @@ def test_loops_count_as_often_as_they_run_and_one_branch_counts():
 
         return jax.lax.cond(x[0, 0] > 0, longer, lambda x: jax.lax.psum(x, "data"), x)
 
-    found = program_text.collectives(compiled_text(branch, (8, 50)), 8)
+    found = hlo_text.collectives(compiled_text(branch, (8, 50)), 8)
     assert found == [Collective("all-reduce", 200, 8, 2)]
 
 
@@ -166,7 +166,7 @@ ENTRY %main (x: f32[16], y: bf16[8,128]) -> f32[16] {
 
 
 def test_forms_that_gpus_and_tpus_use():
-    assert program_text.collectives(TEXT, 8) == [
+    assert hlo_text.collectives(TEXT, 8) == [
         Collective("all-reduce", 8 * 128 * 2, 2, 1),
         Collective("all-reduce", 16 * 4 + 3, 4, 1),
         Collective("all-gather", 16 * 4, 8, 1),
@@ -177,13 +177,13 @@ def test_traffic_of_the_text():
     # all-reduce: x twice and the results; all-gather: x and the tuple; fusion: y alone, as its
     # result is on the chip; negate: one array in, one out.
     expected = (64 + 64 + 67) + (64 + 72) + 2048 + (64 + 64)
-    assert program_text.traffic(TEXT) == expected
+    assert hlo_text.traffic(TEXT) == expected
 
 
 def test_traffic_of_elementwise_work_and_of_slices():
     def one(function, *shapes):
         args = [jax.ShapeDtypeStruct(s, jnp.float32) for s in shapes]
-        return program_text.traffic(jax.jit(function).lower(*args).compile().as_text())
+        return hlo_text.traffic(jax.jit(function).lower(*args).compile().as_text())
 
     n = 1 << 16
     assert one(lambda x, y: jnp.sin(x) + y * 2, (n,), (n,)) == 3 * 4 * n
@@ -390,7 +390,7 @@ def test_a_device_is_a_chip(topology):
     wanted = topologies.parse(topology)
     if reason := topologies.missing(wanted.kind):
         pytest.skip(reason)
-    code = "from memseg_jax.programs.topologies import open_devices, parse; "
+    code = "from memseg_jax.hlo.topologies import open_devices, parse; "
     code += f"print(len(open_devices(parse({topology!r})).devices))"
     env = os.environ | {"JAX_PLATFORMS": "cpu"}
     command = [sys.executable, "-c", code]  # the compilers' settings stay in that process

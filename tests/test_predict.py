@@ -6,10 +6,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from memseg_jax import visualize
 from memseg_jax.data.images import read_image
 from memseg_jax.errors import UserError
 from memseg_jax.predict import find_images
+from memseg_jax.scoring import visualize
 from tests import tiny
 from tests.tiny_config import CLASSES, COLOURS
 

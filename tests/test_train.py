@@ -12,10 +12,11 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from memseg_jax import checkpoint, optimizer, train
+from memseg_jax import checkpoint, train
 from memseg_jax.data import open_split
 from memseg_jax.models.segmentor import build_segmentor
-from memseg_jax.state import abstract_state
+from memseg_jax.training import optimizer
+from memseg_jax.training.state import abstract_state
 from tests import tiny
 
 pytestmark = [

@@ -13,7 +13,7 @@ import pytest
 
 from memseg_jax import checkpoint, run_record
 from memseg_jax.checkpoint import Checkpointer, DamagedCheckpoint
-from memseg_jax.checkpoint.steps import sealed
+from memseg_jax.checkpoint.meta import sealed
 from memseg_jax.errors import UserError
 from tests import tiny
 from tests.checkpoints import abstract, assert_same, halve, make_meta, make_state, save_one

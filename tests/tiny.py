@@ -16,20 +16,13 @@ import pytest
 from jax.sharding import Mesh
 from PIL import Image
 
-from memseg_jax import (
-    checkpoint,
-    evaluate,
-    main,
-    optimizer,
-    predict,
-    run_record,
-    sharding,
-    train,
-    visualize,
-)
+from memseg_jax import checkpoint, evaluate, main, predict, run_record, train
 from memseg_jax.inference import predictor
 from memseg_jax.models.segmentor import build_segmentor
-from memseg_jax.state import init_state
+from memseg_jax.runtime import sharding
+from memseg_jax.scoring import visualize
+from memseg_jax.training import optimizer
+from memseg_jax.training.state import init_state
 from tests.small_models import FAST_COMPILE, random_variables
 from tests.tiny_config import COLOURS, SIDE, get_config
 

@@ -1,6 +1,6 @@
 """A training step as the PyTorch reference does it, in one process.
 
-`memseg_jax.train_step` computes the same numbers in another way: there the features are never
+`memseg_jax.training.step` computes the same numbers in another way: there the features are never
 upsampled, and no class has a turn of its own. A config's `replica_groups` plays no part here: the
 groups are processes of the reference, and this is one of them.
 """

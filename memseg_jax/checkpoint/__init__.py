@@ -12,13 +12,14 @@ A step's arrays are written once. Saving a step that already exists replaces onl
 only to add a score: the state is a function of the step, so there is nothing else to write.
 """
 
-from memseg_jax.checkpoint.reading import (
+from memseg_jax.checkpoint.arrays import (
     check_same_arrays,
     holds_only_weights,
     read_meta,
     restore_for_inference,
 )
-from memseg_jax.checkpoint.steps import (
+from memseg_jax.checkpoint.manager import Checkpointer, write_weights
+from memseg_jax.checkpoint.meta import (
     DAMAGED_FOLDER,
     FOLDER,
     DamagedCheckpoint,
@@ -27,7 +28,6 @@ from memseg_jax.checkpoint.steps import (
     kept_steps,
     prepare_workdir,
 )
-from memseg_jax.checkpoint.writing import Checkpointer, write_weights
 
 __all__ = [
     "DAMAGED_FOLDER",

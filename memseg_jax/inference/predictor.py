@@ -19,7 +19,6 @@ import ml_collections
 import numpy as np
 from jax.sharding import Mesh
 
-from memseg_jax.compilation import compile_with_notice
 from memseg_jax.data.transforms import evaluation_transform
 from memseg_jax.errors import UserError
 from memseg_jax.inference import passes, score_maps, sizes, windows
@@ -27,7 +26,8 @@ from memseg_jax.inference.score_maps import Resize
 from memseg_jax.inference.sizes import Size
 from memseg_jax.models.layers import Extent
 from memseg_jax.models.segmentor import Segmentor
-from memseg_jax.sharding import replicated, split_batch
+from memseg_jax.runtime.compilation import compile_with_notice
+from memseg_jax.runtime.sharding import replicated, split_batch
 
 Array = jax.Array
 

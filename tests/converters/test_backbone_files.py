@@ -254,7 +254,7 @@ import re, sys
 from converters import torch_files
 from converters.backbone_files import read_backbone
 from memseg_jax.models.segmentor import build_segmentor
-from memseg_jax.state import abstract_variables
+from memseg_jax.training.state import abstract_variables
 from tests.small_models import small_config
 torch_files.import_torch()
 config = small_config()

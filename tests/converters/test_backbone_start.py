@@ -8,10 +8,11 @@ import pytest
 import torch
 
 from converters import names, torch_files
-from memseg_jax import checkpoint, optimizer, train
+from memseg_jax import checkpoint, train
 from memseg_jax.errors import UserError
 from memseg_jax.models.segmentor import build_segmentor
-from memseg_jax.state import abstract_state, abstract_variables, init_variables
+from memseg_jax.training import optimizer
+from memseg_jax.training.state import abstract_state, abstract_variables, init_variables
 from tests import tiny
 from tests.backbone_weights import (
     assert_holds,

@@ -17,7 +17,7 @@ from converters.torch_model.segmentor import DOWNSAMPLE_CALLS
 from memseg_jax.errors import UserError
 from memseg_jax.models import hrnet, resnest, resnet, vit
 from memseg_jax.models.segmentor import build_segmentor
-from memseg_jax.state import abstract_variables
+from memseg_jax.training.state import abstract_variables
 from tests.goldens import (
     assert_forward,
     golden_files,

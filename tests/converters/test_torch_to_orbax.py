@@ -11,7 +11,7 @@ from converters import command_line, names, orbax_to_torch, torch_files, torch_t
 from memseg_jax import checkpoint
 from memseg_jax.errors import UserError
 from memseg_jax.models.segmentor import build_segmentor
-from memseg_jax.state import abstract_variables
+from memseg_jax.training.state import abstract_variables
 from tests import tiny
 from tests.converters import files
 from tests.small_models import random_variables, small_config

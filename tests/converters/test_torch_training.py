@@ -12,12 +12,12 @@ from converters.orbax_to_torch import state_dict
 from converters.torch_model import build_torch_model
 from converters.torch_model.head import MemoryModule
 from converters.torch_model.training import build_optimizer, train_step, update_memory
-from memseg_jax import optimizer
 from memseg_jax.data import IGNORE_LABEL
 from memseg_jax.errors import UserError
 from memseg_jax.models.segmentor import build_segmentor
-from memseg_jax.state import TrainState, abstract_variables
-from memseg_jax.train_step import make_train_step
+from memseg_jax.training import optimizer
+from memseg_jax.training.state import TrainState, abstract_variables
+from memseg_jax.training.step import make_train_step
 from tests.goldens import (
     golden_files,
     load,
@@ -28,7 +28,7 @@ from tests.goldens import (
 )
 from tests.reference_models import reference_config
 from tests.small_models import fast_jit, random_variables, small_config
-from tests.test_train_goldens import (
+from tests.training.test_goldens import (
     OUR_NAMES,
     RECIPES,
     SHAPES,

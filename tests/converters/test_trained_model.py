@@ -15,8 +15,8 @@ from memseg_jax.data.images import read_image
 from memseg_jax.data.transforms import evaluation_transform
 from memseg_jax.inference import Predictor
 from memseg_jax.models.segmentor import build_segmentor
-from memseg_jax.sharding import make_mesh
-from memseg_jax.state import abstract_variables
+from memseg_jax.runtime.sharding import make_mesh
+from memseg_jax.training.state import abstract_variables
 from tests import tiny
 
 

@@ -13,7 +13,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from memseg_jax.models import convolution
 from memseg_jax.models.convolution import Geometry, convolve
-from memseg_jax.sharding import make_mesh
+from memseg_jax.runtime.sharding import make_mesh
 from tests.small_models import FAST_COMPILE, fast_jit
 
 FORMS = [

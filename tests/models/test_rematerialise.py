@@ -9,11 +9,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from memseg_jax import optimizer
 from memseg_jax.errors import UserError
 from memseg_jax.models.segmentor import build_segmentor
-from memseg_jax.state import abstract_state, abstract_variables
-from memseg_jax.train_step import make_train_step
+from memseg_jax.training import optimizer
+from memseg_jax.training.state import abstract_state, abstract_variables
+from memseg_jax.training.step import make_train_step
 from tests import h200, tiny
 from tests.compiled_program import equations
 from tests.small_models import FAST_COMPILE, random_variables

@@ -13,7 +13,7 @@ from memseg_jax.models import hrnet
 from memseg_jax.models.layers import Extent
 from memseg_jax.models.segmentor import Segmentor, build_backbone, build_segmentor
 from memseg_jax.models.vit import ViT
-from memseg_jax.state import abstract_variables
+from memseg_jax.training.state import abstract_variables
 from tests.models.test_resnest import short_backbone
 from tests.reference_models import reference_config
 from tests.small_models import fast_jit, random_variables, small_config

@@ -1,1 +1,0 @@
-"""Compiled programs: which devices they are for, what they count, and what they cost."""

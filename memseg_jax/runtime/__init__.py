@@ -1,0 +1,1 @@
+"""Processes, devices and compiled programs; stopping and hangs. Knows nothing of models."""

@@ -1,0 +1,116 @@
+"""Stopping a training when it is asked to, without losing a step.
+
+SIGTERM (clusters that take a machine back), SIGUSR1 (Slurm's `--signal`) and SIGINT (Ctrl-C) ask
+for a stop: the step that is under way is finished, the state saved, and the program exits with
+`Stopped.EXIT_STATUS`. A second Ctrl-C ends it at once. Several processes stop at the same step,
+whichever of them got the signal.
+"""
+
+import os
+import signal
+import sys
+import threading
+from typing import Any
+
+from jax.experimental import multihost_utils
+
+from memseg_jax.errors import Stopped
+from memseg_jax.runtime import distributed
+
+SIGNALS = tuple(
+    getattr(signal, name) for name in ("SIGTERM", "SIGINT", "SIGUSR1") if hasattr(signal, name)
+)
+
+
+class StopRequests:
+    """Listens for requests to stop, as a context manager; use it in the main thread.
+
+    A thread does the listening, so that it works while the main thread waits for a compilation or a
+    device. In other threads than the main one, where signals cannot be caught, nothing changes.
+
+    Attributes:
+        unsaved: whether there is anything to save. Until the loop sets it, the first request ends
+            the program at once: what is on disk is all there is.
+    """
+
+    def __init__(self) -> None:
+        self.unsaved = False
+        self._name: str | None = None
+        self._before: dict[int, Any] = {}
+
+    def __enter__(self) -> "StopRequests":
+        if threading.current_thread() is not threading.main_thread():
+            return self
+        distributed.stop_requested().clear()
+        read, write = os.pipe()
+        os.set_blocking(write, False)
+        self._pipe = (read, write)
+        self._before_wakeup = signal.set_wakeup_fd(write, warn_on_full_buffer=False)
+        for number in SIGNALS:
+            self._before[number] = signal.signal(number, _nothing)
+        self._listener = threading.Thread(target=self._listen, name="signals", daemon=True)
+        self._listener.start()
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        if not self._before:
+            return
+        for number, handler in self._before.items():
+            signal.signal(number, signal.SIG_DFL if handler is None else handler)
+        signal.set_wakeup_fd(self._before_wakeup)
+        self._before = {}
+        os.close(self._pipe[1])  # ends the thread
+        self._listener.join()
+        os.close(self._pipe[0])
+
+    def _listen(self) -> None:
+        while received := os.read(self._pipe[0], 1):
+            number = received[0]
+            if number not in SIGNALS:
+                continue
+            if self._name is not None:
+                if number == signal.SIGINT:
+                    print("interrupted a second time: stopped at once", file=sys.stderr, flush=True)
+                    os._exit(130)
+                continue
+            self._name = signal.Signals(number).name
+            if self.unsaved:
+                print(
+                    f"{self._name}: finishing the step and saving; Ctrl-C stops at once",
+                    file=sys.stderr,
+                    flush=True,
+                )
+            if not self.unsaved:
+                distributed.end_all(
+                    Stopped(
+                        f"stopped by {self._name}, there was nothing new to save. Start the same "
+                        "command again to go on."
+                    )
+                )
+            distributed.request_stop(number)
+
+    def reached(self, step: int) -> bool:
+        """Whether to save and stop after this step; all processes get the same answer.
+
+        Args:
+            step: number of completed steps; it has to be called after every one.
+        """
+        if distributed.process_count() == 1:
+            return distributed.stop_requested().is_set()
+        return multihost_utils.reached_preemption_sync_point(step)
+
+    def wanted(self) -> bool:
+        """Whether some process was asked to stop; the answers differ between processes."""
+        return distributed.stop_requested().is_set()
+
+    def stopped(self, step: int, total_steps: int) -> Stopped:
+        """Returns the exception that ends the program after the state of `step` is saved."""
+        reason = self._name or "another process's signal"
+        return Stopped(
+            f"stopped by {reason} after step {step} of {total_steps}, which is saved. Start the "
+            "same command again to go on."
+        )
+
+
+def _nothing(number: int, frame: Any) -> None:
+    """A handler, so that Python writes the signal's number into the pipe."""

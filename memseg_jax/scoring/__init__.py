@@ -1,0 +1,1 @@
+"""What predictions are worth, and how they are shown: scores, pictures, files, memory health."""

@@ -1,0 +1,60 @@
+"""The training step of a config, put together: what training runs, and what plans compile."""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import ml_collections
+import numpy as np
+import optax
+from jax.sharding import Mesh
+
+from memseg_jax.models.segmentor import Segmentor
+from memseg_jax.runtime import sharding
+from memseg_jax.training import optimizer
+from memseg_jax.training.state import TrainState, abstract_state
+from memseg_jax.training.step import make_train_step
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainingProgram:
+    """A step and what it takes; nothing is computed or compiled yet.
+
+    Attributes:
+        tx: the optimiser.
+        schedule: learning rate by step.
+        step: the jitted step, see `train_step.make_train_step`; the state is donated to it.
+        state: shapes, types and shardings of the state.
+        batch: the same of "image" [batch, height, width, 3] and "label" [batch, height, width].
+    """
+
+    tx: optax.GradientTransformation
+    schedule: Callable[[Any], Any]
+    step: Callable
+    state: TrainState
+    batch: dict[str, jax.ShapeDtypeStruct]
+
+
+def training_program(
+    config: ml_collections.ConfigDict, model: Segmentor, mesh: Mesh, epoch_steps: int
+) -> TrainingProgram:
+    """Builds the step of a run of `config.train.epochs` epochs.
+
+    Args:
+        config: the whole config.
+        model: the segmentor of the config.
+        mesh: the devices, of any kind that can be compiled for.
+        epoch_steps: steps of an epoch.
+    """
+    schedule = optimizer.schedule_from_config(config, config.train.epochs * epoch_steps)
+    tx = optimizer.sgd(config, schedule)
+    state = sharding.with_sharding(abstract_state(model, tx), mesh)
+    step = make_train_step(model, config, tx, schedule, epoch_steps)
+    size = (config.train.batch_size, *config.augment.crop)
+    split = sharding.split_batch(mesh)
+    batch = {
+        "image": jax.ShapeDtypeStruct((*size, 3), np.float32, sharding=split),
+        "label": jax.ShapeDtypeStruct(size, np.uint8, sharding=split),
+    }
+    return TrainingProgram(tx, schedule, sharding.jit_step(step, state, mesh), state, batch)

@@ -1,0 +1,334 @@
+"""One training step as a pure function: state, batch -> state, metrics.
+
+The order inside matters: the forward pass reads the memory of the step before; then the memory is
+updated from the features and the labels; then come the losses (the consistency loss sees the
+updated memory), the gradients, and SGD.
+
+`Losses` has the pieces. They are put together twice: `whole_batch` is the step as one reads it, and
+`in_parts` gives the same losses and gradients from one part of the batch after the other
+(`config.train.accumulate`), in the memory of one part.
+"""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import ml_collections
+import optax
+
+from memseg_jax.models.memory import (
+    MemorySums,
+    memory_momentum,
+    memory_sums_groups,
+    move_memory_groups,
+)
+from memseg_jax.models.segmentor import Segmentor
+from memseg_jax.training.guards import FLAG, keep_finite
+from memseg_jax.training.losses import consistency_loss, cross_entropy, group_weights
+from memseg_jax.training.state import TrainState
+
+Batch = dict[str, jax.Array]
+Metrics = dict[str, jax.Array]
+# Gradients by the parameters, metrics, new statistics, new memory.
+Result = tuple[Any, Metrics, Any, jax.Array]
+
+
+def make_train_step(
+    model: Segmentor,
+    config: ml_collections.ConfigDict,
+    tx: optax.GradientTransformation,
+    schedule: Callable[[jax.Array], jax.Array],
+    steps_per_epoch: int,
+) -> Callable[[TrainState, Batch], tuple[TrainState, Metrics]]:
+    """Returns the step function, to be compiled with `jax.jit`.
+
+    Args:
+        model: the segmentor.
+        config: the whole config.
+        tx: the optimiser, from `optimizer.sgd`.
+        schedule: learning rate by step; the memory's momentum follows it.
+        steps_per_epoch: the consistency loss starts with an epoch.
+
+    Returns:
+        step(state, batch) -> (state, metrics), where batch has "image" float32
+        [batch, height, width, 3] and "label" integer [batch, height, width]; metrics are scalars:
+        the losses by name (weighted), "loss" their sum, "lr", "grad_norm", and "nonfinite": 1 if
+        the step was bad and its result thrown away (see `guards`), otherwise 0.
+    """
+    losses = Losses(model, config, (config.loss.consistency_from_epoch - 1) * steps_per_epoch)
+    parts = config.train.accumulate
+    halts = config.train.on_nonfinite == "raise"
+
+    def step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
+        lr = schedule(state.step)
+        rng = jax.random.fold_in(jax.random.key(config.seed), state.step)
+        if parts == 1:
+            result = whole_batch(losses, state, batch, lr, rng)
+        else:
+            result = in_parts(losses, state, batch, lr, rng, parts)
+        grads, metrics, batch_stats, memory = result
+        updates, opt_state = tx.update(grads, state.opt_state, state.params)
+        new_state = TrainState(
+            step=state.step + 1,
+            params=optax.apply_updates(state.params, updates),
+            batch_stats=batch_stats,
+            memory=memory,
+            opt_state=opt_state,
+        )
+        grad_norm = optax.tree.norm(grads)
+        checked = (metrics["loss"], grad_norm, updates, batch_stats, memory)
+        new_state, bad = keep_finite(state, new_state, checked, halts)
+        return new_state, metrics | {"lr": lr, "grad_norm": grad_norm, FLAG: bad}
+
+    return step
+
+
+# ---- The pieces of a step -----------------------------------------------------------------------
+
+
+@dataclasses.dataclass(frozen=True)
+class Losses:
+    """What the losses and the memory update of a step are made of.
+
+    Attributes:
+        model: the segmentor.
+        config: the whole config.
+        first_consistency_step: the step from which on the consistency loss counts.
+    """
+
+    model: Segmentor
+    config: ml_collections.ConfigDict
+    first_consistency_step: int
+
+    @property
+    def class_weights(self) -> jax.Array | None:
+        """[classes], or None where all are equal."""
+        weights = self.config.loss.class_weights
+        return jnp.asarray(weights) if weights else None
+
+    def apply(
+        self, method: Callable, params: Any, batch_stats: Any, rng: jax.Array, *args: Any
+    ) -> tuple[Any, Any]:
+        """Runs one part of the model in training; returns its result and the new statistics."""
+        out, mutated = self.model.apply(
+            {"params": params, "batch_stats": batch_stats},
+            *args,
+            train=True,
+            mutable=["batch_stats"],
+            rngs={"dropout": rng},
+            method=method,
+        )
+        return out, mutated["batch_stats"]
+
+    def memory_sums(self, memory: jax.Array, encoded: Any, labels: jax.Array) -> MemorySums:
+        """What the memory's update needs of some images, for every replica group."""
+        return memory_sums_groups(
+            memory,
+            jax.lax.stop_gradient(encoded["memory_input"]),
+            labels,
+            groups=self.config.replica_groups,
+            strategy=self.config.model.memory.strategy,
+        )
+
+    def move_memory(
+        self, memory: jax.Array, sums: MemorySums, lr: jax.Array
+    ) -> tuple[jax.Array, jax.Array]:
+        """Returns the new memory, and every replica group's own."""
+        m = self.config.model.memory
+        return move_memory_groups(memory, sums, memory_momentum(lr, m.momentum, m.base_lr))
+
+    def of_images(
+        self,
+        logits: jax.Array,
+        encoded: Any,
+        labels: jax.Array,
+        total_weights: jax.Array | None = None,
+    ) -> Metrics:
+        """The weighted cross entropies of some images, by name; see `losses.cross_entropy`."""
+
+        def entropy(logits: jax.Array) -> jax.Array:
+            return cross_entropy(
+                logits,
+                labels,
+                groups=self.config.replica_groups,
+                class_weights=self.class_weights,
+                total_weights=total_weights,
+            )
+
+        weights = self.config.loss
+        losses = {"loss_stage2": weights.stage2 * entropy(logits)}
+        if self.model.memory_enabled:
+            losses["loss_stage1"] = weights.stage1 * entropy(encoded["stage1"])
+        for index, logits in enumerate(encoded["auxiliary"]):
+            name = "loss_aux" if len(encoded["auxiliary"]) == 1 else f"loss_aux{index + 1}"
+            losses[name] = weights.auxiliary * entropy(logits)
+        return losses
+
+    def of_rows(
+        self,
+        params: Any,
+        batch_stats: Any,
+        local: jax.Array | None,
+        rng: jax.Array,
+        step: jax.Array,
+    ) -> tuple[Metrics, Any]:
+        """The weighted consistency loss, if there is one, and the statistics that it moves.
+
+        Args:
+            params: of the model.
+            batch_stats: of the model.
+            local: every group's updated memory [groups, classes, slots, channels].
+            rng: for the dropout.
+            step: number of completed steps.
+        """
+        weight = self.config.loss.consistency
+        if not (self.model.memory_enabled and weight > 0):
+            return {}, batch_stats
+
+        def consistency(
+            params: Any, batch_stats: Any, rows: jax.Array, rng: jax.Array
+        ) -> tuple[jax.Array, Any]:
+            flat = rows.reshape(-1, rows.shape[-1])
+            logits, batch_stats = self.apply(
+                Segmentor.classify_rows, params, batch_stats, rng, flat
+            )
+            return consistency_loss(logits.reshape(*rows.shape[:-1], -1)), batch_stats
+
+        # The second pass through the decoder moves its statistics only when it counts.
+        loss, batch_stats = jax.lax.cond(
+            step >= self.first_consistency_step,
+            consistency,
+            lambda params, batch_stats, rows, rng: (jnp.zeros((), rows.dtype), batch_stats),
+            params,
+            batch_stats,
+            local,
+            rng,
+        )
+        return {"loss_memory": weight * loss}, batch_stats
+
+
+# ---- The whole batch at once --------------------------------------------------------------------
+
+
+def whole_batch(
+    losses: Losses, state: TrainState, batch: Batch, lr: jax.Array, rng: jax.Array
+) -> Result:
+    """Gradients of a batch; arguments as of `in_parts`."""
+    rngs = jax.random.split(rng, 3)
+
+    def loss_fn(params: Any) -> tuple[jax.Array, tuple[Metrics, Any, jax.Array]]:
+        memory, local = state.memory, None
+        encoded, batch_stats = losses.apply(
+            Segmentor.encode, params, state.batch_stats, rngs[0], batch["image"]
+        )
+        # The update needs nothing that comes later, and the gradient of the memory read is to
+        # see the updated rows (`read_memory`); the value that is read is the old one.
+        if losses.model.memory_enabled:
+            sums = losses.memory_sums(memory, encoded, batch["label"])
+            memory, local = losses.move_memory(memory, sums, lr)
+        logits, batch_stats = losses.apply(
+            Segmentor.decode, params, batch_stats, rngs[1], encoded, state.memory, local
+        )
+        metrics = losses.of_images(logits, encoded, batch["label"])
+        of_rows, batch_stats = losses.of_rows(params, batch_stats, local, rngs[2], state.step)
+        metrics |= of_rows
+        metrics["loss"] = sum(metrics.values())
+        return metrics["loss"], (metrics, batch_stats, memory)
+
+    grads, rest = jax.grad(loss_fn, has_aux=True)(state.params)
+    return grads, *rest
+
+
+# ---- Part by part -------------------------------------------------------------------------------
+
+
+def in_parts(
+    losses: Losses, state: TrainState, batch: Batch, lr: jax.Array, rng: jax.Array, parts: int
+) -> Result:
+    """Gradients of a batch, one part after the other; see `docs/method.md`.
+
+    Every part has images of all replica groups. The denominators of the means come from all labels,
+    so that the parts' losses and gradients add up to those of the batch, however the labelled
+    pixels are distributed. As the gradient of the memory read sees the updated rows
+    (`read_memory`), a first pass through the parts makes the sums of the memory's update.
+
+    Args:
+        losses: the pieces.
+        state: of before the step.
+        batch: as in `make_train_step`.
+        lr: learning rate.
+        rng: key of the step.
+        parts: their number; divides the images of every replica group and of every device.
+
+    Returns:
+        See `Result`.
+    """
+    keys = jax.random.split(rng, parts + 1)
+    # Part i takes images i, i + parts, ...: with the batch split over devices, nothing moves.
+    split = jax.tree.map(lambda x: x.reshape(-1, parts, *x.shape[1:]), batch)
+
+    def part(index: jax.Array) -> tuple[Batch, jax.Array]:
+        """Images and labels of one part, and its two keys: the same in both passes."""
+        images = jax.tree.map(
+            lambda x: jax.lax.dynamic_index_in_dim(x, index, axis=1, keepdims=False), split
+        )
+        return images, jax.random.split(keys[index])
+
+    def encode(params: Any, images: jax.Array, rng: jax.Array) -> tuple[Any, Any]:
+        return losses.apply(Segmentor.encode, params, state.batch_stats, rng, images)
+
+    def sums_of_part(index: jax.Array) -> MemorySums:
+        images, rngs = part(index)
+        encoded, _ = encode(state.params, images["image"], rngs[0])
+        return losses.memory_sums(state.memory, encoded, images["label"])
+
+    memory, local = state.memory, None
+    if losses.model.memory_enabled:
+        memory, local = losses.move_memory(memory, _sum_over_parts(sums_of_part, parts), lr)
+
+    total_weights = group_weights(
+        batch["label"],
+        losses.model.num_classes,
+        groups=losses.config.replica_groups,
+        class_weights=losses.class_weights,
+    )
+
+    def gradients_of_part(index: jax.Array) -> Result:
+        images, rngs = part(index)
+
+        def loss_fn(params: Any) -> tuple[jax.Array, tuple[Metrics, Any]]:
+            encoded, batch_stats = encode(params, images["image"], rngs[0])
+            logits, batch_stats = losses.apply(
+                Segmentor.decode, params, batch_stats, rngs[1], encoded, state.memory, local
+            )
+            metrics = losses.of_images(logits, encoded, images["label"], total_weights)
+            return sum(metrics.values()), (metrics, batch_stats)
+
+        grads, (metrics, batch_stats) = jax.grad(loss_fn, has_aux=True)(state.params)
+        return grads, metrics, jax.tree.map(lambda x: x / parts, batch_stats)
+
+    def consistency(params: Any) -> tuple[jax.Array, tuple[Metrics, Any]]:
+        metrics, moved = losses.of_rows(params, batch_stats, local, keys[-1], state.step)
+        return sum(metrics.values(), jnp.zeros(())), (metrics, moved)
+
+    grads, metrics, batch_stats = _sum_over_parts(gradients_of_part, parts)
+    more, (of_rows, batch_stats) = jax.grad(consistency, has_aux=True)(state.params)
+    grads = jax.tree.map(jnp.add, grads, more)
+    metrics |= of_rows
+    return grads, metrics | {"loss": sum(metrics.values())}, batch_stats, memory
+
+
+def _sum_over_parts(function: Callable[[jax.Array], Any], parts: int) -> Any:
+    """Sums the trees that `function` returns for every part, in at least float32."""
+
+    def wide(tree: Any) -> Any:
+        return jax.tree.map(lambda x: x.astype(jnp.promote_types(x.dtype, jnp.float32)), tree)
+
+    def add(total: Any, index: jax.Array) -> tuple[Any, None]:
+        return jax.tree.map(jnp.add, total, wide(function(index))), None
+
+    shapes = jax.eval_shape(lambda index: wide(function(index)), jnp.zeros((), jnp.int32))
+    zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
+    return jax.lax.scan(add, zeros, jnp.arange(parts))[0]

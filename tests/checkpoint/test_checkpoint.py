@@ -1,0 +1,267 @@
+"""Checkpoints: exact round trips, what is kept, and clear refusals."""
+
+import json
+
+import jax
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from memseg_jax import checkpoint
+from memseg_jax.checkpoint import Checkpointer
+from memseg_jax.checkpoint.meta import sealed
+from memseg_jax.errors import UserError
+from tests.checkpoints import State, abstract, assert_same, make_meta, make_state, save_one
+
+# ------------------------------------------------------------------------------- round trips
+
+
+def test_round_trip_is_bit_exact(tmp_path):
+    state = make_state(3)
+    with Checkpointer(tmp_path, keep=2) as checkpointer:
+        assert checkpointer.latest_step() is None
+        checkpointer.save(state, make_meta(3))
+    with Checkpointer(tmp_path, keep=2) as checkpointer:
+        assert checkpointer.latest_step() == 3
+        restored, meta = checkpointer.restore(abstract(state))
+    assert isinstance(restored, State)
+    assert_same(restored, state)
+    assert meta["step"] == meta["data_position"] == 3
+    assert meta["config"]["train"]["batch_size"] == 16
+    assert meta["class_names"] == [f"class{index}" for index in range(5)]
+    assert meta["fingerprint"] == "f00d"
+    assert {"memseg_jax", "jax", "flax", "optax", "orbax-checkpoint", "numpy", "python"} <= set(
+        meta["versions"]
+    )
+
+
+@pytest.mark.parametrize("memory", [None, {}])
+def test_round_trip_without_memory(tmp_path, memory):
+    state = make_state(1).replace(memory=memory)
+    save_one(tmp_path, 1, state=state)
+    with Checkpointer(tmp_path, keep=1) as checkpointer:
+        assert_same(checkpointer.restore(abstract(state))[0], state)
+    variables = {"params": state.params, "batch_stats": state.batch_stats, "memory": memory}
+    assert_same(checkpoint.restore_for_inference(tmp_path, abstract(variables))[0], variables)
+
+
+def test_files_on_disk_are_plain_nested_dicts(tmp_path):
+    save_one(tmp_path)
+    metadata = json.loads((tmp_path / "checkpoints/3/state/_METADATA").read_text())
+    names = {
+        ".".join(key["key"] for key in entry["key_metadata"])
+        for entry in metadata["tree_metadata"].values()
+    }
+    assert {
+        "step",
+        "params.backbone.conv1.kernel",
+        "batch_stats.backbone.bn.var",
+        "memory",
+    } <= names
+    assert "opt_state.1.0.trace.head.kernel" in names
+
+
+def test_saved_values_survive_donation(tmp_path):
+    # The loop donates the state to the next step while the save is still under way.
+    advance = jax.jit(lambda state: jax.tree.map(lambda leaf: leaf + 1, state), donate_argnums=0)
+    state = make_state(1, width=4096)
+    expected = jax.tree.map(lambda leaf: np.array(leaf, copy=True), state)
+    with Checkpointer(tmp_path, keep=1) as checkpointer:
+        checkpointer.save(state, make_meta(1))
+        for _ in range(5):
+            state = advance(state)
+        jax.block_until_ready(state)
+        restored, _ = checkpointer.restore(abstract(state))
+    assert_same(restored, expected)
+
+
+def test_works_under_a_transfer_guard(tmp_path):
+    state = make_state(1)
+    target = abstract(state)
+    jax.config.update("jax_transfer_guard", "disallow")
+    try:
+        with Checkpointer(tmp_path, keep=1) as checkpointer:
+            checkpointer.save(state, make_meta(1))
+            restored, _ = checkpointer.restore(target)
+    finally:
+        jax.config.update("jax_transfer_guard", "allow")
+    assert_same(restored, state)
+
+
+def test_restores_for_inference_without_the_optimizer(tmp_path):
+    state = make_state(3)
+    save_one(tmp_path, state=state)
+    variables = {
+        "params": state.params,
+        "batch_stats": state.batch_stats,
+        "memory": state.memory,
+    }
+    shapes = jax.eval_shape(lambda: variables)  # no shardings
+    restored, meta = checkpoint.restore_for_inference(tmp_path, shapes, "last")
+    assert_same(restored, variables)
+    assert meta["step"] == 3
+
+
+def test_restores_on_another_number_of_devices(tmp_path):
+    mesh = jax.make_mesh((len(jax.devices()),), ("data",))
+    split = jax.NamedSharding(mesh, jax.P("data"))
+    whole = jax.NamedSharding(mesh, jax.P())
+
+    def sharded(leaf):
+        fits = leaf.ndim and leaf.shape[0] % mesh.size == 0
+        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=split if fits else whole)
+
+    one = make_state(1)
+    many = jax.tree.map(lambda leaf: jax.device_put(leaf, sharded(leaf).sharding), one)
+    save_one(tmp_path / "many", 1, state=many)
+    save_one(tmp_path / "one", 1, state=one)
+    for workdir, target in (("many", abstract(one)), ("one", jax.tree.map(sharded, one))):
+        with Checkpointer(tmp_path / workdir, keep=1) as checkpointer:
+            restored, _ = checkpointer.restore(target)
+        assert_same(restored, one)
+        for leaf, wanted in zip(jax.tree.leaves(restored), jax.tree.leaves(target)):
+            assert leaf.sharding == wanted.sharding
+
+
+# ------------------------------------------------------------------------------ what is kept
+
+
+@given(
+    st.dictionaries(st.integers(0, 50), st.none() | st.floats(0, 1), max_size=12),
+    st.integers(1, 5),
+)
+def test_kept_steps(miou, keep):
+    kept = checkpoint.kept_steps(miou, keep)
+    assert kept <= set(miou)
+    assert set(sorted(miou)[-keep:]) <= kept
+    assert len(kept) <= keep + 1 + (0 in miou)
+    assert 0 in kept or 0 not in miou  # what a run started from
+    scores = [value for value in miou.values() if value is not None]
+    if scores:
+        assert max(scores) in [miou[step] for step in kept]
+    else:
+        assert checkpoint.best_step(miou) is None
+
+
+def test_keeps_the_last_and_the_best(tmp_path):
+    scores = {1: 0.3, 2: 0.7, 3: None, 4: 0.7, 5: 0.2, 6: float("nan"), 7: None}
+    expected = {1: [1], 2: [1, 2], 3: [2, 3], 4: [3, 4], 5: [4, 5], 6: [4, 5, 6], 7: [4, 6, 7]}
+    with Checkpointer(tmp_path, keep=2) as checkpointer:
+        for step, miou in scores.items():
+            checkpointer.save(make_state(step), make_meta(step), miou)
+            checkpointer.wait_until_finished()
+            assert checkpoint.all_steps(tmp_path) == expected[step]
+    assert checkpoint.read_meta(tmp_path, "best")[0] == 4
+    assert checkpoint.read_meta(tmp_path, "last")[0] == 7
+    # The same rule after reopening: scores are read from disk.
+    with Checkpointer(tmp_path, keep=2) as checkpointer:
+        checkpointer.save(make_state(8), make_meta(8), 0.9)
+        checkpointer.wait_until_finished()
+        assert checkpoint.all_steps(tmp_path) == [7, 8]
+        restored, _ = checkpointer.restore(abstract(make_state(7)), step=7)
+    assert_same(restored, make_state(7))
+
+
+def test_best_without_scores_is_the_last(tmp_path):
+    save_one(tmp_path, 1)
+    save_one(tmp_path, 2)
+    assert checkpoint.read_meta(tmp_path, "best")[0] == 2
+
+
+def test_saving_a_step_again_only_adds_its_score(tmp_path):
+    with Checkpointer(tmp_path, keep=1) as checkpointer:
+        checkpointer.save(make_state(1), make_meta(1), 0.4)
+        checkpointer.save(make_state(2), make_meta(2))
+        checkpointer.save(make_state(2, seed=9), make_meta(2), 0.6)
+        restored, meta = checkpointer.restore(abstract(make_state(2)))
+        assert meta["miou"] == 0.6
+        assert_same(restored, make_state(2))
+        assert checkpoint.all_steps(tmp_path) == [2]  # step 1 is no longer the best
+        checkpointer.save(make_state(2), make_meta(2))  # no score: the old one stays
+        assert checkpointer.restore(abstract(make_state(2)))[1]["miou"] == 0.6
+        checkpointer.save(make_state(3), make_meta(3))
+    assert checkpoint.all_steps(tmp_path) == [2, 3]
+
+
+def test_removing_a_folder_by_hand_is_noticed(tmp_path):
+    with Checkpointer(tmp_path, keep=3) as checkpointer:
+        for step in (1, 2, 3):
+            checkpointer.save(make_state(step), make_meta(step))
+        checkpointer.wait_until_finished()
+        for path in sorted((tmp_path / "checkpoints/3").rglob("*"), reverse=True):
+            path.rmdir() if path.is_dir() else path.unlink()
+        (tmp_path / "checkpoints/3").rmdir()
+        assert checkpointer.latest_step() == 2
+        checkpointer.save(make_state(3), make_meta(3))
+        assert_same(checkpointer.restore(abstract(make_state(3)))[0], make_state(3))
+
+
+# ---------------------------------------------------------------------------------- refusals
+
+
+def test_later_format_is_refused(tmp_path):
+    save_one(tmp_path)
+    path = tmp_path / "checkpoints/3/meta/metadata"
+    path.write_text(json.dumps(sealed(dict(json.loads(path.read_text()), format_version=2))))
+    with pytest.raises(UserError, match=r"format version 2.*reads up to 1"):
+        checkpoint.read_meta(tmp_path)
+
+
+def test_missing_checkpoints_are_named(tmp_path):
+    with pytest.raises(UserError, match=r"no checkpoint in .*checkpoints"):
+        checkpoint.read_meta(tmp_path / "nowhere")
+    save_one(tmp_path)
+    with pytest.raises(UserError, match=r"no checkpoint of step 8 .* There are: 3"):
+        checkpoint.read_meta(tmp_path, 8)
+
+
+@pytest.mark.parametrize(
+    ("other", "named", "cause"),
+    [
+        (
+            {"classes": 7},
+            r"memory: float32\[5,1,8\] in the checkpoint, float32\[7,1,8\] in this model",
+            "another number of classes",
+        ),
+        (
+            {"conv": "stem"},
+            r"params.backbone.conv1.kernel: float32\[3,3,4,8\] in the checkpoint, absent",
+            "another backbone",
+        ),
+        ({"width": 16}, r"batch_stats.backbone.bn.mean: float32\[8\]", "other widths"),
+    ],
+)
+def test_checkpoint_of_another_model(tmp_path, other, named, cause):
+    save_one(tmp_path)
+    with (
+        Checkpointer(tmp_path, keep=2) as checkpointer,
+        pytest.raises(UserError, match="another model") as caught,
+    ):
+        checkpointer.restore(abstract(make_state(3, **other)))
+    message = str(caught.value)
+    assert str(tmp_path / "checkpoints/3/state") in message
+    assert cause in message
+    assert '5 classes, model.backbone = "resnet50"' in message
+    state = make_state(3, **other)
+    variables = {"params": state.params, "batch_stats": state.batch_stats, "memory": state.memory}
+    with pytest.raises(UserError, match=named):
+        checkpoint.restore_for_inference(tmp_path, abstract(variables))
+
+
+def test_prepare_workdir(tmp_path):
+    made = checkpoint.prepare_workdir(tmp_path / "a" / "b")
+    assert made.is_dir()
+    assert not list(made.iterdir())
+
+
+@pytest.mark.parametrize("workdir", ["{tmp}/file/run", "{tmp}/file", "/proc/run"])
+def test_unwritable_workdir(tmp_path, workdir):
+    (tmp_path / "file").write_text("not a folder")
+    with pytest.raises(UserError, match=r"cannot write to the workdir .*--workdir"):
+        checkpoint.prepare_workdir(workdir.format(tmp=tmp_path))
+
+
+def test_keep_must_be_positive(tmp_path):
+    with pytest.raises(UserError, match=r"checkpoint\.keep is 0"):
+        Checkpointer(tmp_path, keep=0)

@@ -1,0 +1,58 @@
+"""Norms, ages and never seen classes of the memory."""
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from memseg_jax.scoring.memory_health import MemoryHealth
+
+NAMES = ("sky", "road", "car")
+
+
+def memory(*rows):
+    """One slot; a row is given by its first channel."""
+    filled = np.zeros((3, 1, 4), np.float32)
+    filled[:, 0, 0] = rows
+    return jnp.asarray(filled)
+
+
+def test_an_empty_memory():
+    values, line = MemoryHealth(NAMES, 0, memory(0, 0, 0)).look(5, memory(0, 0, 0))
+    assert values["memory_never_seen"] == 1
+    assert set(values.values()) == {0.0, 1.0}
+    assert line.endswith("3 of 3 classes never seen: sky, road, car")
+    assert "longest" not in line
+
+
+def test_norms_and_ages():
+    health = MemoryHealth(NAMES, 0, memory(0, 0, 0))
+    health.look(10, memory(3, 4, 0))
+    values, line = health.look(20, memory(3, 5, 0))
+    assert values == {
+        "memory_norm_min": 3,
+        "memory_norm_mean": 4,
+        "memory_norm_max": 5,
+        "memory_never_seen": pytest.approx(1 / 3),
+        "memory_age_mean": 5,
+        "memory_age_max": 10,
+    }
+    assert "rows 3 to 5, mean 4; longest without a change: sky, 10 steps; 1 of 3" in line
+    assert line.endswith("never seen: car")
+    assert health.ages == [10, 0, 20]
+
+
+def test_the_smallest_change_counts():
+    before = memory(3, 4, 5)
+    health = MemoryHealth(NAMES, 0, before)
+    health.look(10, before.at[1, 0, 0].set(jnp.nextafter(jnp.float32(4), jnp.float32(5))))
+    assert health.ages == [10, 0, 10]
+
+
+def test_ages_go_on_after_a_stop():
+    health = MemoryHealth(NAMES, 0, memory(1, 2, 3))
+    health.look(7, memory(1, 2, 4))
+    again = MemoryHealth(NAMES, 7, memory(1, 2, 4), health.ages)
+    for one in (health, again):
+        one.look(9, memory(1, 3, 4))
+        assert one.ages == [9, 0, 2]
+    assert MemoryHealth(NAMES, 7, memory(1, 2, 4)).ages == [0, 0, 0]

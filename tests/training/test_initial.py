@@ -1,0 +1,102 @@
+import jax
+import numpy as np
+import pytest
+from flax.traverse_util import flatten_dict
+
+from memseg_jax import checkpoint
+from memseg_jax.errors import UserError
+from memseg_jax.models.segmentor import build_segmentor
+from memseg_jax.training.initial import initial_variables
+from memseg_jax.training.state import abstract_variables, init_variables
+from tests import tiny
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """A workdir with a model that has no neutral value anywhere."""
+    return tiny.save_random_model(tmp_path_factory.mktemp("trained"))
+
+
+def start(config):
+    return flatten_dict(initial_variables(config, build_segmentor(config)), sep="/")
+
+
+def saved(workdir):
+    abstract = abstract_variables(build_segmentor(tiny.get_config()))
+    return flatten_dict(checkpoint.restore_for_inference(workdir, abstract)[0], sep="/")
+
+
+def fresh(config):
+    return flatten_dict(init_variables(build_segmentor(config), config.seed), sep="/")
+
+
+def test_nothing_given_is_random():
+    config = tiny.get_config()
+    jax.tree.map(np.testing.assert_array_equal, start(config), fresh(config))
+
+
+def test_a_checkpoint_of_the_same_classes_is_taken_whole(trained):
+    config = tiny.get_config()
+    config.init.checkpoint = str(trained)
+    jax.tree.map(np.testing.assert_array_equal, start(config), saved(trained))
+
+
+def test_other_classes_keep_everything_but_what_belongs_to_classes(trained):
+    config = tiny.get_config()
+    config.init.checkpoint = str(trained)
+    config.data.class_names = ("a", "b", "c", "d")
+    found, before, random = start(config), saved(trained), fresh(config)
+    assert found.keys() == random.keys()
+    anew = {path for path in found if found[path].shape != before[path].shape}
+    classifiers = ("decoder_stage1", "decoder_stage2", "auxiliary_decoders_0")
+    arrays = [f"params/{name}/classifier/conv" for name in classifiers]
+    assert anew == {"memory", *(f"{a}/kernel" for a in arrays), *(f"{a}/bias" for a in arrays)}
+    for path, value in found.items():
+        np.testing.assert_array_equal(value, random[path] if path in anew else before[path])
+
+
+def test_equally_many_classes_of_other_names_start_anew_too(trained):
+    config = tiny.get_config()
+    config.init.checkpoint = str(trained)
+    config.data.class_names = ("a", "b", "c")
+    assert not start(config)["memory"].any()
+    assert saved(trained)["memory"].any()
+
+
+def test_auxiliary_heads_may_be_on_one_side_only(trained):
+    config = tiny.get_config()
+    config.init.checkpoint = str(trained)
+    config.model.auxiliary = False
+    found = start(config)
+    assert found.keys() < saved(trained).keys()
+
+
+def test_another_model_is_refused(trained):
+    config = tiny.get_config()
+    config.init.checkpoint = str(trained)
+    config.model.feature_dim = 24
+    with pytest.raises(UserError, match=r"(?s)checkpoint of another model.*bottleneck"):
+        start(config)
+    config.init.checkpoint = str(trained / "absent")
+    with pytest.raises(UserError, match="there is no checkpoint in"):
+        start(config)
+
+
+def test_two_things_to_start_from_are_one_too_many(trained):
+    config = tiny.get_config()
+    config.init.checkpoint = str(trained)
+    config.init.backbone = "resnet50.pth"
+    with pytest.raises(UserError, match=r"several weights to start from.*Choose one"):
+        start(config)
+
+
+@pytest.mark.usefixtures("quiet_entry", "compilations")
+def test_training_starts_from_a_checkpoint(trained, tmp_path, capsys):
+    arguments = [f"--config.data.root={tiny.data_root()}", "--workdir", tmp_path / "run"]
+    arguments += ["--config.train.epochs=1", f"--config.init.checkpoint={trained}"]
+    still = ["--config.optimizer.lr=1e-9", "--config.optimizer.min_lr=1e-10"]
+    assert tiny.run(*arguments, *still) == 0
+    before, after = saved(trained), saved(tmp_path / "run")
+    for path in before:
+        if path.startswith("params/"):
+            np.testing.assert_allclose(after[path], before[path], atol=1e-6)

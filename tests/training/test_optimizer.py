@@ -1,0 +1,179 @@
+"""The schedule against stored numbers, and SGD against PyTorch's rule written in NumPy."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from configs import common
+from memseg_jax.errors import UserError
+from memseg_jax.training.optimizer import poly_schedule, schedule_from_config, sgd
+
+
+@pytest.mark.parametrize(
+    ("step", "total", "lr", "expected"),
+    [
+        (0, 164190, 0.01, 0.01),
+        (1, 164190, 0.01, 0.00999994573358479),
+        (82095, 164190, 0.01, 0.005405278639554652),
+        (164189, 164190, 0.01, 0.00010020036560035863),
+        (0, 42150, 0.001, 0.001),
+        (42149, 42150, 0.001, 0.00010006193336662305),
+    ],
+)
+def test_poly_schedule(step, total, lr, expected):
+    schedule = poly_schedule(lr, 1e-4, 0.9, total)
+    # Float32 loses digits in 1 - step / total towards the end.
+    assert float(schedule(step)) == pytest.approx(expected, rel=5e-7)
+    assert float(jax.jit(schedule)(jnp.int32(step))) == pytest.approx(expected, rel=5e-7)
+
+
+def test_schedule_falls_to_its_floor_and_stays():
+    schedule = poly_schedule(0.01, 1e-4, 0.9, 50)
+    values = np.array([float(schedule(step)) for step in range(60)])
+    assert (np.diff(values[:51]) < 0).all()
+    np.testing.assert_allclose(values[50:], 1e-4, rtol=1e-6)
+
+
+def test_schedule_of_a_config():
+    config = common.get_config()
+    config.optimizer.update({"lr": 0.02, "min_lr": 0.001, "power": 2.0})
+    schedule = schedule_from_config(config, 10)
+    for step in range(11):
+        expected = (0.02 - 0.001) * (1 - step / 10) ** 2 + 0.001
+        assert float(schedule(step)) == pytest.approx(expected, rel=1e-6)
+
+
+# ---- SGD -------------------------------------------------------------------------------------
+
+
+def draw_tree(seed):
+    rng = np.random.default_rng(seed)
+    shapes = {"backbone": {"conv": {"kernel": (3, 4), "bias": (4,)}}, "context": {"scale": (5,)}}
+    return jax.tree.map(
+        lambda shape: rng.standard_normal(shape).astype(np.float32),
+        shapes,
+        is_leaf=lambda x: isinstance(x, tuple),
+    )
+
+
+def run(config, schedule, steps=6, zero_gradients=False):
+    """Our parameters after every step, with gradients that depend on the step alone."""
+    tx = sgd(config, schedule)
+    params = draw_tree(0)
+    state = tx.init(params)
+    history = []
+    for step in range(steps):
+        gradients = draw_tree(100 + step)
+        if zero_gradients:
+            gradients = jax.tree.map(np.zeros_like, gradients)
+        updates, state = tx.update(gradients, state, params)
+        params = optax.apply_updates(params, updates)
+        history.append(params)
+    return history
+
+
+def plain_sgd(config, schedule, factors, steps=6):
+    """g += decay * p; v = momentum * v + g, v = g in the first step; p -= lr * v. In float64."""
+    o = config.optimizer
+    params = jax.tree.map(lambda x: x.astype(np.float64), draw_tree(0))
+    velocity, history = None, []
+    for step in range(steps):
+        gradients = draw_tree(100 + step)
+        decayed = {
+            name: jax.tree.map(
+                lambda g, p, name=name: g + o.weight_decay * factors.get(name, (1, 1))[1] * p,
+                gradients[name],
+                params[name],
+            )
+            for name in params
+        }
+        if velocity is None:
+            velocity = decayed
+        else:
+            velocity = jax.tree.map(lambda v, g: o.momentum * v + g, velocity, decayed)
+        params = {
+            name: jax.tree.map(
+                lambda p, v, name=name, step=step: (
+                    p - float(schedule(step)) * factors.get(name, (1, 1))[0] * v
+                ),
+                params[name],
+                velocity[name],
+            )
+            for name in params
+        }
+        history.append(params)
+    return history
+
+
+def assert_histories_equal(actual, expected):
+    for ours, theirs in zip(actual, expected, strict=True):
+        jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6),
+                     ours, theirs)  # fmt: skip
+
+
+def config_with(multipliers=None, **optimizer):
+    config = common.get_config()
+    config.optimizer.update({"lr": 0.5, "min_lr": 0.005, "weight_decay": 0.1} | optimizer)
+    config.optimizer.multipliers.update(multipliers or {})
+    return config
+
+
+@pytest.mark.parametrize(
+    "multipliers",
+    [{}, {"backbone": (0.1, 0.1)}, {"backbone": (0.1, 0.0)}, {"context": (2.0, 3.0)}],
+)
+def test_sgd_equals_pytorchs_rule(multipliers):
+    config = config_with(multipliers)
+    schedule = schedule_from_config(config, 6)
+    expected = plain_sgd(config, schedule, multipliers)
+    assert_histories_equal(run(config, schedule), expected)
+
+
+def test_learning_rate_stays_outside_the_momentum():
+    # The rate drops to 0 after the first step and returns: the velocity has gone on growing.
+    config = config_with(weight_decay=0.0)
+
+    def schedule(step):
+        return jnp.where(step == 1, 0.0, 1.0)
+
+    history = run(config, schedule, steps=3)
+    g = [draw_tree(100 + step)["context"]["scale"] for step in range(3)]
+    np.testing.assert_array_equal(history[1]["context"]["scale"], history[0]["context"]["scale"])
+    moved = history[2]["context"]["scale"] - history[1]["context"]["scale"]
+    np.testing.assert_allclose(moved, -(0.81 * g[0] + 0.9 * g[1] + g[2]), rtol=1e-5, atol=1e-6)
+
+
+def test_decay_applies_to_scales_and_biases_too():
+    config = config_with(momentum=0.0)
+    after = run(config, lambda step: 0.5, steps=1, zero_gradients=True)[0]
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(a, (1 - 0.5 * 0.1) * b, rtol=1e-6),
+        after,
+        draw_tree(0),
+    )
+
+
+def test_learning_rate_factor_zero_freezes_a_module():
+    config = config_with({"backbone": (0.0, 0.0)})
+    after = run(config, schedule_from_config(config, 6))[-1]
+    before = draw_tree(0)
+    jax.tree.map(np.testing.assert_array_equal, after["backbone"], before["backbone"])
+    assert (after["context"]["scale"] != before["context"]["scale"]).all()
+
+
+def test_unknown_module_is_named():
+    config = config_with({"backbon": (0.1, 0.1)})
+    with pytest.raises(UserError, match="names backbon; the model's modules are backbone, context"):
+        run(config, lambda step: 0.1, steps=1)
+
+
+def test_updates_keep_shapes_and_types():
+    config = config_with()
+    for leaf, before in zip(
+        jax.tree.leaves(run(config, schedule_from_config(config, 6), steps=2)[-1]),
+        jax.tree.leaves(draw_tree(0)),
+    ):
+        assert leaf.dtype == jnp.float32
+        assert leaf.shape == before.shape
