@@ -69,23 +69,23 @@ def main(argv: Sequence[str]) -> int:
 
 
 def _forms(shape: Shape, size: Sequence[int], every: bool) -> dict[str, Callable]:
-    """Functions of (x, kernel, geometry) by name, for a map of that height and width."""
+    """Functions of (x, kernel, conv_params) by name, for a map of that height and width."""
 
-    def ours(x: jax.Array, kernel: jax.Array, geometry: convolution.Geometry) -> jax.Array:
-        g = geometry
+    def ours(x: jax.Array, kernel: jax.Array, conv_params: convolution.ConvParams) -> jax.Array:
+        g = conv_params
         return convolution.convolve(
             x, kernel, stride=g.stride, dilation=g.dilation, groups=g.groups
         )
 
     forms = {OURS: ours, XLA: convolution.convolve_plainly}
-    if not every or shape.geometry.dilation >= min(size):  # `convolve` cuts such kernels first
+    if not every or shape.conv_params.dilation >= min(size):  # `convolve` cuts such kernels first
         return forms
     by_group = functools.partial(functools.partial, convolution.convolve_by_group)
-    if shape.geometry.groups > 1:
+    if shape.conv_params.groups > 1:
         forms["group by group"] = by_group(form=convolution.convolve_plainly)
     if shape.window == 1:
         forms["matrix product"] = by_group(form=convolution.convolve_positions)
-    elif shape.geometry.stride == 1:
+    elif shape.conv_params.stride == 1:
         forms["shifts"] = by_group(form=convolution.convolve_by_shifts)
         forms["tiles"] = by_group(form=convolution.convolve_by_tiles)
     return forms
@@ -101,39 +101,39 @@ def _candidates(
     device: torch.device | None,
 ) -> Iterator[measure.Candidate]:
     rng = np.random.default_rng(0)
-    geometry = shape.geometry
+    conv_params = shape.conv_params
     size = [-(-side // shape.reduction) for side in crop]
-    result_size = [-(-side // geometry.stride) for side in size]
+    result_size = [-(-side // conv_params.stride) for side in size]
     arrays = [
         rng.standard_normal(sizes, np.float32)
         for sizes in (
             (batch, *size, shape.inside),
-            (shape.window, shape.window, shape.inside // geometry.groups, shape.outside),
+            (shape.window, shape.window, shape.inside // conv_params.groups, shape.outside),
             (batch, *result_size, shape.outside),
         )
     ]
     x, kernel, dy = (jax.device_put(array).astype(dtype) for array in arrays)
     for name, form in _forms(shape, size, every).items():
-        run, held = measure.compiled(_program(form, kind, geometry), x, kernel, dy)
+        run, held = measure.compiled(_program(form, kind, conv_params), x, kernel, dy)
         call = lambda run=run: jax.block_until_ready(run(x, kernel, dy))  # noqa: E731
         yield measure.Candidate(name, call, held)
-    if every and kind == "filter" and geometry.dilation > 1:
+    if every and kind == "filter" and conv_params.dilation > 1:
         window = kernel.shape[:2]
         run, held = measure.compiled(
-            lambda x, dy: convolution.filter_gradient_by_folding(x, dy, window, geometry), x, dy
+            lambda x, dy: convolution.filter_gradient_by_folding(x, dy, window, conv_params), x, dy
         )
         yield measure.Candidate("folding", lambda: jax.block_until_ready(run(x, dy)), held)
     if device:
         yield _on_torch(shape, kind, arrays, getattr(torch, dtype), device)
 
 
-def _program(form: Callable, kind: str, geometry: convolution.Geometry) -> Callable:
+def _program(form: Callable, kind: str, conv_params: convolution.ConvParams) -> Callable:
     """What is compiled: a function of the input, the kernel and the gradient by the result."""
     if kind == "forward":
-        return lambda x, kernel, dy: form(x, kernel, geometry)
+        return lambda x, kernel, dy: form(x, kernel, conv_params)
     if kind == "input":
-        return lambda x, kernel, dy: jax.vjp(lambda x: form(x, kernel, geometry), x)[1](dy)
-    return lambda x, kernel, dy: jax.vjp(lambda kernel: form(x, kernel, geometry), kernel)[1](dy)
+        return lambda x, kernel, dy: jax.vjp(lambda x: form(x, kernel, conv_params), x)[1](dy)
+    return lambda x, kernel, dy: jax.vjp(lambda kernel: form(x, kernel, conv_params), kernel)[1](dy)
 
 
 def _on_torch(
@@ -142,7 +142,7 @@ def _on_torch(
     x, dy = (measure.from_jax_layout(array, device).to(dtype) for array in (arrays[0], arrays[2]))
     kernel = torch.from_numpy(arrays[1]).to(device, dtype).permute(3, 2, 0, 1)
     kernel = kernel.contiguous(memory_format=torch.channels_last)
-    g = shape.geometry
+    g = shape.conv_params
     pairs = ([g.stride] * 2, [g.dilation * (shape.window - 1) // 2] * 2, [g.dilation] * 2)
     if kind == "forward":
         call = functools.partial(F.conv2d, x, kernel, None, *pairs, g.groups)

@@ -24,7 +24,7 @@ from converters import command_line
 from memseg_jax.errors import UserError
 from memseg_jax.hlo.flops import count_flops
 from memseg_jax.models import convolution
-from memseg_jax.models.convolution import Geometry
+from memseg_jax.models.convolution import ConvParams
 from tests import h200
 
 FLAGS = {
@@ -64,17 +64,18 @@ def _report_forms(batch: int) -> None:
     print("|---|---|---|---|---|---|---|---|")
     for dtype in (jnp.bfloat16, jnp.float32):
         for shape in SHAPES:
-            inside, outside, geometry = shape.inside, shape.outside, shape.geometry
+            inside, outside, conv_params = shape.inside, shape.outside, shape.conv_params
             x = jax.ShapeDtypeStruct((batch, SIDE, SIDE, inside), dtype)
             y = jax.ShapeDtypeStruct((batch, SIDE, SIDE, outside), dtype)
-            kernel = jax.ShapeDtypeStruct((3, 3, inside // geometry.groups, outside), dtype)
-            for name, (function, *args) in _programs(x, kernel, y, geometry).items():
+            kernel = jax.ShapeDtypeStruct((3, 3, inside // conv_params.groups, outside), dtype)
+            for name, (function, *args) in _programs(x, kernel, y, conv_params).items():
                 found = h200.contents(compiled := h200.compile_for(mesh, function, *args))
                 products = _matrix_products(compiled)
                 parts = [f"{count} x {what}" for what, count in found["convolutions"].items()]
                 parts += [f"{products} x matrix product"] if products else []
                 print(
-                    f"| {inside} -> {outside} | {geometry.dilation} | {geometry.groups} | {name} "
+                    f"| {inside} -> {outside} "
+                    f"| {conv_params.dilation} | {conv_params.groups} | {name} "
                     f"| {jnp.dtype(dtype).name} | {', '.join(parts)} "
                     f"| {found['temporary bytes'] / 1e6:.0f} MB "
                     f"| {count_flops(function, *args) / 1e12:.2f} |",
@@ -82,26 +83,26 @@ def _report_forms(batch: int) -> None:
                 )
 
 
-def _programs(x: Any, kernel: Any, y: Any, geometry: Geometry) -> dict[str, tuple]:
+def _programs(x: Any, kernel: Any, y: Any, conv_params: ConvParams) -> dict[str, tuple]:
     """Functions and their arguments by name."""
 
     def input_gradient(kernel: jax.Array, dy: jax.Array) -> jax.Array:
         return jax.linear_transpose(lambda x: plainly(x, kernel), x)(dy)[0]
 
     def plainly(x: jax.Array, kernel: jax.Array) -> jax.Array:
-        return convolution.convolve_plainly(x, kernel, geometry)
+        return convolution.convolve_plainly(x, kernel, conv_params)
 
     programs = {
         "forward, XLA's own": (plainly, x, kernel),
         "input gradient, XLA's own": (input_gradient, kernel, y),
     }
     forms = {"XLA's own": convolution.filter_gradient_plainly}
-    if geometry.dilation > 1:
+    if conv_params.dilation > 1:
         forms["folding"] = convolution.filter_gradient_by_folding
         forms["shifts"] = convolution.filter_gradient_by_shifts
     for name, form in forms.items():
         programs[f"filter gradient, {name}"] = (
-            lambda x, dy, form=form: form(x, dy, (3, 3), geometry),
+            lambda x, dy, form=form: form(x, dy, (3, 3), conv_params),
             x,
             y,
         )

@@ -2,9 +2,9 @@
 
 import dataclasses
 
-from memseg_jax.models.convolution import Geometry
+from memseg_jax.models.convolution import ConvParams
 
-PLAIN = Geometry()
+PLAIN = ConvParams()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -15,58 +15,58 @@ class Shape:
         inside: input channels.
         outside: output channels.
         window: side of its kernel.
-        geometry: stride, dilation, groups.
+        conv_params: stride, dilation, groups.
         reduction: pixels of the image per position of the input map, along one axis.
     """
 
     inside: int
     outside: int
     window: int = 3
-    geometry: Geometry = PLAIN
+    conv_params: ConvParams = PLAIN
     reduction: int = 8
 
     @property
     def name(self) -> str:
         """For tables."""
         parts = [f"{self.window}x{self.window} {self.inside} -> {self.outside}"]
-        for field in dataclasses.fields(Geometry):
-            if (value := getattr(self.geometry, field.name)) != 1:
+        for field in dataclasses.fields(ConvParams):
+            if (value := getattr(self.conv_params, field.name)) != 1:
                 parts.append(f"{field.name} {value}")
         return ", ".join(parts) + f", /{self.reduction}"
 
 
 # Every distinct one of a ResNet-50 at output stride 8 with its pyramid and memory module.
 RESNET50 = [
-    Shape(3, 32, geometry=Geometry(stride=2), reduction=1),
+    Shape(3, 32, conv_params=ConvParams(stride=2), reduction=1),
     Shape(32, 32, reduction=2),
     Shape(32, 64, reduction=2),
     Shape(64, 64, 1, reduction=4),
     Shape(64, 64, reduction=4),
     Shape(64, 256, 1, reduction=4),
     Shape(256, 64, 1, reduction=4),
-    Shape(128, 128, geometry=Geometry(stride=2), reduction=4),
+    Shape(128, 128, conv_params=ConvParams(stride=2), reduction=4),
     Shape(128, 128),
     Shape(128, 512, 1),
     Shape(512, 128, 1),
     Shape(256, 256),
-    Shape(256, 256, geometry=Geometry(dilation=2)),
+    Shape(256, 256, conv_params=ConvParams(dilation=2)),
     Shape(256, 1024, 1),
     Shape(1024, 256, 1),
-    Shape(512, 512, geometry=Geometry(dilation=2)),
-    Shape(512, 512, geometry=Geometry(dilation=4)),
+    Shape(512, 512, conv_params=ConvParams(dilation=2)),
+    Shape(512, 512, conv_params=ConvParams(dilation=4)),
     Shape(512, 2048, 1),
     Shape(2048, 512, 1),
-    Shape(2048, 512, geometry=Geometry(dilation=12)),
-    Shape(2048, 512, geometry=Geometry(dilation=24)),
-    Shape(2048, 512, geometry=Geometry(dilation=36)),
+    Shape(2048, 512, conv_params=ConvParams(dilation=12)),
+    Shape(2048, 512, conv_params=ConvParams(dilation=24)),
+    Shape(2048, 512, conv_params=ConvParams(dilation=36)),
     Shape(1024, 512),
     Shape(2048, 512),
     Shape(2560, 512),
 ]
 # Of ResNeSt.
 GROUPED = [
-    Shape(256, 512, geometry=Geometry(groups=2)),
-    Shape(256, 512, geometry=Geometry(dilation=2, groups=2)),
+    Shape(256, 512, conv_params=ConvParams(groups=2)),
+    Shape(256, 512, conv_params=ConvParams(dilation=2, groups=2)),
 ]
 # Those whose gradients XLA makes differently on a GPU.
-DILATED = [shape for shape in RESNET50 if shape.geometry.dilation > 1]
+DILATED = [shape for shape in RESNET50 if shape.conv_params.dilation > 1]

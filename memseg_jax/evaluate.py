@@ -137,7 +137,9 @@ class _Part:
                 self._add(payload)
             return self._packed(with_examples=False)
 
-        total = distributed.merge("evaluation", self._packed(with_examples=True), add_up)
+        total = distributed.reduce_on_primary(
+            "evaluation", self._packed(with_examples=True), add_up
+        )
         if not distributed.is_primary():
             self.matrix[:] = 0
             self._add(total)

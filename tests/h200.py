@@ -131,7 +131,9 @@ def compile_plain_gradient(mesh: Mesh) -> Any:
     x = jax.ShapeDtypeStruct((8, 40, 40, 16), jnp.bfloat16)
 
     def gradient(x: jax.Array, dy: jax.Array) -> jax.Array:
-        return convolution.filter_gradient_plainly(x, dy, (3, 3), convolution.Geometry(dilation=2))
+        return convolution.filter_gradient_plainly(
+            x, dy, (3, 3), convolution.ConvParams(dilation=2)
+        )
 
     return compile_for(mesh, gradient, x, x, split=(0, 1))
 

@@ -39,11 +39,11 @@ class ThreeConvolutions(Backbone):
     auxiliary_levels = (-2,)
 
     @nn.compact
-    def __call__(self, x, *, train, extent=None):
+    def __call__(self, x, *, train, valid_size=None):
         maps = []
         for features in (8, 16, 16):
             conv = ConvNorm(features, 3, stride=2, activation="relu", dtype=self.dtype)
-            maps.append(x := conv(x, train=train, extent=extent))
+            maps.append(x := conv(x, train=train, valid_size=valid_size))
         return maps
 
 

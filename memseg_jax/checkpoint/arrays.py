@@ -123,7 +123,7 @@ def restore_arrays(workdir: Path, step: int, abstract: Any, meta: Any, partial: 
             cause = error
         else:
             cause = None
-        if anywhere(bool(wrong)):
+        if any_process(bool(wrong)):
             wrong = wrong or "another process could not read its part of them"
             raise damaged(workdir, step, f"the arrays in {folder}: {wrong}") from cause
     for name in whole.keys() - target.keys():
@@ -205,9 +205,9 @@ def without_empty(tree: Mapping[str, Any]) -> dict[str, Any]:
     return {name: x for name, x in tree.items() if 0 not in getattr(x, "shape", ())}
 
 
-def anywhere(failed: bool) -> bool:
+def any_process(failed: bool) -> bool:
     """Whether any process has failed: all have to take the same way from here."""
-    return bool(distributed.merge("checkpoint", b"1" if failed else b"", b"".join))
+    return bool(distributed.reduce_on_primary("checkpoint", b"1" if failed else b"", b"".join))
 
 
 def _read(folder: Path, target: Any, partial: bool) -> Any:

@@ -16,7 +16,7 @@ import orbax.checkpoint as ocp
 from orbax.checkpoint import type_handlers
 
 from memseg_jax.checkpoint.arrays import (
-    anywhere,
+    any_process,
     holds_only_weights,
     read_meta,
     restore_arrays,
@@ -249,7 +249,7 @@ class Checkpointer:
             self._wait()
         except Exception as caught:
             error = caught
-        failed = anywhere(error is not None)
+        failed = any_process(error is not None)
         if failed:
             before = next(iter(self._pending), None)
             log.warning(

@@ -24,7 +24,7 @@ from memseg_jax.errors import UserError
 from memseg_jax.inference import passes, score_maps, sizes, windows
 from memseg_jax.inference.score_maps import Resize
 from memseg_jax.inference.sizes import Size
-from memseg_jax.models.layers import Extent
+from memseg_jax.models.layers import ValidSize
 from memseg_jax.models.segmentor import Segmentor
 from memseg_jax.runtime.compilation import compile_with_notice
 from memseg_jax.runtime.sharding import replicated, split_batch
@@ -250,12 +250,12 @@ class Predictor:
             height, width = item.image.shape[:2]
             images[index, :height, :width] = item.image
             valid[index] = height, width
-        extent = None if exact else Extent(self._place(valid), padded)
+        valid_size = None if exact else ValidSize(self._place(valid), padded)
         what = f"the network for {padded[0]}x{padded[1]} inputs" + (
             "" if exact else " (padded; shared by all sizes up to it)"
         )
         return self._compiled(
-            "network", self._network, what, self._variables, self._place(images), extent
+            "network", self._network, what, self._variables, self._place(images), valid_size
         )
 
     def _on_one_device(self, array: Array) -> Array:
@@ -264,8 +264,8 @@ class Predictor:
     def _resize(self, item: _Item, padded: Size) -> Resize:
         """How an item's result follows from its scores, which are of a padded input."""
         stride = self._model.output_stride
-        real = tuple(-(-side // stride) for side in item.image.shape[:2])
-        return score_maps.resize(real, -(-padded[1] // stride), item.output, item.mirrored)
+        valid = tuple(-(-side // stride) for side in item.image.shape[:2])
+        return score_maps.resize(valid, -(-padded[1] // stride), item.output, item.mirrored)
 
     def _labels(
         self, group: list[_Item], scores: Array, plans: list[Resize]
@@ -284,11 +284,11 @@ class Predictor:
         )
         labels, confidence = np.asarray(labels), np.asarray(confidence)
         for index, item in enumerate(group):
-            real = np.s_[index, : math.prod(item.output)]
+            valid = np.s_[index, : math.prod(item.output)]
             yield Prediction(
                 item.key,
-                labels[real].reshape(item.output).copy(),
-                confidence[real].reshape(item.output).copy(),
+                labels[valid].reshape(item.output).copy(),
+                confidence[valid].reshape(item.output).copy(),
             )
 
     def _slide(self, item: _Item) -> tuple[Array, Resize]:
@@ -350,13 +350,13 @@ def network_scores(
     model: Segmentor,
     variables: dict[str, Any],
     images: Array,
-    extent: Extent | None,
+    valid_size: ValidSize | None,
     *,
     softmax: bool,
 ) -> Array:
     """Class scores at the network's stride, float32 [batch, h, w, classes]."""
     rest = {"params": variables["params"], "batch_stats": variables["batch_stats"]}
-    logits = model.apply(rest, images, variables["memory"], extent=extent)["logits"]
+    logits = model.apply(rest, images, variables["memory"], valid_size=valid_size)["logits"]
     return jax.nn.softmax(logits, axis=-1) if softmax else logits
 
 

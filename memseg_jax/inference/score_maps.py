@@ -59,7 +59,7 @@ class Resize(NamedTuple):
 
 
 def resize(
-    real: tuple[int, int],
+    valid: tuple[int, int],
     row_length: int,
     target: tuple[int, int],
     mirrored: bool = False,
@@ -68,10 +68,10 @@ def resize(
     """Plans the resize of one map.
 
     Args:
-        real: height and width of the map's real part, in its upper left corner.
+        valid: height and width of the map's valid part, in its upper left corner.
         row_length: positions in a row of the map.
         target: height and width of the result.
-        mirrored: whether the real part is mirrored.
+        mirrored: whether the valid part is mirrored.
         covers: divisors of the map's rows [height] and columns [width]; None: 1.
 
     Returns:
@@ -80,12 +80,12 @@ def resize(
     side = capacity(max(target), SIDE)
     found = []
     for axis in (0, 1):
-        lower, upper, fraction = bilinear_taps(real[axis], target[axis])
+        lower, upper, fraction = bilinear_taps(valid[axis], target[axis])
         index, weight = np.zeros((2, side), np.int32), np.zeros((2, side), np.float32)
         index[:, : target[axis]] = lower, upper
         weight[:, : target[axis]] = 1 - fraction, fraction
         if mirrored and axis == 1:
-            index = real[axis] - 1 - index
+            index = valid[axis] - 1 - index
         if covers is not None:
             weight /= covers[axis][index]
         found += [index, weight]
@@ -264,5 +264,5 @@ def window_scores(scores: Array, rows: Array, columns: Array, *, softmax: bool) 
     scores = jnp.einsum("bhWk,Hh->bHWk", scores, rows, precision="highest")
     if not softmax:
         return scores
-    real = jnp.any(rows > 0, axis=-1)[:, None] & jnp.any(columns > 0, axis=-1)
-    return jnp.where(real[..., None], jax.nn.softmax(scores, axis=-1), 0)
+    valid = jnp.any(rows > 0, axis=-1)[:, None] & jnp.any(columns > 0, axis=-1)
+    return jnp.where(valid[..., None], jax.nn.softmax(scores, axis=-1), 0)

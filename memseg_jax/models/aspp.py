@@ -5,7 +5,7 @@ from typing import Any
 import flax.linen as nn
 import jax.numpy as jnp
 
-from memseg_jax.models.layers import Array, ConvNorm, Extent, spatial_mean, tap
+from memseg_jax.models.layers import Array, ConvNorm, ValidSize, record, spatial_mean
 
 
 class ASPP(nn.Module):
@@ -26,7 +26,7 @@ class ASPP(nn.Module):
     dtype: Any = jnp.float32
 
     @nn.compact
-    def __call__(self, x: Array, *, train: bool, extent: Extent | None = None) -> Array:
+    def __call__(self, x: Array, *, train: bool, valid_size: ValidSize | None = None) -> Array:
         """[batch, height, width, channels] -> [batch, height, width, features]."""
         kw = {"activation": self.activation, "dtype": self.dtype}
         branches = []
@@ -37,20 +37,22 @@ class ASPP(nn.Module):
                 dilation=dilation,
                 name=f"branch_{index}",
                 **kw,
-            )(x, train=train, extent=extent)
-            tap(self, f"aspp_branch.{index}", branch)
+            )(x, train=train, valid_size=valid_size)
+            record(self, f"aspp_branch.{index}", branch)
             branches.append(branch)
-        pooled = spatial_mean(x, extent)
+        pooled = spatial_mean(x, valid_size)
         pooled = ConvNorm(self.features, name="global", **kw)(pooled, train=train)
-        tap(self, "aspp_global", pooled)
+        record(self, "aspp_global", pooled)
         # Resizing one position to the size of the map is a broadcast; in float32, because its
         # gradient is a sum over all positions.
         pooled = pooled.astype(jnp.promote_types(self.dtype, jnp.float32))
         pooled = jnp.broadcast_to(pooled, (*x.shape[:3], self.features))
         branches.append(pooled.astype(self.dtype))
-        if extent is not None:
-            branches[-1] = jnp.where(extent.mask(x), branches[-1], 0)
+        if valid_size is not None:
+            branches[-1] = jnp.where(valid_size.mask(x), branches[-1], 0)
         y = jnp.concatenate(branches, axis=-1)
-        y = ConvNorm(self.features, 3, name="bottleneck", **kw)(y, train=train, extent=extent)
-        tap(self, "aspp", y)
+        y = ConvNorm(self.features, 3, name="bottleneck", **kw)(
+            y, train=train, valid_size=valid_size
+        )
+        record(self, "aspp", y)
         return y

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from memseg_jax.models.layers import Array, ConvNorm, Extent
+from memseg_jax.models.layers import Array, ConvNorm, ValidSize
 
 # Tokens in a block of queries or keys: the largest matrix that `attend` makes is BLOCK x BLOCK.
 # Measured on a CPU: up to here blocks gain nothing, beyond they are faster as well as smaller.
@@ -224,7 +224,7 @@ class SelfAttention(nn.Module):
 
     @nn.compact
     def __call__(
-        self, queries: Array, context: Array, *, train: bool, extent: Extent | None = None
+        self, queries: Array, context: Array, *, train: bool, valid_size: ValidSize | None = None
     ) -> Array:
         """Returns [batch, height, width, features].
 
@@ -232,18 +232,18 @@ class SelfAttention(nn.Module):
             queries: [batch, height, width, channels], the positions that ask.
             context: [batch, height, width, channels'], the positions that answer.
             train: use and update batch statistics.
-            extent: the real part of padded images.
+            valid_size: the valid part of padded images.
         """
 
         def project(x: Array, name: str, features: int = self.attention_dim) -> Array:
             layer = ConvNorm(features, activation=self.activation, dtype=self.dtype, name=name)
-            return layer(x, train=train, extent=extent)
+            return layer(x, train=train, valid_size=valid_size)
 
         query = project(project(queries, "query_project_0"), "query_project_1")
         key = project(project(context, "key_project_0"), "key_project_1")
         value = project(context, "value_project")
         batch, height, width, dim = query.shape
-        mask = None if extent is None else extent.mask(key).reshape(batch, height * width)
+        mask = None if valid_size is None else valid_size.mask(key).reshape(batch, height * width)
         flat = [x.reshape(batch, height * width, dim) for x in (query, key, value)]
         gathered = attend(*flat, key_mask=mask).reshape(batch, height, width, dim)
         return project(gathered, "out_project", self.features)

@@ -4,7 +4,7 @@ import dataclasses
 
 import flax.linen as nn
 
-from memseg_jax.models.layers import Array, Extent
+from memseg_jax.models.layers import Array, ValidSize
 
 
 class Backbone(nn.Module):
@@ -27,13 +27,15 @@ class Backbone(nn.Module):
 
     remat: bool = dataclasses.field(default=False, kw_only=True)
 
-    def __call__(self, x: Array, *, train: bool, extent: Extent | None = None) -> tuple[Array, ...]:
+    def __call__(
+        self, x: Array, *, train: bool, valid_size: ValidSize | None = None
+    ) -> tuple[Array, ...]:
         """Returns feature maps, coarsest last.
 
         Args:
             x: normalised images [batch, height, width, 3].
             train: use and update batch statistics.
-            extent: the real part of padded images, which are 0 outside of it. What is outside has
-                no influence on the maps, and they are 0 there, too.
+            valid_size: the valid part of padded images, which are 0 outside of it. What is outside
+                has no influence on the maps, and they are 0 there, too.
         """
         raise NotImplementedError

@@ -46,7 +46,7 @@ LARGEST_INPUT_TO_TILE = 2**25
 
 
 @dataclasses.dataclass(frozen=True)
-class Geometry:
+class ConvParams:
     """What a convolution does besides its kernel; see `convolve`."""
 
     stride: int = 1
@@ -72,11 +72,11 @@ def convolve(
         [batch, ceil(height / stride), ceil(width / stride), out channels].
     """
     kernel = _drop_unreachable_taps(kernel, x.shape[1:3], dilation)
-    geometry = Geometry(stride, dilation if max(kernel.shape[:2]) > 1 else 1, groups)
-    form = _form_on_cpu(x, kernel.shape[:2], kernel.shape[3], geometry)
-    if form is convolve_plainly and geometry.dilation == groups == 1:
-        return convolve_plainly(x, kernel, geometry)
-    return _convolve(x, kernel, geometry)
+    conv_params = ConvParams(stride, dilation if max(kernel.shape[:2]) > 1 else 1, groups)
+    form = _form_on_cpu(x, kernel.shape[:2], kernel.shape[3], conv_params)
+    if form is convolve_plainly and conv_params.dilation == groups == 1:
+        return convolve_plainly(x, kernel, conv_params)
+    return _convolve(x, kernel, conv_params)
 
 
 def _drop_unreachable_taps(kernel: Array, size: tuple[int, int], dilation: int) -> Array:
@@ -92,29 +92,29 @@ def _drop_unreachable_taps(kernel: Array, size: tuple[int, int], dilation: int) 
 # ---- The whole convolution ---------------------------------------------------------------------
 
 
-def convolve_plainly(x: Array, kernel: Array, geometry: Geometry) -> Array:
+def convolve_plainly(x: Array, kernel: Array, conv_params: ConvParams) -> Array:
     """`convolve` as one operation of XLA."""
-    padding = [((k - 1) * geometry.dilation // 2,) * 2 for k in kernel.shape[:2]]
+    padding = [((k - 1) * conv_params.dilation // 2,) * 2 for k in kernel.shape[:2]]
     return lax.conv_general_dilated(
         x,
         kernel,
-        window_strides=(geometry.stride,) * 2,
+        window_strides=(conv_params.stride,) * 2,
         padding=padding,
-        rhs_dilation=(geometry.dilation,) * 2,
+        rhs_dilation=(conv_params.dilation,) * 2,
         dimension_numbers=("NHWC", "HWIO", "NHWC"),
-        feature_group_count=geometry.groups,
+        feature_group_count=conv_params.groups,
     )
 
 
-def convolve_positions(x: Array, kernel: Array, geometry: Geometry) -> Array:
+def convolve_positions(x: Array, kernel: Array, conv_params: ConvParams) -> Array:
     """`convolve` of one group and a window of one position, as one matrix product."""
-    x = x[:, :: geometry.stride, :: geometry.stride]
+    x = x[:, :: conv_params.stride, :: conv_params.stride]
     # Flat on purpose: as a product of four axes its filter gradient is slow.
     y = x.reshape(-1, x.shape[-1]) @ kernel[0, 0]
     return y.reshape(*x.shape[:-1], -1)
 
 
-def convolve_by_shifts(x: Array, kernel: Array, geometry: Geometry) -> Array:
+def convolve_by_shifts(x: Array, kernel: Array, conv_params: ConvParams) -> Array:
     """`convolve` of one group at stride 1 as one matrix product for each tap of the kernel.
 
     Each is computed where the tap is inside the map, and nowhere else. Sums are at least float32.
@@ -123,7 +123,7 @@ def convolve_by_shifts(x: Array, kernel: Array, geometry: Geometry) -> Array:
     dtype = jnp.promote_types(x.dtype, jnp.float32)
     for index in np.ndindex(kernel.shape[:2]):
         (rows, result_rows), (columns, result_columns) = _overlaps(
-            size, size, kernel.shape[:2], index, geometry
+            size, size, kernel.shape[:2], index, conv_params
         )
         seen = x[:, rows, columns]
         part = jnp.matmul(
@@ -135,7 +135,7 @@ def convolve_by_shifts(x: Array, kernel: Array, geometry: Geometry) -> Array:
 
 
 def convolve_by_tiles(
-    x: Array, kernel: Array, geometry: Geometry, transposed: bool = False
+    x: Array, kernel: Array, conv_params: ConvParams, transposed: bool = False
 ) -> Array:
     """`convolve` of one group, 3x3 taps and stride 1 on tiles of 2x2 results.
 
@@ -149,13 +149,13 @@ def convolve_by_tiles(
     Args:
         x: [batch, height, width, in channels].
         kernel: [3, 3, in channels, out channels].
-        geometry: of the convolution; dilated maps are folded first.
+        conv_params: of the convolution; dilated maps are folded first.
         transposed: `kernel` has out and in channels exchanged.
 
     Returns:
         [batch, height, width, out channels].
     """
-    d, size = geometry.dilation, x.shape[1:3]
+    d, size = conv_params.dilation, x.shape[1:3]
     x = _fold(x, d)
     (height, width), (rows, columns) = x.shape[1:3], (-(-side // 2) for side in x.shape[1:3])
     margins = [(1, 2 * n + 1 - side) for n, side in ((rows, height), (columns, width))]
@@ -192,31 +192,33 @@ def convolve_by_tiles(
 
 
 def convolve_by_group(
-    x: Array, kernel: Array, geometry: Geometry, form: Callable = convolve_plainly
+    x: Array, kernel: Array, conv_params: ConvParams, form: Callable = convolve_plainly
 ) -> Array:
     """`convolve` as one convolution of a form for each group."""
-    if geometry.groups == 1:
-        return form(x, kernel, geometry)
-    one = dataclasses.replace(geometry, groups=1)
-    groups = [jnp.split(array, geometry.groups, axis=-1) for array in (x, kernel)]
+    if conv_params.groups == 1:
+        return form(x, kernel, conv_params)
+    one = dataclasses.replace(conv_params, groups=1)
+    groups = [jnp.split(array, conv_params.groups, axis=-1) for array in (x, kernel)]
     return jnp.concatenate([form(*pair, one) for pair in zip(*groups)], axis=-1)
 
 
-def _is_strongly_dilated(size: tuple[int, ...], geometry: Geometry) -> bool:
-    return geometry.dilation > 1 and geometry.dilation * DILATIONS_PER_MAP_TO_SHIFT >= max(size)
+def _is_strongly_dilated(size: tuple[int, ...], conv_params: ConvParams) -> bool:
+    return conv_params.dilation > 1 and conv_params.dilation * DILATIONS_PER_MAP_TO_SHIFT >= max(
+        size
+    )
 
 
 def _form_on_cpu(
-    x: Array, window: tuple[int, ...], out_channels: int, geometry: Geometry
+    x: Array, window: tuple[int, ...], out_channels: int, conv_params: ConvParams
 ) -> Callable:
     """The form of one group's convolution that is fastest on CPU."""
     if tuple(window) == (1, 1):
         return convolve_positions
-    if geometry.stride > 1:
+    if conv_params.stride > 1:
         return convolve_plainly
-    if _is_strongly_dilated(x.shape[1:3], geometry):
+    if _is_strongly_dilated(x.shape[1:3], conv_params):
         return convolve_by_shifts
-    channels = min(x.shape[-1], out_channels) // geometry.groups
+    channels = min(x.shape[-1], out_channels) // conv_params.groups
     # In shorter types the sums and differences would be rounded; who computes in double precision
     # wants the plain sums.
     single = x.dtype == jnp.float32
@@ -238,40 +240,40 @@ def _on_platform(function: Callable, cpu_form: Callable, *args: Array) -> Array:
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
-def _convolve(x: Array, kernel: Array, geometry: Geometry) -> Array:
+def _convolve(x: Array, kernel: Array, conv_params: ConvParams) -> Array:
     """`convolve` with gradients of our own."""
 
     def convolved(form: Callable, x: Array, kernel: Array) -> Array:
-        return convolve_by_group(x, kernel, geometry, form)
+        return convolve_by_group(x, kernel, conv_params, form)
 
-    form = _form_on_cpu(x, kernel.shape[:2], kernel.shape[3], geometry)
+    form = _form_on_cpu(x, kernel.shape[:2], kernel.shape[3], conv_params)
     return _on_platform(convolved, form, x, kernel)
 
 
 def _convolve_forward(
-    x: Array, kernel: Array, geometry: Geometry
+    x: Array, kernel: Array, conv_params: ConvParams
 ) -> tuple[Array, tuple[Array, Array]]:
-    return _convolve(x, kernel, geometry), (x, kernel)
+    return _convolve(x, kernel, conv_params), (x, kernel)
 
 
 def _convolve_backward(
-    geometry: Geometry, saved: tuple[Array, Array], dy: Array
+    conv_params: ConvParams, saved: tuple[Array, Array], dy: Array
 ) -> tuple[Array, Array]:
     x, kernel = saved
 
     def input_gradient(form: Callable, kernel: Array, dy: Array) -> Array:
         if form is convolve_by_shifts:  # not its transpose, which would round every tap's part
-            return convolve_by_group(dy, _turned(kernel, geometry.groups), geometry, form)
+            return convolve_by_group(dy, _turned(kernel, conv_params.groups), conv_params, form)
         if form is convolve_by_tiles:  # its transpose adds up tiles that overlap
             form = functools.partial(form, transposed=True)
-            return convolve_by_group(dy, kernel[::-1, ::-1], geometry, form)
-        convolved = functools.partial(convolve_by_group, geometry=geometry, form=form)
+            return convolve_by_group(dy, kernel[::-1, ::-1], conv_params, form)
+        convolved = functools.partial(convolve_by_group, conv_params=conv_params, form=form)
         return jax.linear_transpose(lambda x: convolved(x, kernel), x)(dy)[0]
 
-    form = _form_on_cpu(x, kernel.shape[:2], kernel.shape[3], geometry)
+    form = _form_on_cpu(x, kernel.shape[:2], kernel.shape[3], conv_params)
     return (
         _on_platform(input_gradient, form, kernel, dy),
-        filter_gradient(x, dy, kernel.shape[:2], geometry),
+        filter_gradient(x, dy, kernel.shape[:2], conv_params),
     )
 
 
@@ -287,7 +289,7 @@ def _turned(kernel: Array, groups: int) -> Array:
 # ---- The filter gradient -----------------------------------------------------------------------
 
 
-def filter_gradient(x: Array, dy: Array, window: tuple[int, int], geometry: Geometry) -> Array:
+def filter_gradient(x: Array, dy: Array, window: tuple[int, int], conv_params: ConvParams) -> Array:
     """The gradient of `convolve` by its kernel, in the form that suits the platform.
 
     Args:
@@ -295,26 +297,26 @@ def filter_gradient(x: Array, dy: Array, window: tuple[int, int], geometry: Geom
         dy: gradient by the result, [batch, ceil(height / stride), ceil(width / stride),
             out channels].
         window: height and width of the kernel, odd.
-        geometry: of the convolution.
+        conv_params: of the convolution.
 
     Returns:
         [*window, in channels / groups, out channels] in the type of `x`.
     """
 
     def with_form(form: Callable) -> Callable:
-        return lambda x, dy: form(x, dy, window, geometry)
+        return lambda x, dy: form(x, dy, window, conv_params)
 
     gpu, cpu = filter_gradient_plainly, filter_gradient_by_group
-    if geometry.dilation > 1:
-        folds = min(x.shape[1:3]) // geometry.dilation
-        by_folding = geometry.stride == 1 and folds >= DILATIONS_PER_MAP_TO_FOLD
+    if conv_params.dilation > 1:
+        folds = min(x.shape[1:3]) // conv_params.dilation
+        by_folding = conv_params.stride == 1 and folds >= DILATIONS_PER_MAP_TO_FOLD
         gpu = filter_gradient_by_folding if by_folding else filter_gradient_by_shifts
-    form = _form_on_cpu(x, window, dy.shape[-1], geometry)
+    form = _form_on_cpu(x, window, dy.shape[-1], conv_params)
     if form is convolve_positions:
         cpu = filter_gradient_by_positions
     elif form is convolve_by_tiles:
         cpu = filter_gradient_by_tiles
-    elif _is_strongly_dilated(x.shape[1:3], geometry):
+    elif _is_strongly_dilated(x.shape[1:3], conv_params):
         cpu = filter_gradient_by_shifts
     return lax.platform_dependent(
         x,
@@ -327,11 +329,11 @@ def filter_gradient(x: Array, dy: Array, window: tuple[int, int], geometry: Geom
 
 
 def _transpose_by_kernel(
-    convolution: Callable, x: Array, dy: Array, window: tuple[int, int], geometry: Geometry
+    convolution: Callable, x: Array, dy: Array, window: tuple[int, int], conv_params: ConvParams
 ) -> Array:
-    shape = (*window, x.shape[-1] // geometry.groups, dy.shape[-1])
+    shape = (*window, x.shape[-1] // conv_params.groups, dy.shape[-1])
     kernel = jax.ShapeDtypeStruct(shape, x.dtype)
-    return jax.linear_transpose(lambda kernel: convolution(x, kernel, geometry), kernel)(dy)[0]
+    return jax.linear_transpose(lambda kernel: convolution(x, kernel, conv_params), kernel)(dy)[0]
 
 
 # XLA's own form, and those of the other convolutions; arguments as of `filter_gradient`.
@@ -346,7 +348,7 @@ filter_gradient_by_tiles = functools.partial(
 
 
 def filter_gradient_by_folding(
-    x: Array, dy: Array, window: tuple[int, int], geometry: Geometry
+    x: Array, dy: Array, window: tuple[int, int], conv_params: ConvParams
 ) -> Array:
     """`filter_gradient` of a convolution without dilation on subsampled maps (space to batch).
 
@@ -355,7 +357,7 @@ def filter_gradient_by_folding(
 
     Costs one copy of `x` and of `dy`, padded to a multiple of the dilation.
     """
-    d, undilated = geometry.dilation, dataclasses.replace(geometry, dilation=1)
+    d, undilated = conv_params.dilation, dataclasses.replace(conv_params, dilation=1)
     return filter_gradient_plainly(_fold(x, d), _fold(dy, d), window, undilated)
 
 
@@ -380,7 +382,7 @@ def _unfold(x: Array, d: int, size: tuple[int, ...]) -> Array:
 
 
 def filter_gradient_by_shifts(
-    x: Array, dy: Array, window: tuple[int, int], geometry: Geometry
+    x: Array, dy: Array, window: tuple[int, int], conv_params: ConvParams
 ) -> Array:
     """`filter_gradient` as one matrix product for each tap of the kernel.
 
@@ -393,12 +395,12 @@ def filter_gradient_by_shifts(
 
     def by_group(array: Array) -> Array:
         *sizes, channels = array.shape
-        return array.reshape(*sizes, geometry.groups, channels // geometry.groups)
+        return array.reshape(*sizes, conv_params.groups, channels // conv_params.groups)
 
-    def tap(i: int, j: int) -> Array:
+    def record(i: int, j: int) -> Array:
         """[in channels / groups, out channels]."""
         (rows, result_rows), (columns, result_columns) = _overlaps(
-            x.shape[1:3], dy.shape[1:3], window, (i, j), geometry
+            x.shape[1:3], dy.shape[1:3], window, (i, j), conv_params
         )
         product = lax.dot_general(
             by_group(x[:, rows, columns]),
@@ -408,7 +410,7 @@ def filter_gradient_by_shifts(
         )
         return product.transpose(1, 0, 2).reshape(product.shape[1], -1)
 
-    taps = jnp.stack([tap(i, j) for i in range(window[0]) for j in range(window[1])])
+    taps = jnp.stack([record(i, j) for i in range(window[0]) for j in range(window[1])])
     return taps.reshape(*window, *taps.shape[1:]).astype(x.dtype)
 
 
@@ -417,15 +419,15 @@ def _overlaps(
     result_size: tuple[int, ...],
     window: tuple[int, ...],
     index: tuple[int, ...],
-    geometry: Geometry,
+    conv_params: ConvParams,
 ) -> list[tuple[slice, slice]]:
     """Where a tap is inside the map: per axis, the positions it sees, and those it adds to."""
     slices = []
     for side, result_side, k, i in zip(size, result_size, window, index):
-        offset = (i - k // 2) * geometry.dilation
-        first = max(-(offset // geometry.stride), 0)
-        count = max(min(result_side, (side - 1 - offset) // geometry.stride + 1) - first, 0)
-        start = first * geometry.stride + offset
-        stop = start + count * geometry.stride
-        slices.append((slice(start, stop, geometry.stride), slice(first, first + count)))
+        offset = (i - k // 2) * conv_params.dilation
+        first = max(-(offset // conv_params.stride), 0)
+        count = max(min(result_side, (side - 1 - offset) // conv_params.stride + 1) - first, 0)
+        start = first * conv_params.stride + offset
+        stop = start + count * conv_params.stride
+        slices.append((slice(start, stop, conv_params.stride), slice(first, first + count)))
     return slices

@@ -11,7 +11,14 @@ import jax.numpy as jnp
 
 from memseg_jax.models import rematerialise
 from memseg_jax.models.backbone import Backbone
-from memseg_jax.models.layers import Array, ConvNorm, Extent, resize_bilinear, resize_real, tap
+from memseg_jax.models.layers import (
+    Array,
+    ConvNorm,
+    ValidSize,
+    record,
+    resize_bilinear,
+    resize_valid,
+)
 from memseg_jax.models.resnet import BasicBlock, Bottleneck
 
 # Is there a ReLU after the first normalisation of the stem? The ImageNet weights were trained with
@@ -37,13 +44,13 @@ class ExchangeModule(nn.Module):
 
     @nn.compact
     def __call__(
-        self, maps: list[Array], *, train: bool, extent: Extent | None = None
+        self, maps: list[Array], *, train: bool, valid_size: ValidSize | None = None
     ) -> list[Array]:
         """Maps and returns one [batch, height, width, channels] per branch, shapes unchanged.
 
         Every branch is half as large (rounded up) as the one before.
         """
-        on = {"train": train, "extent": extent}
+        on = {"train": train, "valid_size": valid_size}
         branches = []
         for index, (x, width) in enumerate(zip(maps, self.widths, strict=True)):
             for block in range(BLOCKS):
@@ -72,9 +79,9 @@ class ExchangeModule(nn.Module):
             # rounded up on the way down, and then the second one is not the identity.
             factor = 2 ** (source - target)
             size = branches[target].shape[1:3]
-            if on["extent"] is not None:
-                real = on["extent"].real(x.shape[1:3])
-                return resize_real(x, (real, factor * real, on["extent"].real(size)), size)
+            if on["valid_size"] is not None:
+                valid = on["valid_size"].of_map(x.shape[1:3])
+                return resize_valid(x, (valid, factor * valid, on["valid_size"].of_map(size)), size)
             x = resize_bilinear(x, (x.shape[1] * factor, x.shape[2] * factor))
             return resize_bilinear(x, size)
         for step in range(target - source):
@@ -108,26 +115,28 @@ class HRNet(Backbone):
     auxiliary_levels = ()
 
     @nn.compact
-    def __call__(self, x: Array, *, train: bool, extent: Extent | None = None) -> tuple[Array]:
+    def __call__(
+        self, x: Array, *, train: bool, valid_size: ValidSize | None = None
+    ) -> tuple[Array]:
         """Returns one feature map: [batch, ceil(height / 4), ceil(width / 4), 720].
 
         Args:
             x: normalised images [batch, height, width, 3].
             train: use and update batch statistics.
-            extent: the real part of padded images.
+            valid_size: the valid part of padded images.
         """
-        kw, on = {"dtype": self.dtype}, {"train": train, "extent": extent}
+        kw, on = {"dtype": self.dtype}, {"train": train, "valid_size": valid_size}
         stem = max(int(64 * self.width), 1)
         widths = [max(int(channels * self.width), 1) for channels in BRANCH_WIDTHS]
         x = ConvNorm(stem, 3, 2, activation="none", name="conv1", **kw)(x, **on)
-        tap(self, "stem_bn1", x)
+        record(self, "stem_bn1", x)
         if VARIANTS[self.variant]:
             x = nn.relu(x)
         x = ConvNorm(stem, 3, 2, name="conv2", **kw)(x, **on)
         for index in range(BLOCKS):
             block = Bottleneck(stem, 1, 1, index == 0, self.dtype, name=f"layer1_{index}")
             x = rematerialise.call(block, x, remat=self.remat, **on)
-        tap(self, "layer1", x)
+        record(self, "layer1", x)
         # Stage 2 starts two branches from the one map; later stages keep their branches and start
         # one more from the coarsest.
         maps = [ConvNorm(widths[0], 3, name="transition1_0", **kw)(x, **on)]
@@ -142,16 +151,16 @@ class HRNet(Backbone):
                 )
                 maps = exchange(maps, **on)
             for branch, feature in enumerate(maps):
-                tap(self, f"stage{stage}.{branch}", feature)
+                record(self, f"stage{stage}.{branch}", feature)
             coarsest = maps[-1]
         size = maps[0].shape[1:3]
-        if extent is None:
+        if valid_size is None:
             coarse = [resize_bilinear(m, size) for m in maps[1:]]
         else:
-            sizes = [extent.real(m.shape[1:3]) for m in maps]
-            coarse = [resize_real(m, (s, sizes[0]), size) for m, s in zip(maps[1:], sizes[1:])]
+            sizes = [valid_size.of_map(m.shape[1:3]) for m in maps]
+            coarse = [resize_valid(m, (s, sizes[0]), size) for m, s in zip(maps[1:], sizes[1:])]
         features = jnp.concatenate([maps[0], *coarse], axis=-1)
-        tap(self, "backbone.0", features)
+        record(self, "backbone.0", features)
         return (features,)
 
 

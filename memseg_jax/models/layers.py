@@ -38,14 +38,14 @@ def activation(name: str) -> Activation:
 
 
 @struct.dataclass
-class Extent:
-    """How much of each padded image is real, so that padding changes no number.
+class ValidSize:
+    """How much of each padded image is valid, so that padding changes no number.
 
     Every layer of these networks keeps `ceil(size / stride)` positions of an input of `size`, so
-    the real part of any feature map follows from the sizes of the input alone.
+    the valid part of any feature map follows from the sizes of the input alone.
 
     Attributes:
-        valid: int32 [batch, 2], height and width of the real image in its upper left corner.
+        valid: int32 [batch, 2], height and width of the valid image in its upper left corner.
         padded: height and width of the padded input; multiples of the stride of the network's
             coarsest map.
     """
@@ -53,41 +53,41 @@ class Extent:
     valid: Array
     padded: tuple[int, int] = struct.field(pytree_node=False)
 
-    def real(self, size: tuple[int, int]) -> Array:
-        """Returns int32 [batch, 2]: height and width of the real part of a map of `size`."""
+    def of_map(self, size: tuple[int, int]) -> Array:
+        """Returns int32 [batch, 2]: height and width of the valid part of a map of `size`."""
         stride = [padded // side for padded, side in zip(self.padded, size)]
         return -(-self.valid // np.array(stride, np.int32))
 
     def mask(self, x: Array) -> Array:
-        """Returns bool [batch, height, width, 1]: where the feature map `x` is real."""
+        """Returns bool [batch, height, width, 1]: where the feature map `x` is valid."""
         height, width = x.shape[1:3]
-        real = self.real((height, width))
-        rows = jnp.arange(height) < real[:, :1]
-        columns = jnp.arange(width) < real[:, 1:]
+        valid = self.of_map((height, width))
+        rows = jnp.arange(height) < valid[:, :1]
+        columns = jnp.arange(width) < valid[:, 1:]
         return (rows[:, :, None] & columns[:, None, :])[..., None]
 
-    def whole(self, x: Array) -> "Extent":
-        """The extent with which every real position of the map `x` is real as a whole.
+    def whole(self, x: Array) -> "ValidSize":
+        """The `ValidSize` with which every valid position of the map `x` is valid as a whole.
 
         Positions at the border may stand for pixels beyond the image. A map that is made by
-        repeating positions is real there as well.
+        repeating positions is valid there as well.
         """
         stride = [padded // side for padded, side in zip(self.padded, x.shape[1:3])]
-        valid = self.real(x.shape[1:3]) * np.array(stride, np.int32)
+        valid = self.of_map(x.shape[1:3]) * np.array(stride, np.int32)
         return self.replace(valid=valid)
 
 
-def apply_extent(x: Array, extent: Extent | None) -> Array:
+def mask_padding(x: Array, valid_size: ValidSize | None) -> Array:
     """Sets the padded positions of `x` [batch, height, width, channels] to 0, as padding has it."""
-    return x if extent is None else jnp.where(extent.mask(x), x, 0)
+    return x if valid_size is None else jnp.where(valid_size.mask(x), x, 0)
 
 
-def spatial_mean(x: Array, extent: Extent | None = None) -> Array:
-    """Mean over the real positions: [batch, h, w, channels] -> float32 [batch, 1, 1, channels]."""
+def spatial_mean(x: Array, valid_size: ValidSize | None = None) -> Array:
+    """Mean over the valid positions: [batch, h, w, channels] -> float32 [batch, 1, 1, channels]."""
     x32 = x.astype(jnp.promote_types(x.dtype, jnp.float32))
-    if extent is None:
+    if valid_size is None:
         return jnp.mean(x32, axis=(1, 2), keepdims=True)
-    mask = extent.mask(x)
+    mask = valid_size.mask(x)
     return jnp.sum(jnp.where(mask, x32, 0), axis=(1, 2), keepdims=True) / jnp.sum(
         mask, axis=(1, 2), keepdims=True
     )
@@ -231,7 +231,7 @@ class ConvNorm(nn.Module):
     dtype: Any = jnp.float32
 
     @nn.compact
-    def __call__(self, x: Array, *, train: bool, extent: Extent | None = None) -> Array:
+    def __call__(self, x: Array, *, train: bool, valid_size: ValidSize | None = None) -> Array:
         """[batch, height, width, channels] -> [batch, height', width', features]."""
         x = Conv(
             self.features or x.shape[-1],
@@ -243,7 +243,7 @@ class ConvNorm(nn.Module):
             name="conv",
         )(x)
         x = BatchNorm(self.dtype, self.norm_updates, name="norm")(x, train=train)
-        return apply_extent(activation(self.activation)(x), extent)
+        return mask_padding(activation(self.activation)(x), valid_size)
 
 
 class Classifier(nn.Module):
@@ -321,16 +321,16 @@ def resize_bilinear(x: Array, size: tuple[int, int]) -> Array:
     return jnp.einsum("bhWc,Hh->bHWc", y, rows, precision="highest").astype(x.dtype)
 
 
-def real_bilinear_matrix(source: Array, target: Array, shape: tuple[int, int]) -> Array:
+def valid_bilinear_matrix(source: Array, target: Array, shape: tuple[int, int]) -> Array:
     """`bilinear_matrix` between sizes that are known only when the program runs.
 
     Args:
-        source: int32 [batch], number of real input positions.
-        target: int32 [batch], number of real output positions.
+        source: int32 [batch], number of valid input positions.
+        target: int32 [batch], number of valid output positions.
         shape: number of all output positions and of all input positions.
 
     Returns:
-        float32 [batch, *shape], zero outside of the real positions.
+        float32 [batch, *shape], zero outside of the valid positions.
     """
     source, target = source[:, None], target[:, None]
     row, column = np.arange(shape[0], dtype=np.int32), np.arange(shape[1], dtype=np.int32)
@@ -344,12 +344,12 @@ def real_bilinear_matrix(source: Array, target: Array, shape: tuple[int, int]) -
     return jnp.where((row < target)[..., None], matrix, 0)
 
 
-def resize_real(x: Array, sizes: Sequence[Array], size: tuple[int, int]) -> Array:
-    """`resize_bilinear` of the real parts of padded maps, each with sizes of its own.
+def resize_valid(x: Array, sizes: Sequence[Array], size: tuple[int, int]) -> Array:
+    """`resize_bilinear` of the valid parts of padded maps, each with sizes of its own.
 
     Args:
         x: [batch, h, w, channels], finite in the padding.
-        sizes: int32 [batch, 2] each: the real height and width of `x`, of what it is resized to,
+        sizes: int32 [batch, 2] each: the valid height and width of `x`, of what it is resized to,
             of what that is resized to, and so on.
         size: height and width of the result, padding included.
 
@@ -361,7 +361,7 @@ def resize_real(x: Array, sizes: Sequence[Array], size: tuple[int, int]) -> Arra
     for axis in (0, 1):
         matrix, columns = None, x.shape[1 + axis]
         for source, target in itertools.pairwise(sizes):
-            step = real_bilinear_matrix(source[:, axis], target[:, axis], (size[axis], columns))
+            step = valid_bilinear_matrix(source[:, axis], target[:, axis], (size[axis], columns))
             matrix = step if matrix is None else jnp.matmul(step, matrix, precision="highest")
             columns = size[axis]
         matrices.append(matrix.astype(dtype))
@@ -369,6 +369,6 @@ def resize_real(x: Array, sizes: Sequence[Array], size: tuple[int, int]) -> Arra
     return jnp.einsum("bhWc,bHh->bHWc", y, matrices[0], precision="highest").astype(x.dtype)
 
 
-def tap(module: nn.Module, name: str, value: Array) -> None:
+def record(module: nn.Module, name: str, value: Array) -> None:
     """Offers a named intermediate value to whoever applies with `mutable=["taps"]`."""
     module.sow("taps", name, value, reduce_fn=lambda _, new: new, init_fn=lambda: None)

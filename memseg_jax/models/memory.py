@@ -16,12 +16,12 @@ from jax import lax
 
 from memseg_jax.models import rematerialise
 from memseg_jax.models.attention import SelfAttention
-from memseg_jax.models.layers import Array, ConvNorm, Extent, bilinear_taps, tap
+from memseg_jax.models.layers import Array, ConvNorm, ValidSize, bilinear_taps, record
 
 COSINE_EPSILON = 1e-8  # lower bound of a norm in a cosine, as in PyTorch
 # A class whose pixels deviate less than this (mean of 1 - cosine) from its row is left alone: the
 # weights (1 - cosine) / sum(1 - cosine) are 0 / 0 there. Float32 cosines are good to about 1e-7.
-PARALLEL = 1e-6
+LEAST_DEVIATION = 1e-6
 _INSIDE = "promise_in_bounds"
 
 # Which cells the positions along one axis lie between; see `_cells_around`.
@@ -96,7 +96,7 @@ class MemoryModule(nn.Module):
         gradient_memory: Array | None = None,
         *,
         train: bool,
-        extent: Extent | None = None,
+        valid_size: ValidSize | None = None,
     ) -> Array:
         """Returns the augmented features [batch, height, width, features].
 
@@ -109,10 +109,10 @@ class MemoryModule(nn.Module):
             gradient_memory: [groups, classes, slots, channels], see `read_memory`. None: the
                 gradient sees the memory that is read.
             train: use and update batch statistics.
-            extent: the real part of padded images.
+            valid_size: the valid part of padded images.
         """
         kw = {"activation": self.activation, "dtype": self.dtype}
-        on = {"train": train, "extent": extent, "remat": self.remat}
+        on = {"train": train, "valid_size": valid_size, "remat": self.remat}
         slots = memory.shape[1]
         if gradient_memory is None:
             gradient_memory = memory[None]
@@ -129,7 +129,7 @@ class MemoryModule(nn.Module):
                 gradient_memory[:, :, slot].astype(self.dtype),
             )
             if slot == 0:
-                tap(self, "selected_memory", selected)
+                record(self, "selected_memory", selected)
             name = "self_attention" if slots == 1 else f"self_attentions_{slot}"
             attention = SelfAttention(self.attention_dim, self.features, name=name, **kw)
             gathered.append(rematerialise.call(attention, pixels, selected, **on))
@@ -138,21 +138,21 @@ class MemoryModule(nn.Module):
         else:
             fuse = ConvNorm(self.features, name="fuse_memory_conv", **kw)
             augmentation = rematerialise.call(fuse, jnp.concatenate(gathered, axis=-1), **on)
-        tap(self, "selfatt_memory", augmentation)
+        record(self, "selfatt_memory", augmentation)
         x = jnp.concatenate([pixels, augmentation], axis=-1)
         bottleneck = ConvNorm(self.features, 3, name="bottleneck", **kw)
         x = rematerialise.call(bottleneck, x, **on)
-        tap(self, "memory_bottleneck", x)
+        record(self, "memory_bottleneck", x)
         if self.within_image_context:
             attention = SelfAttention(
                 self.attention_dim, self.features, name="self_attention_ms", **kw
             )
             refined = rematerialise.call(attention, pixels, context, **on)
-            tap(self, "selfatt_ms", refined)
+            record(self, "selfatt_ms", refined)
             x = jnp.concatenate([refined, x], axis=-1)
             bottleneck = ConvNorm(self.features, 3, name="bottleneck_ms", **kw)
             x = rematerialise.call(bottleneck, x, **on)
-        tap(self, "memory_output", x)
+        record(self, "memory_output", x)
         return x
 
 
@@ -401,7 +401,7 @@ def move_memory(memory: Array, sums: MemorySums, momentum: Array) -> Array:
     summed, total, count = sums
     empty = jnp.all(memory == 0, axis=-1)  # [classes, slots]
     starts = jnp.any(empty, axis=-1)
-    settled = total <= PARALLEL * count  # no pixel, or all parallel to the row
+    settled = total <= LEAST_DEVIATION * count  # no pixel, or all parallel to the row
     mean = summed / jnp.where(settled, 1, total)[..., None]
     mean = jnp.where(settled[..., None], 0, mean)
     moved = (1 - momentum) * memory + momentum * mean

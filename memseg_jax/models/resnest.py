@@ -11,8 +11,8 @@ from memseg_jax.models.layers import (
     BatchNorm,
     Conv,
     ConvNorm,
-    Extent,
-    apply_extent,
+    ValidSize,
+    mask_padding,
     spatial_mean,
 )
 from memseg_jax.models.resnet import ResNet
@@ -21,37 +21,37 @@ RADIX = 2  # splits that a split-attention convolution chooses from
 REDUCTION = 4  # channels of all splits per channel inside of the attention
 
 
-def average_pool(x: Array, stride: int, extent: Extent | None = None) -> Array:
+def average_pool(x: Array, stride: int, valid_size: ValidSize | None = None) -> Array:
     """3x3 mean, padded by one zero on every side; the zeros count.
 
     Args:
         x: [batch, height, width, channels], 0 where it is padded.
         stride: step between output positions.
-        extent: the real part of `x`.
+        valid_size: the valid part of `x`.
 
     Returns:
         [batch, ceil(height / stride), ceil(width / stride), channels].
     """
     mean = nn.avg_pool(x, (3, 3), (stride, stride), ((1, 1), (1, 1)))
-    return apply_extent(mean, extent)
+    return mask_padding(mean, valid_size)
 
 
-def average_pool_real(x: Array, stride: int, extent: Extent | None = None) -> Array:
+def average_pool_valid(x: Array, stride: int, valid_size: ValidSize | None = None) -> Array:
     """Mean over blocks of `stride` x `stride`; blocks at the border may be incomplete.
 
     Args:
         x: [batch, height, width, channels], 0 where it is padded.
         stride: side of a block. 1: the identity.
-        extent: the real part of `x`; only real positions count.
+        valid_size: the valid part of `x`; only valid positions count.
 
     Returns:
         [batch, ceil(height / stride), ceil(width / stride), channels].
     """
     if stride == 1:
         return x
-    real = jnp.ones((1, *x.shape[1:3], 1), bool) if extent is None else extent.mask(x)
+    valid = jnp.ones((1, *x.shape[1:3], 1), bool) if valid_size is None else valid_size.mask(x)
     window = ((stride, stride), (stride, stride), ((0, stride - 1), (0, stride - 1)))
-    share = nn.avg_pool(real.astype(x.dtype), *window)
+    share = nn.avg_pool(valid.astype(x.dtype), *window)
     return nn.avg_pool(x, *window) / jnp.where(share > 0, share, 1)
 
 
@@ -66,15 +66,15 @@ class SplitAttention(nn.Module):
     dtype: Any
 
     @nn.compact
-    def __call__(self, x: Array, *, train: bool, extent: Extent | None = None) -> Array:
+    def __call__(self, x: Array, *, train: bool, valid_size: ValidSize | None = None) -> Array:
         """[batch, height, width, features] -> [batch, height, width, features]."""
         kw = {"dtype": self.dtype}
         splits = Conv(
             RADIX * self.features, 3, dilation=self.dilation, groups=RADIX, name="conv", **kw
         )(x)
         splits = nn.relu(BatchNorm(name="bn0", **kw)(splits, train=train))
-        splits = apply_extent(splits, extent).reshape(*splits.shape[:3], RADIX, self.features)
-        pooled = spatial_mean(jnp.sum(splits, axis=3), extent)
+        splits = mask_padding(splits, valid_size).reshape(*splits.shape[:3], RADIX, self.features)
+        pooled = spatial_mean(jnp.sum(splits, axis=3), valid_size)
         hidden = self.features * RADIX // REDUCTION
         pooled = Conv(hidden, use_bias=True, name="fc1", **kw)(pooled)
         pooled = nn.relu(BatchNorm(name="bn1", **kw)(pooled, train=train))
@@ -98,19 +98,19 @@ class SplitAttentionBottleneck(nn.Module):
     expansion = 4
 
     @nn.compact
-    def __call__(self, x: Array, *, train: bool, extent: Extent | None) -> Array:
+    def __call__(self, x: Array, *, train: bool, valid_size: ValidSize | None) -> Array:
         """[batch, height, width, channels] -> [batch, height', width', 4 * planes]."""
-        kw = {"train": train, "extent": extent}
+        kw = {"train": train, "valid_size": valid_size}
         inner = self.planes + self.planes % RADIX  # narrow test models: groups need equal shares
         outer = self.planes * self.expansion
         shortcut = x
         y = ConvNorm(inner, dtype=self.dtype, name="conv1")(x, **kw)
         y = SplitAttention(inner, self.dilation, self.dtype, name="split_attention")(y, **kw)
         if self.stride > 1:
-            y = average_pool(y, self.stride, extent)
+            y = average_pool(y, self.stride, valid_size)
         y = ConvNorm(outer, activation="none", dtype=self.dtype, name="conv3")(y, **kw)
         if self.project:
-            shortcut = average_pool_real(x, self.stride, extent)
+            shortcut = average_pool_valid(x, self.stride, valid_size)
             shortcut = ConvNorm(
                 outer, activation="none", dtype=self.dtype, name="downsample_pooled"
             )(shortcut, **kw)

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 
 from memseg_jax.models import rematerialise
 from memseg_jax.models.backbone import Backbone
-from memseg_jax.models.layers import Array, ConvNorm, Extent, apply_extent, max_pool, tap
+from memseg_jax.models.layers import Array, ConvNorm, ValidSize, mask_padding, max_pool, record
 
 STRIDES = (1, 2, 1, 1)
 DILATIONS = (1, 1, 2, 4)
@@ -25,9 +25,9 @@ class BasicBlock(nn.Module):
     expansion = 1
 
     @nn.compact
-    def __call__(self, x: Array, *, train: bool, extent: Extent | None) -> Array:
+    def __call__(self, x: Array, *, train: bool, valid_size: ValidSize | None) -> Array:
         """[batch, height, width, channels] -> [batch, height', width', planes]."""
-        kw = {"train": train, "extent": extent}
+        kw = {"train": train, "valid_size": valid_size}
         shortcut = x
         y = ConvNorm(self.planes, 3, self.stride, self.dilation, dtype=self.dtype, name="conv1")(
             x, **kw
@@ -56,9 +56,9 @@ class Bottleneck(nn.Module):
     expansion = 4
 
     @nn.compact
-    def __call__(self, x: Array, *, train: bool, extent: Extent | None) -> Array:
+    def __call__(self, x: Array, *, train: bool, valid_size: ValidSize | None) -> Array:
         """[batch, height, width, channels] -> [batch, height', width', 4 * planes]."""
-        kw = {"train": train, "extent": extent}
+        kw = {"train": train, "valid_size": valid_size}
         width = self.planes * self.expansion
         shortcut = x
         y = ConvNorm(self.planes, dtype=self.dtype, name="conv1")(x, **kw)
@@ -100,26 +100,26 @@ class ResNet(Backbone):
 
     @nn.compact
     def __call__(
-        self, x: Array, *, train: bool, extent: Extent | None = None
+        self, x: Array, *, train: bool, valid_size: ValidSize | None = None
     ) -> tuple[Array, Array, Array, Array]:
         """Returns four feature maps at strides 4, 8, 8, 8.
 
         Args:
             x: normalised images [batch, height, width, 3].
             train: use and update batch statistics.
-            extent: the real part of padded images.
+            valid_size: the valid part of padded images.
         """
         block, depths = self.variants[self.variant]
-        kw = {"train": train, "extent": extent}
+        kw = {"train": train, "valid_size": valid_size}
         stem = [max(int(c * self.width), 1) for c in self.stem_channels]
         x = ConvNorm(stem[0], 3, 2, dtype=self.dtype, name="stem_0")(x, **kw)
         x = ConvNorm(stem[1], 3, dtype=self.dtype, name="stem_1")(x, **kw)
         x = ConvNorm(stem[2], 3, dtype=self.dtype, name="stem_2")(x, **kw)
-        tap(self, "stem", x)
+        record(self, "stem", x)
         # Activations are never negative here, so masked padding (0) loses every maximum. Windows
-        # outside of the real part may still see a part of it: the result is masked again.
-        x = apply_extent(max_pool(x), extent)
-        tap(self, "maxpool", x)
+        # outside of the valid part may still see a part of it: the result is masked again.
+        x = mask_padding(max_pool(x), valid_size)
+        record(self, "maxpool", x)
         maps = []
         for stage, depth in enumerate(depths):
             planes = max(int(64 * 2**stage * self.width), 1)
@@ -136,8 +136,8 @@ class ResNet(Backbone):
                 )
                 x = rematerialise.call(layer, x, remat=self.remat, **kw)
                 if first and stage in (0, 2):
-                    tap(self, f"layer{stage + 1}_block0", x)
-            tap(self, f"backbone.{stage}", x)
+                    record(self, f"layer{stage + 1}_block0", x)
+            record(self, f"backbone.{stage}", x)
             maps.append(x)
         return tuple(maps)
 

@@ -19,10 +19,10 @@ from memseg_jax.models.layers import (
     Array,
     Classifier,
     ConvNorm,
-    Extent,
     LayerNorm,
-    apply_extent,
-    tap,
+    ValidSize,
+    mask_padding,
+    record,
 )
 from memseg_jax.models.memory import MemoryModule
 
@@ -38,7 +38,7 @@ class Decoder(nn.Module):
     dtype: Any
 
     @nn.compact
-    def __call__(self, x: Array, *, train: bool, extent: Extent | None = None) -> Array:
+    def __call__(self, x: Array, *, train: bool, valid_size: ValidSize | None = None) -> Array:
         """[batch, height, width, channels] -> float32 logits [batch, height, width, classes]."""
         x = ConvNorm(
             self.features,
@@ -46,7 +46,7 @@ class Decoder(nn.Module):
             activation=self.activation,
             dtype=self.dtype,
             name="project",
-        )(x, train=train, extent=extent)
+        )(x, train=train, valid_size=valid_size)
         classifier = Classifier(self.num_classes, self.dropout, self.dtype, name="classifier")
         return classifier(x, train=train)
 
@@ -61,10 +61,10 @@ class UpsamplingDecoder(nn.Module):
     dtype: Any
 
     @nn.compact
-    def __call__(self, x: Array, *, train: bool, extent: Extent | None = None) -> Array:
+    def __call__(self, x: Array, *, train: bool, valid_size: ValidSize | None = None) -> Array:
         """[batch, h, w, channels] -> float32 logits [batch, 16 h, 16 w, classes]."""
-        if extent is not None:
-            extent = extent.whole(x)
+        if valid_size is not None:
+            valid_size = valid_size.whole(x)
         for index in (0, 1):
             x = ConvNorm(
                 self.features,
@@ -72,7 +72,7 @@ class UpsamplingDecoder(nn.Module):
                 activation=self.activation,
                 dtype=self.dtype,
                 name=f"project_{index}",
-            )(x, train=train, extent=extent)
+            )(x, train=train, valid_size=valid_size)
             x = jnp.repeat(jnp.repeat(x, 4, axis=1), 4, axis=2)
         classify = Classifier(self.num_classes, self.dropout, self.dtype, name="full_classifier")
         return classify(x, train=train)
@@ -152,7 +152,12 @@ class Segmentor(nn.Module):
         return (rows, self.slots, self.feature_dim)
 
     def __call__(
-        self, images: Array, memory: Array, *, train: bool = False, extent: Extent | None = None
+        self,
+        images: Array,
+        memory: Array,
+        *,
+        train: bool = False,
+        valid_size: ValidSize | None = None,
     ) -> dict[str, Any]:
         """Runs the whole network; what the caller does not use costs nothing under `jit`.
 
@@ -160,23 +165,25 @@ class Segmentor(nn.Module):
             images: normalised images [batch, height, width, 3].
             memory: [classes, slots, channels].
             train: use and update batch statistics, drop channels.
-            extent: the real part of padded images (evaluation only).
+            valid_size: the valid part of padded images (evaluation only).
 
         Returns:
             What `encode` returns, and "logits": the prediction, float32 [batch, h, w, classes]
             at the backbone's stride.
         """
-        encoded = self.encode(images, train=train, extent=extent)
-        logits = self.decode(encoded, memory, train=train, extent=extent)
+        encoded = self.encode(images, train=train, valid_size=valid_size)
+        logits = self.decode(encoded, memory, train=train, valid_size=valid_size)
         return encoded | {"logits": logits}
 
-    def encode(self, images: Array, *, train: bool, extent: Extent | None = None) -> dict[str, Any]:
+    def encode(
+        self, images: Array, *, train: bool, valid_size: ValidSize | None = None
+    ) -> dict[str, Any]:
         """Everything before the memory is read.
 
         Args:
             images: normalised images [batch, height, width, 3].
             train: use and update batch statistics, drop channels.
-            extent: the real part of padded images.
+            valid_size: the valid part of padded images.
 
         Returns:
             "context": within-image context [batch, h, w, channels];
@@ -185,23 +192,23 @@ class Segmentor(nn.Module):
             [batch, h, w, channels], and "stage1": the coarse prediction, float32
             [batch, h, w, classes].
         """
-        on = {"train": train, "extent": extent}
-        maps = self.backbone(apply_extent(images, extent), **on)
+        on = {"train": train, "valid_size": valid_size}
+        maps = self.backbone(mask_padding(images, valid_size), **on)
         on["remat"] = self.remat
         if self.backbone.normalise_maps:
-            maps = [apply_extent(norm(x), extent) for norm, x in zip(self.norm_layers, maps)]
+            maps = [mask_padding(norm(x), valid_size) for norm, x in zip(self.norm_layers, maps)]
             for index, x in enumerate(maps):
-                tap(self, f"norm_layers.{index}", x.reshape(x.shape[0], -1, x.shape[-1]))
+                record(self, f"norm_layers.{index}", x.reshape(x.shape[0], -1, x.shape[-1]))
         if self.downsample > 1:
             maps = [rematerialise.call(self.downsampling, maps[-1], **on)]
-            tap(self, "downsample_backbone", maps[-1])
+            record(self, "downsample_backbone", maps[-1])
         context = rematerialise.call(self.context, maps[-1], **on)
         out: dict[str, Any] = {"context": context, "auxiliary": []}
         if self.memory_enabled:
             out["memory_input"] = rematerialise.call(self.bottleneck, maps[-1], **on)
             out["stage1"] = rematerialise.call(self.decoder_stage1, out["memory_input"], **on)
-            tap(self, "memory_input", out["memory_input"])
-            tap(self, "stage1_logits", out["stage1"])
+            record(self, "memory_input", out["memory_input"])
+            record(self, "stage1_logits", out["stage1"])
         if self.auxiliary:
             levels = [maps[level] for level in self.backbone.auxiliary_levels]
             out["auxiliary"] = [
@@ -209,7 +216,7 @@ class Segmentor(nn.Module):
                 for decoder, x in zip(self.auxiliary_decoders, levels)
             ]
             for index, logits in enumerate(out["auxiliary"]):
-                tap(self, f"aux_logits.{index}" if len(levels) > 1 else "aux_logits", logits)
+                record(self, f"aux_logits.{index}" if len(levels) > 1 else "aux_logits", logits)
         return out
 
     def decode(
@@ -219,7 +226,7 @@ class Segmentor(nn.Module):
         gradient_memory: Array | None = None,
         *,
         train: bool,
-        extent: Extent | None = None,
+        valid_size: ValidSize | None = None,
     ) -> Array:
         """The memory read and everything after it.
 
@@ -228,7 +235,7 @@ class Segmentor(nn.Module):
             memory: [classes, slots, channels].
             gradient_memory: [groups, classes, slots, channels], see `memory.read_memory`.
             train: use and update batch statistics, drop channels.
-            extent: the real part of padded images.
+            valid_size: the valid part of padded images.
 
         Returns:
             float32 logits [batch, h, w, classes].
@@ -241,14 +248,14 @@ class Segmentor(nn.Module):
                 memory,
                 gradient_memory,
                 train=train,
-                extent=extent,
+                valid_size=valid_size,
             )
             logits = rematerialise.call(
-                self.decoder_stage2, augmented, remat=self.remat, train=train, extent=extent
+                self.decoder_stage2, augmented, remat=self.remat, train=train, valid_size=valid_size
             )
         else:
             logits = self.classifier(encoded["context"], train=train)
-        tap(self, "stage2_logits", logits)
+        record(self, "stage2_logits", logits)
         return logits
 
     def classify_rows(self, rows: Array, *, train: bool) -> Array:

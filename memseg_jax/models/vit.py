@@ -11,14 +11,14 @@ from memseg_jax.models.attention import attend
 from memseg_jax.models.backbone import Backbone
 from memseg_jax.models.layers import (
     Array,
-    Extent,
     LayerNorm,
     Linear,
-    apply_extent,
-    real_bilinear_matrix,
+    ValidSize,
+    mask_padding,
+    record,
     resize_bilinear,
-    tap,
     torch_uniform,
+    valid_bilinear_matrix,
 )
 
 PATCH = 16
@@ -108,32 +108,32 @@ def fit_positions(table: Array, grid: tuple[int, int]) -> Array:
     return jnp.concatenate([table[:, :1], resized], axis=1)
 
 
-def fit_positions_to_real(table: Array, extent: Extent, grid: tuple[int, int]) -> Array:
+def fit_positions_to_valid(table: Array, valid_size: ValidSize, grid: tuple[int, int]) -> Array:
     """`fit_positions` for padded images whose sizes are known only when the program runs.
 
     Args:
         table: as for `fit_positions`.
-        extent: the real part of the images.
+        valid_size: the valid part of the images.
         grid: tokens along height and width, padding included.
 
     Returns:
         [batch, 1 + height * width, channels]; of any value at the padding's tokens.
     """
     side = int((table.shape[1] - 1) ** 0.5)
-    real = extent.real(grid)
-    sides = jnp.full_like(real, side)
+    valid = valid_size.of_map(grid)
+    sides = jnp.full_like(valid, side)
     rows, columns = (
-        real_bilinear_matrix(sides[:, axis], real[:, axis], (grid[axis], side)) for axis in (0, 1)
+        valid_bilinear_matrix(sides[:, axis], valid[:, axis], (grid[axis], side)) for axis in (0, 1)
     )
     square = table[0, 1:].reshape(side, side, -1)
     resized = jnp.einsum("yxc,bXx->byXc", square, columns, precision="highest")
     resized = jnp.einsum("byXc,bYy->bYXc", resized, rows, precision="highest")
-    # As many tokens as the table has: the table as it is, counted along the real rows.
-    place = np.arange(grid[0])[:, None] * real[:, 1, None, None] + np.arange(grid[1])
+    # As many tokens as the table has: the table as it is, counted along the valid rows.
+    place = np.arange(grid[0])[:, None] * valid[:, 1, None, None] + np.arange(grid[1])
     as_it_is = jnp.take(table[0, 1:], place, axis=0, mode="clip")
-    equal = (real[:, 0] * real[:, 1] == side * side)[:, None, None, None]
-    fitted = jnp.where(equal, as_it_is, resized).reshape(len(real), grid[0] * grid[1], -1)
-    first = jnp.broadcast_to(table[:, :1], (len(real), 1, table.shape[-1]))
+    equal = (valid[:, 0] * valid[:, 1] == side * side)[:, None, None, None]
+    fitted = jnp.where(equal, as_it_is, resized).reshape(len(valid), grid[0] * grid[1], -1)
+    first = jnp.broadcast_to(table[:, :1], (len(valid), 1, table.shape[-1]))
     return jnp.concatenate([first, fitted], axis=1)
 
 
@@ -159,14 +159,16 @@ class ViT(Backbone):
     normalise_maps = True  # the segmentor puts a LayerNorm on every map
 
     @nn.compact
-    def __call__(self, x: Array, *, train: bool, extent: Extent | None = None) -> tuple[Array, ...]:
+    def __call__(
+        self, x: Array, *, train: bool, valid_size: ValidSize | None = None
+    ) -> tuple[Array, ...]:
         """Returns one feature map for each of `outputs`, all at stride 16.
 
         Args:
             x: normalised images [batch, height, width, 3]; sides that are no multiples of 16 are
                 continued by zeros at the bottom and at the right.
             train: makes no difference here: there is no dropout and no batch statistic.
-            extent: the real part of padded images.
+            valid_size: the valid part of padded images.
 
         Returns:
             Maps [batch, ceil(height / 16), ceil(width / 16), channels].
@@ -175,11 +177,11 @@ class ViT(Backbone):
         bottom, right = (-size % PATCH for size in x.shape[1:3])
         x = jnp.pad(x, ((0, 0), (0, bottom), (0, right), (0, 0)))
         x = PatchProjection(channels, self.dtype, name="patch_projection")(x)
-        tap(self, "patch_embed", x)
+        record(self, "patch_embed", x)
         batch, *grid, _ = x.shape
         mask = None
-        if extent is not None:
-            seen = extent.mask(x).reshape(batch, -1)
+        if valid_size is not None:
+            seen = valid_size.mask(x).reshape(batch, -1)
             mask = jnp.concatenate([jnp.ones((batch, 1), bool), seen], axis=1)
 
         zeros = nn.initializers.zeros
@@ -188,22 +190,22 @@ class ViT(Backbone):
         first = jnp.broadcast_to(first, (batch, 1, channels))
         # In float32: the gradients of token and positions are sums over the batch.
         x = x.astype(jnp.promote_types(self.dtype, jnp.float32)).reshape(batch, -1, channels)
-        if extent is None:
+        if valid_size is None:
             positions = fit_positions(table, tuple(grid))
         else:
-            positions = fit_positions_to_real(table, extent, tuple(grid))
+            positions = fit_positions_to_valid(table, valid_size, tuple(grid))
         x = (jnp.concatenate([first, x], axis=1) + positions).astype(self.dtype)
-        tap(self, "tokens_plus_pos", x)
+        record(self, "tokens_plus_pos", x)
 
         maps = []
         for index in range(self.outputs[-1] + 1):
             block = Block(self.dtype, name=f"layers_{index}")
             x = rematerialise.call(block, x, remat=self.remat, train=train, mask=mask)
             if index == 0:
-                tap(self, "layer0", x)
+                record(self, "layer0", x)
             if index in self.outputs:
-                maps.append(apply_extent(x[:, 1:].reshape(batch, *grid, channels), extent))
-                tap(self, f"backbone.{len(maps) - 1}", maps[-1])
+                maps.append(mask_padding(x[:, 1:].reshape(batch, *grid, channels), valid_size))
+                record(self, f"backbone.{len(maps) - 1}", maps[-1])
         return tuple(maps)
 
 

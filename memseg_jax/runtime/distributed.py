@@ -3,7 +3,8 @@
 `start` joins the processes. From then on no process ends alone: one that fails leaves a note in the
 runtime's key-value store, every process has a thread that looks for such notes, and all end with
 the same words and the same exit status. A process that dies without a word is noticed by the
-runtime's heartbeat. `merge` is how the processes exchange what is not an array of the training.
+runtime's heartbeat. `reduce_on_primary` is how the processes exchange what is not an array of the
+training.
 """
 
 import contextlib
@@ -187,7 +188,7 @@ def process_count() -> int:
     return _run.count
 
 
-def merge(name: str, payload: bytes, function: Callable[[list[bytes]], bytes]) -> bytes:
+def reduce_on_primary(name: str, payload: bytes, function: Callable[[list[bytes]], bytes]) -> bytes:
     """Every process gives something, process 0 makes one thing of it, every process gets that.
 
     All processes must call it in the same order. It waits as long as it takes.
@@ -239,7 +240,7 @@ def _wait_for(key: str) -> bytes:
 
 def wait_for_all(name: str) -> None:
     """Returns when every process has come here."""
-    merge(name, b"", lambda payloads: b"")
+    reduce_on_primary(name, b"", lambda payloads: b"")
 
 
 def check_same(name: str, values: dict[str, Any]) -> None:
@@ -265,12 +266,14 @@ def check_same(name: str, values: dict[str, Any]) -> None:
                     )
         return b""
 
-    merge(name, json.dumps(values).encode(), compare)
+    reduce_on_primary(name, json.dumps(values).encode(), compare)
 
 
 def from_primary(name: str, value: Any) -> Any:
     """Returns the plain value that process 0 gives."""
-    return json.loads(merge(name, json.dumps(value).encode(), lambda payloads: payloads[0]))
+    return json.loads(
+        reduce_on_primary(name, json.dumps(value).encode(), lambda payloads: payloads[0])
+    )
 
 
 # ---- Ending together ----------------------------------------------------------------------------

@@ -4,9 +4,9 @@ The order inside matters: the forward pass reads the memory of the step before; 
 updated from the features and the labels; then come the losses (the consistency loss sees the
 updated memory), the gradients, and SGD.
 
-`Losses` has the pieces. They are put together twice: `whole_batch` is the step as one reads it, and
-`in_parts` gives the same losses and gradients from one part of the batch after the other
-(`config.train.accumulate`), in the memory of one part.
+`Losses` has the pieces. They are put together twice: `whole_batch` is the step as one reads it;
+`accumulate_gradients` gives the same losses and gradients from one part of the batch after the
+other (`config.train.accumulate`), in the memory of one part.
 """
 
 import dataclasses
@@ -67,7 +67,7 @@ def make_train_step(
         if parts == 1:
             result = whole_batch(losses, state, batch, lr, rng)
         else:
-            result = in_parts(losses, state, batch, lr, rng, parts)
+            result = accumulate_gradients(losses, state, batch, lr, rng, parts)
         grads, metrics, batch_stats, memory = result
         updates, opt_state = tx.update(grads, state.opt_state, state.params)
         new_state = TrainState(
@@ -215,7 +215,7 @@ class Losses:
 def whole_batch(
     losses: Losses, state: TrainState, batch: Batch, lr: jax.Array, rng: jax.Array
 ) -> Result:
-    """Gradients of a batch; arguments as of `in_parts`."""
+    """Gradients of a batch; arguments as of `accumulate_gradients`."""
     rngs = jax.random.split(rng, 3)
 
     def loss_fn(params: Any) -> tuple[jax.Array, tuple[Metrics, Any, jax.Array]]:
@@ -244,7 +244,7 @@ def whole_batch(
 # ---- Part by part -------------------------------------------------------------------------------
 
 
-def in_parts(
+def accumulate_gradients(
     losses: Losses, state: TrainState, batch: Batch, lr: jax.Array, rng: jax.Array, parts: int
 ) -> Result:
     """Gradients of a batch, one part after the other; see `docs/method.md`.

@@ -28,7 +28,7 @@ class Toy:
     def __init__(self, num_classes=2, leftward=0.5):
         self.num_classes, self.leftward = num_classes, leftward
 
-    def apply(self, variables, images, memory, extent):
+    def apply(self, variables, images, memory, valid_size):
         height, width = (-(-side // 4) * 4 for side in images.shape[1:3])
         padding = [
             (0, 0),

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from jax.sharding import NamedSharding, PartitionSpec
 
 from memseg_jax.models import convolution
-from memseg_jax.models.convolution import Geometry, convolve
+from memseg_jax.models.convolution import ConvParams, convolve
 from memseg_jax.runtime.sharding import make_mesh
 from tests.small_models import FAST_COMPILE, fast_jit
 
@@ -23,33 +23,33 @@ FORMS = [
 ]
 
 
-def forms_for(geometry):
-    return FORMS if geometry.stride == 1 else FORMS[:2]
+def forms_for(conv_params):
+    return FORMS if conv_params.stride == 1 else FORMS[:2]
 
 
-def random_case(height, width, window, geometry, dtype, batch=2, channels=(2, 3)):
+def random_case(height, width, window, conv_params, dtype, batch=2, channels=(2, 3)):
     """Input, kernel and gradient by the result; channels are per group."""
     rng = np.random.default_rng(0)
     inside, outside = channels
-    size = [-(-side // geometry.stride) for side in (height, width)]
+    size = [-(-side // conv_params.stride) for side in (height, width)]
     shapes = (
-        (batch, height, width, inside * geometry.groups),
-        (*window, inside, outside * geometry.groups),
-        (batch, *size, outside * geometry.groups),
+        (batch, height, width, inside * conv_params.groups),
+        (*window, inside, outside * conv_params.groups),
+        (batch, *size, outside * conv_params.groups),
     )
     return [jnp.asarray(rng.standard_normal(shape), dtype) for shape in shapes]
 
 
-def plain_results(x, kernel, dy, geometry):
+def plain_results(x, kernel, dy, conv_params):
     """The convolution, its input gradient and its filter gradient, all by XLA."""
     y, pull_back = jax.vjp(
-        lambda x, kernel: convolution.convolve_plainly(x, kernel, geometry), x, kernel
+        lambda x, kernel: convolution.convolve_plainly(x, kernel, conv_params), x, kernel
     )
     return y, *pull_back(dy)
 
 
-def our_results(x, kernel, dy, geometry):
-    options = {name: getattr(geometry, name) for name in ("stride", "dilation", "groups")}
+def our_results(x, kernel, dy, conv_params):
+    options = {name: getattr(conv_params, name) for name in ("stride", "dilation", "groups")}
     y, pull_back = jax.vjp(lambda x, kernel: convolve(x, kernel, **options), x, kernel)
     return y, *pull_back(dy)
 
@@ -67,77 +67,77 @@ def our_results(x, kernel, dy, geometry):
 @example(height=9, width=9, window=(3, 3), stride=1, dilation=8, groups=1)  # ... one corner
 @example(height=9, width=9, window=(3, 3), stride=1, dilation=9, groups=2)  # ... unreachable
 def test_all_forms_equal_xla(height, width, window, stride, dilation, groups):
-    geometry = Geometry(stride, dilation, groups)
+    conv_params = ConvParams(stride, dilation, groups)
     with jax.enable_x64(True):
-        x, kernel, dy = random_case(height, width, window, geometry, jnp.float64)
+        x, kernel, dy = random_case(height, width, window, conv_params, jnp.float64)
         expected, actual, gradients = fast_jit(
             lambda x, kernel, dy: (
-                plain_results(x, kernel, dy, geometry),
-                our_results(x, kernel, dy, geometry),
-                [form(x, dy, window, geometry) for form in forms_for(geometry)],
+                plain_results(x, kernel, dy, conv_params),
+                our_results(x, kernel, dy, conv_params),
+                [form(x, dy, window, conv_params) for form in forms_for(conv_params)],
             )
         )(x, kernel, dy)
         for name, ours, theirs in zip(("y", "dx", "dw"), actual, expected, strict=True):
             assert ours.dtype == jnp.float64
             np.testing.assert_allclose(ours, theirs, atol=1e-12, err_msg=name)
-        for form, gradient in zip(forms_for(geometry), gradients, strict=True):
+        for form, gradient in zip(forms_for(conv_params), gradients, strict=True):
             np.testing.assert_allclose(gradient, expected[2], atol=1e-12, err_msg=str(form))
 
 
 @pytest.mark.parametrize("groups", [1, 2])
 @pytest.mark.parametrize("dilation", [2, 5])
 def test_float32_and_bfloat16_to_rounding(dilation, groups):
-    geometry = Geometry(1, dilation, groups)
-    case = random_case(12, 13, (3, 3), geometry, jnp.bfloat16, channels=(4, 4))
+    conv_params = ConvParams(1, dilation, groups)
+    case = random_case(12, 13, (3, 3), conv_params, jnp.bfloat16, channels=(4, 4))
     single = [array.astype(jnp.float32) for array in case]
     with jax.enable_x64(True):
-        exact = plain_results(*(jnp.asarray(array, jnp.float64) for array in case), geometry)[2]
+        exact = plain_results(*(jnp.asarray(array, jnp.float64) for array in case), conv_params)[2]
         exact = np.asarray(exact)
     for form in FORMS:
         # Up to 312 terms of size 1: float32 loses digits near 1e-7 of sums near 18.
-        gradient = form(single[0], single[2], (3, 3), geometry)
+        gradient = form(single[0], single[2], (3, 3), conv_params)
         assert gradient.dtype == jnp.float32
         np.testing.assert_allclose(gradient, exact, atol=2e-5)
     # Sums in float32, one rounding to 8 binary digits at the end.
-    ours = our_results(*case, geometry)
-    exact_results = plain_results(*single, geometry)
+    ours = our_results(*case, conv_params)
+    exact_results = plain_results(*single, conv_params)
     for mine, theirs in zip(ours, exact_results, strict=True):
         assert mine.dtype == jnp.bfloat16
         np.testing.assert_allclose(mine.astype(jnp.float32), theirs, rtol=2**-7, atol=2e-2)
-    gradient = convolution.filter_gradient_by_shifts(case[0], case[2], (3, 3), geometry)
+    gradient = convolution.filter_gradient_by_shifts(case[0], case[2], (3, 3), conv_params)
     assert gradient.dtype == jnp.bfloat16
     np.testing.assert_allclose(gradient.astype(jnp.float32), exact, rtol=2**-8, atol=2e-5)
 
 
-def lowered_gradient(platform, size, geometry):
+def lowered_gradient(platform, size, conv_params):
     """The text of the filter gradient of a 3x3 convolution as it is lowered for a platform."""
-    x, _, dy = random_case(size, size, (3, 3), geometry, jnp.float32)
-    gradient = jax.jit(lambda x, dy: convolution.filter_gradient(x, dy, (3, 3), geometry))
+    x, _, dy = random_case(size, size, (3, 3), conv_params, jnp.float32)
+    gradient = jax.jit(lambda x, dy: convolution.filter_gradient(x, dy, (3, 3), conv_params))
     return gradient.trace(x, dy).lower(lowering_platforms=(platform,)).as_text()
 
 
 @pytest.mark.parametrize(
-    ("platform", "size", "geometry", "convolutions", "products"),
+    ("platform", "size", "conv_params", "convolutions", "products"),
     [
-        ("cuda", 24, Geometry(dilation=4), 1, 0),
-        ("cuda", 24, Geometry(dilation=5), 0, 9),
-        ("cuda", 24, Geometry(dilation=2, groups=2), 1, 0),
-        ("cuda", 24, Geometry(stride=2, dilation=2), 0, 9),
-        ("cuda", 24, Geometry(groups=2), 1, 0),
-        ("rocm", 24, Geometry(dilation=5), 0, 9),
-        ("tpu", 24, Geometry(dilation=5), 1, 0),
-        ("cpu", 24, Geometry(dilation=3), 1, 0),
-        ("cpu", 24, Geometry(dilation=4), 0, 9),
-        ("cpu", 24, Geometry(groups=2), 2, 0),
+        ("cuda", 24, ConvParams(dilation=4), 1, 0),
+        ("cuda", 24, ConvParams(dilation=5), 0, 9),
+        ("cuda", 24, ConvParams(dilation=2, groups=2), 1, 0),
+        ("cuda", 24, ConvParams(stride=2, dilation=2), 0, 9),
+        ("cuda", 24, ConvParams(groups=2), 1, 0),
+        ("rocm", 24, ConvParams(dilation=5), 0, 9),
+        ("tpu", 24, ConvParams(dilation=5), 1, 0),
+        ("cpu", 24, ConvParams(dilation=3), 1, 0),
+        ("cpu", 24, ConvParams(dilation=4), 0, 9),
+        ("cpu", 24, ConvParams(groups=2), 2, 0),
     ],
 )
-def test_form_of_the_filter_gradient(platform, size, geometry, convolutions, products):
-    text = lowered_gradient(platform, size, geometry)
+def test_form_of_the_filter_gradient(platform, size, conv_params, convolutions, products):
+    text = lowered_gradient(platform, size, conv_params)
     assert text.count("stablehlo.convolution") == convolutions
     assert text.count("stablehlo.dot_general") == products
     if platform == "cuda":
         # XLA would make the dilation of the forward pass a stride of the gradient.
-        assert not re.search(r"stride = \[[2-9]", text) or geometry.dilation == 1
+        assert not re.search(r"stride = \[[2-9]", text) or conv_params.dilation == 1
 
 
 @pytest.mark.parametrize(
@@ -151,7 +151,7 @@ def test_form_of_the_filter_gradient(platform, size, geometry, convolutions, pro
     ],
 )
 def test_form_of_the_convolution(platform, dilation, groups, convolutions, products):
-    case = random_case(24, 24, (3, 3), Geometry(1, dilation, groups), jnp.float32)
+    case = random_case(24, 24, (3, 3), ConvParams(1, dilation, groups), jnp.float32)
 
     def forward_and_input_gradient(x, kernel, dy):
         y, pull_back = jax.vjp(lambda x: convolve(x, kernel, dilation=dilation, groups=groups), x)
@@ -173,19 +173,19 @@ def test_form_of_the_convolution(platform, dilation, groups, convolutions, produ
 @example(height=1, width=2, dilation=1, groups=1)
 @example(height=15, width=14, dilation=2, groups=2)
 def test_tiles_equal_xla(height, width, dilation, groups):
-    geometry = Geometry(1, dilation, groups)
+    conv_params = ConvParams(1, dilation, groups)
     tiles = functools.partial(
-        convolution.convolve_by_group, geometry=geometry, form=convolution.convolve_by_tiles
+        convolution.convolve_by_group, conv_params=conv_params, form=convolution.convolve_by_tiles
     )
     with jax.enable_x64(True):
-        x, kernel, dy = random_case(height, width, (3, 3), geometry, jnp.float64)
+        x, kernel, dy = random_case(height, width, (3, 3), conv_params, jnp.float64)
 
         def by_tiles(x, kernel, dy):
             y, pull_back = jax.vjp(tiles, x, kernel)
             return y, *pull_back(dy)
 
         expected, actual = fast_jit(
-            lambda *case: (plain_results(*case, geometry), by_tiles(*case))
+            lambda *case: (plain_results(*case, conv_params), by_tiles(*case))
         )(x, kernel, dy)
         for ours, theirs in zip(actual, expected, strict=True):
             np.testing.assert_allclose(ours, theirs, atol=1e-12)
@@ -194,14 +194,14 @@ def test_tiles_equal_xla(height, width, dilation, groups):
 MANY = convolution.CHANNELS_TO_TILE
 
 
-@pytest.mark.parametrize("geometry", [Geometry(dilation=2), Geometry(groups=2)])
-def test_many_channels_go_by_tiles(geometry):
+@pytest.mark.parametrize("conv_params", [ConvParams(dilation=2), ConvParams(groups=2)])
+def test_many_channels_go_by_tiles(conv_params):
     """The results of `convolve` are those of float64 to float32 rounding."""
-    case = random_case(13, 14, (3, 3), geometry, jnp.float32, channels=(MANY, MANY + 1))
-    ours = jax.jit(our_results, static_argnums=3)(*case, geometry)
-    plain = plain_results(*case, geometry)
+    case = random_case(13, 14, (3, 3), conv_params, jnp.float32, channels=(MANY, MANY + 1))
+    ours = jax.jit(our_results, static_argnums=3)(*case, conv_params)
+    plain = plain_results(*case, conv_params)
     with jax.enable_x64(True):
-        exact = plain_results(*(jnp.asarray(x, jnp.float64) for x in case), geometry)
+        exact = plain_results(*(jnp.asarray(x, jnp.float64) for x in case), conv_params)
         for mine, xla, true in zip(ours, plain, exact, strict=True):
             assert mine.dtype == jnp.float32
             error, usual = (float(jnp.abs(x - true).max() / true.std()) for x in (mine, xla))
@@ -221,8 +221,8 @@ def test_many_channels_go_by_tiles(geometry):
     ],
 )
 def test_where_tiles_are_used(platform, dtype, channels, stride, products):
-    geometry = Geometry(stride)
-    x, kernel, _ = random_case(8, 8, (3, 3), geometry, dtype, channels=channels)
+    conv_params = ConvParams(stride)
+    x, kernel, _ = random_case(8, 8, (3, 3), conv_params, dtype, channels=channels)
     traced = jax.jit(lambda x, kernel: convolve(x, kernel, stride=stride)).trace(x, kernel)
     text = traced.lower(lowering_platforms=(platform,)).as_text()
     assert text.count("stablehlo.dot_general") == products
@@ -230,7 +230,7 @@ def test_where_tiles_are_used(platform, dtype, channels, stride, products):
 
 
 def test_tiles_of_very_large_inputs_are_not_made(monkeypatch):
-    case = random_case(8, 8, (3, 3), Geometry(), jnp.float32, channels=(MANY, MANY))
+    case = random_case(8, 8, (3, 3), ConvParams(), jnp.float32, channels=(MANY, MANY))
     monkeypatch.setattr(convolution, "LARGEST_INPUT_TO_TILE", case[0].size - 1)
     assert "dot_general" not in str(jax.make_jaxpr(convolve)(*case[:2]))
 
@@ -238,11 +238,11 @@ def test_tiles_of_very_large_inputs_are_not_made(monkeypatch):
 @settings(max_examples=15, deadline=None)
 @given(st.integers(1, 7), st.integers(1, 7), st.integers(1, 3))
 def test_one_position_is_a_matrix_product(height, width, stride):
-    geometry = Geometry(stride)
+    conv_params = ConvParams(stride)
     with jax.enable_x64(True):
-        x, kernel, dy = random_case(height, width, (1, 1), geometry, jnp.float64)
-        expected = plain_results(x, kernel, dy, geometry)
-        actual = our_results(x, kernel, dy, geometry)
+        x, kernel, dy = random_case(height, width, (1, 1), conv_params, jnp.float64)
+        expected = plain_results(x, kernel, dy, conv_params)
+        actual = our_results(x, kernel, dy, conv_params)
         for ours, theirs in zip(actual, expected, strict=True):
             np.testing.assert_allclose(ours, theirs, atol=1e-13)
     traced = jax.jit(lambda x, kernel: convolve(x, kernel, stride=stride)).trace(x, kernel)
@@ -252,7 +252,7 @@ def test_one_position_is_a_matrix_product(height, width, stride):
 
 
 def test_plain_convolutions_are_left_alone():
-    x, kernel, _ = random_case(8, 8, (3, 3), Geometry(), jnp.float32)
+    x, kernel, _ = random_case(8, 8, (3, 3), ConvParams(), jnp.float32)
     text = str(jax.make_jaxpr(lambda x, kernel: convolve(x, kernel, stride=2))(x, kernel))
     assert text.count("conv_general_dilated[") == 1
     assert "custom_vjp" not in text
@@ -264,25 +264,25 @@ def test_plain_convolutions_are_left_alone():
     [((4, 5), 4, "1x3"), ((5, 4), 4, "3x1"), ((5, 5), 4, "3x3"), ((5, 1), 1, "3x1")],
 )
 def test_taps_outside_of_the_map_cost_nothing(size, dilation, window):
-    x, kernel, _ = random_case(*size, (3, 3), Geometry(dilation=dilation), jnp.float32)
+    x, kernel, _ = random_case(*size, (3, 3), ConvParams(dilation=dilation), jnp.float32)
     convolved = jax.jit(lambda x, kernel: convolve(x, kernel, dilation=dilation))
     text = convolved.trace(x, kernel).lower(lowering_platforms=("tpu",)).as_text()
     assert f"tensor<{window}x2x3xf32>) -> tensor<2x" in text
 
 
-@pytest.mark.parametrize("geometry", [Geometry(dilation=2), Geometry(dilation=3, groups=2)])
+@pytest.mark.parametrize("conv_params", [ConvParams(dilation=2), ConvParams(dilation=3, groups=2)])
 @pytest.mark.parametrize("platform_form", ["cpu", "tiles", *range(len(FORMS))])
-def test_batch_split_over_devices(geometry, platform_form, monkeypatch):
+def test_batch_split_over_devices(conv_params, platform_form, monkeypatch):
     """The same numbers, and no device collects what belongs to another one."""
-    case = random_case(7, 6, (3, 3), geometry, jnp.float32, batch=8)
+    case = random_case(7, 6, (3, 3), conv_params, jnp.float32, batch=8)
     if platform_form in ("cpu", "tiles"):
         if platform_form == "tiles":
             monkeypatch.setattr(convolution, "CHANNELS_TO_TILE", 1)
             monkeypatch.setattr(convolution, "DILATIONS_PER_MAP_TO_SHIFT", 0)
-        step = lambda x, kernel, dy: our_results(x, kernel, dy, geometry)  # noqa: E731
+        step = lambda x, kernel, dy: our_results(x, kernel, dy, conv_params)  # noqa: E731
     else:
         form = FORMS[platform_form]
-        step = lambda x, kernel, dy: form(x, dy, (3, 3), geometry)  # noqa: E731
+        step = lambda x, kernel, dy: form(x, dy, (3, 3), conv_params)  # noqa: E731
     mesh = make_mesh()
     split, whole = (NamedSharding(mesh, spec) for spec in (PartitionSpec("data"), PartitionSpec()))
     placed = [jax.device_put(array, place) for array, place in zip(case, (split, whole, split))]

@@ -88,8 +88,8 @@ def test_no_unsuitable_convolution_is_lowered():
         return jax.jit(function).trace(*args).lower(lowering_platforms=("cuda",)).as_text()
 
     x = jnp.ones((1, 40, 40, 2))
-    geometry = convolution.Geometry(dilation=2)
-    plain = lower(lambda x: convolution.filter_gradient_plainly(x, x, (3, 3), geometry), x)
+    conv_params = convolution.ConvParams(dilation=2)
+    plain = lower(lambda x: convolution.filter_gradient_plainly(x, x, (3, 3), conv_params), x)
     assert len(unsuitable(plain)) == 1
     step = lower(*h200.step_and_arguments(h200.small_config("resnet18", 0.125, 1)))
     assert step.count("stablehlo.convolution") > 100

@@ -9,7 +9,7 @@ import pytest
 
 from converters import names
 from memseg_jax.models import hrnet
-from memseg_jax.models.layers import BATCH_NORM_EPSILON, Extent, resize_bilinear
+from memseg_jax.models.layers import BATCH_NORM_EPSILON, ValidSize, resize_bilinear
 from tests.reference_models import checksum, reference_list
 from tests.small_models import fast_jit, random_tree
 
@@ -129,8 +129,8 @@ def test_padding_changes_no_number_of_the_whole_backbone():
     padded = np.zeros((1, 64, 96, 3), np.float32)
     padded[:, :41, :77] = image
     (alone,) = forward(variables, image)
-    extent = Extent(jnp.array([[41, 77]]), (64, 96))
-    (together,) = forward(variables, padded, extent=extent)
+    valid_size = ValidSize(jnp.array([[41, 77]]), (64, 96))
+    (together,) = forward(variables, padded, valid_size=valid_size)
     limit = 1e-5 * np.std(alone)
     np.testing.assert_allclose(together[:, :11, :20], alone, rtol=0, atol=limit)
     assert not np.asarray(together)[:, 11:].any()

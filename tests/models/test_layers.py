@@ -18,17 +18,17 @@ from memseg_jax.models.layers import (
     Classifier,
     Conv,
     ConvNorm,
-    Extent,
+    ValidSize,
     activation,
-    apply_extent,
     bilinear_matrix,
     bilinear_taps,
     convolve,
+    mask_padding,
     max_pool,
-    real_bilinear_matrix,
     resize_bilinear,
-    resize_real,
+    resize_valid,
     spatial_mean,
+    valid_bilinear_matrix,
 )
 from tests.small_models import fast_jit, random_tree
 
@@ -304,11 +304,11 @@ class Network(nn.Module):
     """Strides, dilation, pooling, a global mean and attention, at output stride 8."""
 
     @nn.compact
-    def __call__(self, x, extent=None):
-        on = {"train": False, "extent": extent}
+    def __call__(self, x, valid_size=None):
+        on = {"train": False, "valid_size": valid_size}
         x = ConvNorm(4, 3, 2)(x, **on)
         # The first padded position of a pooled map has seen real ones.
-        x = apply_extent(max_pool(ConvNorm(5, 3)(x, **on)), extent)
+        x = mask_padding(max_pool(ConvNorm(5, 3)(x, **on)), valid_size)
         x = ConvNorm(5, 3)(x, **on)
         x = ConvNorm(6, 3, 2, activation="leaky_relu")(x, **on)
         x = ConvNorm(6, 3, dilation=2)(x, **on)
@@ -328,10 +328,10 @@ def test_padding_changes_no_number():
     variables = random_tree(
         jax.eval_shape(lambda: network.init(jax.random.key(0), jnp.asarray(batch))), 0
     )
-    extent = Extent(jnp.asarray(sizes, jnp.int32), padded)
+    valid_size = ValidSize(jnp.asarray(sizes, jnp.int32), padded)
     forward = fast_jit(network.apply)
-    together = np.asarray(forward(variables, batch, extent))
-    mask = np.asarray(extent.mask(together))
+    together = np.asarray(forward(variables, batch, valid_size))
+    mask = np.asarray(valid_size.mask(together))
     for index, image in enumerate(images):
         alone = np.asarray(forward(variables, image))
         height, width = alone.shape[1:3]
@@ -353,7 +353,7 @@ def test_resize_of_the_real_part(chain, seed):
     padded = np.full((2, 12, 12, 2), 7.0, np.float32)
     padded[:1, : chain[0][0], : chain[0][1]] = x
     sizes = [jnp.array([size, (12, 12)]) for size in chain]
-    found = resize_real(jnp.asarray(padded), sizes, (12, 12))
+    found = resize_valid(jnp.asarray(padded), sizes, (12, 12))
     for source, target in itertools.pairwise(chain):
         rows, columns = (bilinear_matrix(*pair) for pair in zip(source, target))
         x = np.einsum("bhwc,Hh,Ww->bHWc", x, rows, columns)
@@ -369,7 +369,7 @@ def test_resize_of_the_real_part(chain, seed):
 def test_fractions_of_long_sides_are_exact(source, target):
     lower, upper, fraction = bilinear_taps(source, target)
     matrix = np.asarray(
-        real_bilinear_matrix(jnp.array([source]), jnp.array([target]), (5000, 1))[0, :, 0]
+        valid_bilinear_matrix(jnp.array([source]), jnp.array([target]), (5000, 1))[0, :, 0]
     )
     expected = np.where(lower == 0, 1 - fraction, 0) + np.where(upper == 0, fraction, 0)
     np.testing.assert_allclose(matrix[:target], expected, atol=1e-6)
@@ -378,16 +378,16 @@ def test_fractions_of_long_sides_are_exact(source, target):
 
 def test_padding_of_an_exact_size_is_the_plain_network():
     x = jnp.asarray(np.random.default_rng(0).standard_normal((2, 4, 5, 3)), jnp.float32)
-    extent = Extent(jnp.full((2, 2), jnp.array([32, 40])), (32, 40))
-    assert extent.mask(x).all()
-    np.testing.assert_array_equal(apply_extent(x, extent), x)
-    assert apply_extent(x, None) is x
+    valid_size = ValidSize(jnp.full((2, 2), jnp.array([32, 40])), (32, 40))
+    assert valid_size.mask(x).all()
+    np.testing.assert_array_equal(mask_padding(x, valid_size), x)
+    assert mask_padding(x, None) is x
 
 
 def test_spatial_mean_counts_real_positions_only():
     x = np.random.default_rng(0).standard_normal((2, 4, 4, 3)).astype(np.float32)
-    extent = Extent(jnp.array([[9, 17], [32, 1]]), (32, 32))
-    mean = spatial_mean(x, extent)
+    valid_size = ValidSize(jnp.array([[9, 17], [32, 1]]), (32, 32))
+    mean = spatial_mean(x, valid_size)
     assert mean.shape == (2, 1, 1, 3)
     np.testing.assert_allclose(mean[0, 0, 0], x[0, :2, :3].mean((0, 1)), atol=1e-6)
     np.testing.assert_allclose(mean[1, 0, 0], x[1, :4, :1].mean((0, 1)), atol=1e-6)

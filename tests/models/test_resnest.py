@@ -9,7 +9,7 @@ import pytest
 
 from converters import names
 from memseg_jax.models import resnest
-from memseg_jax.models.layers import Extent, apply_extent
+from memseg_jax.models.layers import ValidSize, mask_padding
 from tests.reference_models import checksum, reference_list
 from tests.small_models import fast_jit, random_tree
 
@@ -95,18 +95,18 @@ def test_pools_by_hand(size):
             zeros_count[:, i, j] = window.sum(axis=(1, 2)) / 9
             blocks[:, i, j] = x[:, 2 * i : 2 * i + 2, 2 * j : 2 * j + 2].mean(axis=(1, 2))
     np.testing.assert_allclose(resnest.average_pool(x, 2), zeros_count, atol=1e-6)
-    np.testing.assert_allclose(resnest.average_pool_real(x, 2), blocks, atol=1e-6)
-    np.testing.assert_array_equal(resnest.average_pool_real(x, 1), x)
+    np.testing.assert_allclose(resnest.average_pool_valid(x, 2), blocks, atol=1e-6)
+    np.testing.assert_array_equal(resnest.average_pool_valid(x, 1), x)
 
 
-@pytest.mark.parametrize("pool", [resnest.average_pool, resnest.average_pool_real])
+@pytest.mark.parametrize("pool", [resnest.average_pool, resnest.average_pool_valid])
 @pytest.mark.parametrize("size", [(1, 1), (4, 7), (5, 6), (8, 8)])
 def test_pools_of_padded_maps(pool, size):
     x = draw_images(1, *size)
-    extent = Extent(jnp.array([size]), (8, 8))
+    valid_size = ValidSize(jnp.array([size]), (8, 8))
     padded = np.full((1, 8, 8, 3), 9.0, np.float32)
     padded[:, : size[0], : size[1]] = x
-    actual = pool(apply_extent(padded, extent), 2, extent)
+    actual = pool(mask_padding(padded, valid_size), 2, valid_size)
     expected = pool(x, 2)
     inside = actual[:, : expected.shape[1], : expected.shape[2]]
     np.testing.assert_allclose(inside, expected, rtol=1e-6)
@@ -123,8 +123,8 @@ def test_padding_changes_no_number():
     batch = np.full((2, 48, 64, 3), 5.0, np.float32)
     for row, image in zip(batch, images):
         row[: image.shape[1], : image.shape[2]] = image[0]
-    extent = Extent(jnp.array([image.shape[1:3] for image in images]), (48, 64))
-    together = forward(variables, apply_extent(batch, extent), extent=extent)
+    valid_size = ValidSize(jnp.array([image.shape[1:3] for image in images]), (48, 64))
+    together = forward(variables, mask_padding(batch, valid_size), valid_size=valid_size)
     for index, image in enumerate(images):
         for expected, padded in zip(forward(variables, image), together):
             actual = padded[index, : expected.shape[1], : expected.shape[2]]

@@ -10,7 +10,7 @@ import pytest
 from converters import names
 from memseg_jax.errors import UserError
 from memseg_jax.models import hrnet
-from memseg_jax.models.layers import Extent
+from memseg_jax.models.layers import ValidSize
 from memseg_jax.models.segmentor import Segmentor, build_backbone, build_segmentor
 from memseg_jax.models.vit import ViT
 from memseg_jax.training.state import abstract_variables
@@ -285,7 +285,7 @@ def padded_batch(images):
     for index, image in enumerate(images):
         batch[index, : image.shape[1], : image.shape[2]] = image[0]
     sizes = np.array([image.shape[1:3] for image in images], np.int32)
-    return batch, Extent(jnp.asarray(sizes), PADDED)
+    return batch, ValidSize(jnp.asarray(sizes), PADDED)
 
 
 def assert_padding_changes_nothing(model, sizes, gain=1):
@@ -296,8 +296,8 @@ def assert_padding_changes_nothing(model, sizes, gain=1):
             flat[path] = flat[path] * np.float32(gain)
     variables = names.unflatten(flat)
 
-    def run(variables, images, extent=None):
-        out = model.apply(rest_of(variables), images, variables["memory"], extent=extent)
+    def run(variables, images, valid_size=None):
+        out = model.apply(rest_of(variables), images, variables["memory"], valid_size=valid_size)
         return [out["logits"], *out["auxiliary"], *([out["stage1"]] if "stage1" in out else [])]
 
     forward = fast_jit(run)

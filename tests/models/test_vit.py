@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 
 from converters import names
-from memseg_jax.models.layers import Extent, LayerNorm, resize_bilinear
-from memseg_jax.models.vit import VARIANTS, ViT, build, fit_positions, fit_positions_to_real
+from memseg_jax.models.layers import LayerNorm, ValidSize, resize_bilinear
+from memseg_jax.models.vit import VARIANTS, ViT, build, fit_positions, fit_positions_to_valid
 
 
 def abstract_params(model):
@@ -177,7 +177,7 @@ def test_positions_of_padded_images_are_those_of_the_real_size(grid):
     table = jnp.asarray(images_of(1, 1 + 4 * 4))
     canvas = (16, 16)
     sizes = jnp.array([[16 * grid[0] - 5, 16 * grid[1]], [256, 256]])
-    found = fit_positions_to_real(table, Extent(sizes, (256, 256)), canvas)
+    found = fit_positions_to_valid(table, ValidSize(sizes, (256, 256)), canvas)
     expected = fit_positions(table, grid)
     real = found[0, 1:].reshape(*canvas, 3)[: grid[0], : grid[1]]
     np.testing.assert_allclose(real.reshape(-1, 3), expected[0, 1:], atol=1e-6)

@@ -72,7 +72,10 @@ def test_one_task_of_slurm_is_alone(monkeypatch):
 
 
 def test_alone_everything_is_its_own():
-    assert distributed.merge("any", b"mine", lambda payloads: b"+".join(payloads)) == b"mine"
+    assert (
+        distributed.reduce_on_primary("any", b"mine", lambda payloads: b"+".join(payloads))
+        == b"mine"
+    )
     assert distributed.from_primary("any", {"a": [1, None]}) == {"a": [1, None]}
     distributed.check_same("any", {"a": 1})
     distributed.failed(ValueError("not told to anybody"))
