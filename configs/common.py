@@ -141,10 +141,16 @@ def get_config() -> ml_collections.ConfigDict:
     train.max_nonfinite = 10  # skipped steps, or rollbacks, in a row that end the run
     # Minutes without a finished step after which all stacks are printed; 0: never.
     train.watchdog_minutes = 10.0
+    # Steps of a start whose trace is written to <workdir>/profile, for TensorBoard or Perfetto,
+    # after the first few, which are slower; 0: none.
+    train.profile_steps = 0
 
     config.checkpoint = checkpoint = ml_collections.ConfigDict()
     checkpoint.every = 1000  # steps; also at every evaluation and at the end
     checkpoint.keep = 2  # the last ones; the best by mIoU is kept besides
+    # A run that trains holds its workdir (run.lock). One on another host that has not renewed its
+    # hold for so many minutes counts as dead.
+    checkpoint.lock_minutes = 10.0
     return config
 
 

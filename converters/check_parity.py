@@ -37,7 +37,7 @@ from memseg_jax.errors import UserError
 from memseg_jax.main import enable_compilation_cache
 from memseg_jax.models.layers import resize_bilinear
 from memseg_jax.models.segmentor import build_segmentor
-from memseg_jax.training.progress import replacing
+from memseg_jax.runtime.files import replacing
 
 EXCEEDED = 2  # exit status
 # Odd, so that every rounding of a size and every edge of a resize counts.

@@ -23,7 +23,7 @@ import numpy as np
 from converters import command_line, names, recognise, torch_files
 from converters.mismatch import mismatches
 from converters.torch_files import TorchFile
-from memseg_jax import checkpoint, run_record
+from memseg_jax import checkpoint
 from memseg_jax.errors import UserError
 from memseg_jax.models.segmentor import Segmentor, build_segmentor
 from memseg_jax.scoring import visualize
@@ -127,7 +127,7 @@ def convert(
     variables, conversion = to_variables(file, build_segmentor(config), config)
     class_names = tuple(config.data.class_names)
     palette = visualize.resolve_palette(config.data.palette, len(class_names))
-    meta = run_record.make_meta(config, 0, class_names, palette, "")
+    meta = checkpoint.make_meta(config, 0, class_names, palette, "")
     meta["origin"] = {
         "file": file.path.name,
         "sha256": file.sha256,

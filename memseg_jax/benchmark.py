@@ -18,7 +18,6 @@ import jax.numpy as jnp
 import ml_collections
 import numpy as np
 
-from memseg_jax import run_record
 from memseg_jax.checkpoint import prepare_workdir
 from memseg_jax.data import IGNORE_LABEL, open_split
 from memseg_jax.data.pipeline import steps_per_epoch, train_batches
@@ -29,6 +28,7 @@ from memseg_jax.inference import Predictor, check_evaluation
 from memseg_jax.models.segmentor import Segmentor, build_segmentor
 from memseg_jax.runtime import distributed, sharding
 from memseg_jax.runtime.compilation import compile_with_notice
+from memseg_jax.training.agreement import check_processes_agree
 from memseg_jax.training.program import training_program
 from memseg_jax.training.state import (
     TrainState,
@@ -71,7 +71,7 @@ def run(config: ml_collections.ConfigDict, workdir: str | None = None) -> dict[s
     sources = [_open(config, split) for split in (config.data.train_split, config.data.eval_split)]
     # A process without data would take fewer steps than the others, which wait for it.
     fingerprint = "none" if sources[0] is None else sources[0].fingerprint()
-    run_record.check_processes_agree(config, fingerprint, folder)
+    check_processes_agree(config, fingerprint, folder)
     try:
         result = _describe(config, mesh) | _measure_training(config, model, mesh, sources[0])
         state = result.pop("state")
@@ -223,6 +223,11 @@ def _measure_training(
     return result | {"state": state}
 
 
+def _planned_steps(seconds: float) -> int:
+    """How many steps to measure if one takes about so many seconds: the same in all processes."""
+    return distributed.on_primary("benchmark", lambda: max(_LEAST, math.ceil(_SECONDS / seconds)))
+
+
 def _time_steps(
     step: Callable, state: TrainState, next_batch: Callable, warm_up: int
 ) -> tuple[TrainState, float, float]:
@@ -253,8 +258,7 @@ def _time_steps(
             now = time.perf_counter()
             if not done and (index >= warm_up or (alone and now - start > _SECONDS)):
                 if not alone:
-                    planned = max(_LEAST, math.ceil(_SECONDS / (now - asked)))
-                    planned = distributed.from_primary("benchmark", planned)
+                    planned = _planned_steps(now - asked)
                 done, waited, start = [time.perf_counter()], 0.0, time.perf_counter()
                 log.info("a step takes about %.3g s", now - asked)
             elif done:

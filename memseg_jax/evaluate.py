@@ -16,7 +16,7 @@ import jax
 import ml_collections
 import numpy as np
 
-from memseg_jax import checkpoint, run_record
+from memseg_jax import checkpoint
 from memseg_jax.data import benchmark_of, open_split
 from memseg_jax.data.reading import map_ahead
 from memseg_jax.inference import Predictor
@@ -215,7 +215,7 @@ def run(config: ml_collections.ConfigDict, workdir: str, which: str | int = "bes
     """
     _, meta = checkpoint.read_meta(workdir, which)  # first: a misspelt workdir is not to be made
     class_names = tuple(config.data.class_names)
-    run_record.check_class_names(meta, class_names)
+    checkpoint.check_class_names(meta, class_names)
     distributed.check_same("evaluate", {"the checkpoint": meta["step"]})
     folder = checkpoint.prepare_workdir(workdir)
     split, save_to = config.data.eval_split, config.eval.save_predictions

@@ -12,7 +12,7 @@ import jax
 import ml_collections
 import numpy as np
 
-from memseg_jax import checkpoint, evaluate, run_record
+from memseg_jax import checkpoint, evaluate
 from memseg_jax.data import open_split
 from memseg_jax.data.pipeline import Batches, check_batch, steps_per_epoch, train_batches
 from memseg_jax.errors import UserError
@@ -25,6 +25,7 @@ from memseg_jax.runtime.watchdog import Watchdog
 from memseg_jax.scoring import visualize
 from memseg_jax.scoring.memory_health import MemoryHealth
 from memseg_jax.training import guards
+from memseg_jax.training.agreement import check_processes_agree
 from memseg_jax.training.initial import initial_variables
 from memseg_jax.training.program import training_program
 from memseg_jax.training.progress import (
@@ -77,7 +78,9 @@ def _run(
     fingerprint = train_source.fingerprint()
     eval_source = open_split(config.data, config.data.eval_split)
     folder = checkpoint.prepare_workdir(workdir)  # not before: a wrong config leaves no folder
-    run_record.check_processes_agree(config, fingerprint, folder)
+    lock = checkpoint.RunLock(folder, config.checkpoint.lock_minutes)
+    lock.__enter__()
+    check_processes_agree(config, fingerprint, folder)
     epoch_steps = steps_per_epoch(len(train_source), batch_size, config.replica_groups)
     total_steps = train.epochs * epoch_steps
     log.info(
@@ -99,10 +102,10 @@ def _run(
     checkpointer = checkpoint.Checkpointer(folder, config.checkpoint.keep)
     # What there is to go on from: this workdir's run, weights that were converted into this
     # workdir, the files of config.init, random values; the first of them that exists.
-    evaluated, memory_ages = True, None
+    memory_ages = None
 
     def check_same_run(meta: dict) -> None:
-        run_record.check_same_run(meta, config, fingerprint)
+        checkpoint.check_same_run(meta, config, fingerprint)
 
     resumed = checkpointer.resume(shapes, check_same_run)
     if resumed is None:
@@ -111,7 +114,7 @@ def _run(
         state = sharding.place(init_state(variables, program.tx), mesh)
     else:
         state, meta = resumed
-        evaluated, memory_ages = meta["scores"] is not None, meta.get("memory_ages")
+        memory_ages = meta.get("memory_ages")
         log.info("resuming at step %d of %d", int(state.step), total_steps)
     first_step = int(state.step)
     distributed.check_same("start", {"the step to go on from": first_step})
@@ -133,16 +136,15 @@ def _run(
     if model.memory_enabled:
         health = MemoryHealth(class_names, first_step, state.memory, memory_ages)
 
-    def save(state, scores: dict | None = None) -> None:
-        meta = run_record.make_meta(
-            config, int(state.step), class_names, palette, fingerprint, scores
-        )
+    def save(state) -> None:
+        lock.check()
+        meta = checkpoint.make_meta(config, int(state.step), class_names, palette, fingerprint)
         if health:
             meta["memory_ages"] = health.ages
-        checkpointer.save(state, meta, scores["mIoU"] if scores else None)
+        checkpointer.save(state, meta)
 
     def save_snapshot(state, snapshot: pathlib.Path) -> None:
-        meta = run_record.make_meta(config, int(state.step), class_names, palette, fingerprint)
+        meta = checkpoint.make_meta(config, int(state.step), class_names, palette, fingerprint)
         with checkpoint.Checkpointer(snapshot, keep=1) as other:
             other.save(state, meta)
 
@@ -177,7 +179,7 @@ def _run(
             evaluate.report(result, folder, class_names, palette, extra)
             writer.write(step, {f"eval_{name}": value for name, value in means.items()})
         log.info("step %d: mIoU %.4f in %s", step, means["mIoU"], format_duration(result.seconds))
-        save(state, means)
+        checkpointer.record_scores(step, means)
 
     # ---- Compile --------------------------------------------------------------------------------
     watchdog.beat("compiling the training step")
@@ -199,7 +201,8 @@ def _run(
     pending: list[dict[str, jax.Array]] = []  # metrics since the last log, still on the device
     stops.unsaved = True
     try:
-        if evaluation_is_due(first_step) and not evaluated:  # it was interrupted
+        # An evaluation that was interrupted.
+        if resumed and evaluation_is_due(first_step) and not checkpointer.has_scores(first_step):
             evaluate_and_save(state)
         progress.restart(first_step)
         step = first_step
@@ -274,6 +277,7 @@ def _run(
         if primary:
             writer.close()
         checkpointer.close()
+        lock.__exit__()
 
     # ---- End ------------------------------------------------------------------------------------
     if primary:

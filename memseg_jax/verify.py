@@ -7,7 +7,8 @@ from typing import NamedTuple
 import jax
 
 from memseg_jax.checkpoint import arrays as stored
-from memseg_jax.checkpoint import meta as records
+from memseg_jax.checkpoint import steps as records
+from memseg_jax.checkpoint.meta import read_meta_file
 
 
 class Report(NamedTuple):
@@ -16,13 +17,11 @@ class Report(NamedTuple):
     Attributes:
         arrays: their number.
         size: of the arrays that could be read, in bytes.
-        has_checksums: whether there are any; checkpoints of earlier versions have none.
         problems: what is wrong, with the names of files and arrays; empty if all is well.
     """
 
     arrays: int
     size: int
-    has_checksums: bool
     problems: list[str]
 
 
@@ -50,7 +49,7 @@ def run(workdir: str | os.PathLike) -> int:
     bad = []
     for step in found:
         report = check(folder, step)
-        result = "ok" if report.has_checksums else "readable; no checksums (earlier version)"
+        result = "ok"
         if report.problems:
             bad.append(step)
             result = "DAMAGED"
@@ -85,11 +84,10 @@ def check(workdir: Path, step: int) -> Report:
     """
     folder = workdir / records.FOLDER / str(step) / "state"
     try:
-        meta = records.read_meta_file(workdir, step)
+        meta = read_meta_file(workdir, step)
         saved = stored.list_arrays(workdir, step, meta)
     except records.DamagedCheckpoint as error:
-        return Report(0, 0, False, [error.what])
-    expected = stored.recorded_checksums(meta)
+        return Report(0, 0, [error.what])
     size, problems = 0, []
     # One by one: a checkpoint may be larger than the memory of the machine that looks at it.
     for name in saved:
@@ -99,6 +97,6 @@ def check(workdir: Path, step: int) -> Report:
             problems.append(f"{name} in {folder} cannot be read ({records.brief(error)})")
             continue
         size += array.nbytes
-        if expected and (difference := stored.differences({name: array}, expected)):
+        if difference := stored.differences({name: array}, meta["checksums"]):
             problems.append(f"{difference}, in {folder}")
-    return Report(len(saved), size, bool(expected), problems)
+    return Report(len(saved), size, problems)

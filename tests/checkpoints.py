@@ -1,6 +1,8 @@
 """States and checkpoints of them without a model, and damage to checkpoints, for tests."""
 
+import json
 import os
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +13,7 @@ import numpy as np
 import optax
 
 from configs import common
-from memseg_jax import checkpoint, run_record
+from memseg_jax import checkpoint
 from memseg_jax.checkpoint import Checkpointer
 
 
@@ -55,7 +57,7 @@ def abstract(state):
 def make_meta(step, config=None, classes=5):
     names = tuple(f"class{index}" for index in range(classes))
     palette = np.zeros((classes, 3), np.uint8)
-    return run_record.make_meta(config or common.get_config(), step, names, palette, "f00d")
+    return checkpoint.make_meta(config or common.get_config(), step, names, palette, "f00d")
 
 
 def assert_same(left, right):
@@ -67,7 +69,9 @@ def assert_same(left, right):
 
 def save_one(workdir, step=3, miou=None, state=None):
     with Checkpointer(workdir, keep=5) as checkpointer:
-        checkpointer.save(state or make_state(step), make_meta(step), miou)
+        checkpointer.save(state or make_state(step), make_meta(step))
+        if miou is not None:
+            checkpointer.record_scores(step, {"mIoU": miou})
 
 
 def tamper(workdir, step, pattern, change):
@@ -79,3 +83,61 @@ def tamper(workdir, step, pattern, change):
 
 def halve(path):
     os.truncate(path, path.stat().st_size // 2)
+
+
+# ---- Damage ------------------------------------------------------------------------------------
+
+
+def files_of(workdir, step):
+    folder = workdir / checkpoint.FOLDER / str(step)
+    return sorted(path for path in folder.rglob("*") if path.is_file())
+
+
+def flip(path, position, bit=4):
+    data = bytearray(path.read_bytes())
+    data[position] ^= 1 << bit
+    path.write_bytes(data)
+
+
+def largest(workdir, step):
+    """The file that holds most of the arrays' values."""
+    return max(files_of(workdir, step), key=lambda path: path.stat().st_size)
+
+
+def remove(path):
+    shutil.rmtree(path) if path.is_dir() else path.unlink()
+
+
+def forget_array(path):
+    """The list of arrays lacks one."""
+    listed = json.loads(path.read_text())
+    name = next(name for name in listed["tree_metadata"] if "'memory'" in name)
+    del listed["tree_metadata"][name]
+    path.write_text(json.dumps(listed))
+
+
+DAMAGES = {
+    "flipped byte": (None, lambda path: flip(path, path.stat().st_size // 2), "kernel"),
+    "truncated file": (None, halve, "cannot be read"),
+    "missing file": (None, Path.unlink, "cannot be read"),
+    "missing array": ("state/_METADATA", forget_array, "memory: found none, expected float32"),
+    "missing list": ("state/_METADATA", Path.unlink, "the list of arrays"),
+    "missing item": ("state", remove, "the list of arrays"),
+    "missing description": ("meta", remove, "meta/metadata cannot be read"),
+    "half a description": ("meta/metadata", halve, "meta/metadata cannot be read"),
+    "empty description": ("meta/metadata", lambda path: path.write_text(""), "metadata is empty"),
+    "changed description": (
+        "meta/metadata",
+        lambda path: path.write_text(path.read_text().replace('"step": 3', '"step": 4')),
+        "it was changed after it had been written",
+    ),
+    "empty folder": ("", lambda path: (remove(path), path.mkdir()), "meta/metadata cannot be read"),
+}
+
+
+def damage_step(workdir: Path, step: int, damage: str) -> str:
+    """Brings about one of `DAMAGES`; returns a part of what is said about it."""
+    place, change, named = DAMAGES[damage]
+    folder = workdir / checkpoint.FOLDER / str(step)
+    change(largest(workdir, step) if place is None else folder / place)
+    return named

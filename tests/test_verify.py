@@ -5,18 +5,29 @@ import json
 import logging
 import os
 import shutil
-from pathlib import Path
 
 import jax
 import numpy as np
 import pytest
 
-from memseg_jax import checkpoint, run_record
+from memseg_jax import checkpoint
 from memseg_jax.checkpoint import Checkpointer, DamagedCheckpoint
 from memseg_jax.checkpoint.meta import sealed
 from memseg_jax.errors import UserError
 from tests import tiny
-from tests.checkpoints import abstract, assert_same, halve, make_meta, make_state, save_one
+from tests.checkpoints import (
+    DAMAGES,
+    abstract,
+    assert_same,
+    damage_step,
+    files_of,
+    flip,
+    halve,
+    largest,
+    make_meta,
+    make_state,
+    save_one,
+)
 
 # A failed read leaves unfinished work inside the library, which complains when it is collected.
 pytestmark = [
@@ -39,22 +50,6 @@ def saved(tmp_path_factory):
 @pytest.fixture
 def workdir(saved, tmp_path):
     return shutil.copytree(saved, tmp_path / "run")
-
-
-def files_of(workdir, step):
-    folder = workdir / checkpoint.FOLDER / str(step)
-    return sorted(path for path in folder.rglob("*") if path.is_file())
-
-
-def flip(path, position, bit=4):
-    data = bytearray(path.read_bytes())
-    data[position] ^= 1 << bit
-    path.write_bytes(data)
-
-
-def largest(workdir, step):
-    """The file that holds most of the arrays' values."""
-    return max(files_of(workdir, step), key=lambda path: path.stat().st_size)
 
 
 def resume(workdir, state=None):
@@ -134,9 +129,9 @@ def test_inference_takes_no_other_checkpoint(workdir, which):
         checkpoint.restore_for_inference(workdir, abstract(variables), which)
     _, meta = checkpoint.restore_for_inference(workdir, abstract(variables), 2)
     assert meta["step"] == 2
-    # Which one is the best cannot be known without all scores.
-    halve(workdir / "checkpoints/1/meta/metadata")
-    with pytest.raises(DamagedCheckpoint, match="step 1 is damaged"):
+    # Which one is the best cannot be known without the scores.
+    halve(workdir / "scores.json")
+    with pytest.raises(UserError, match=r"scores\.json cannot be read"):
         checkpoint.read_meta(workdir, "best")
     assert checkpoint.read_meta(workdir, "last")[0] == 3
 
@@ -144,40 +139,9 @@ def test_inference_takes_no_other_checkpoint(workdir, which):
 # ---- Going on -----------------------------------------------------------------------------------
 
 
-def remove(path):
-    shutil.rmtree(path) if path.is_dir() else path.unlink()
-
-
-def forget_array(path):
-    """The list of arrays lacks one."""
-    listed = json.loads(path.read_text())
-    name = next(name for name in listed["tree_metadata"] if "'memory'" in name)
-    del listed["tree_metadata"][name]
-    path.write_text(json.dumps(listed))
-
-
-DAMAGES = {
-    "flipped byte": (None, lambda path: flip(path, path.stat().st_size // 2), "kernel"),
-    "truncated file": (None, halve, "cannot be read"),
-    "missing file": (None, Path.unlink, "cannot be read"),
-    "missing array": ("state/_METADATA", forget_array, "memory: found none, expected float32"),
-    "missing list": ("state/_METADATA", Path.unlink, "the list of arrays"),
-    "missing item": ("state", remove, "the list of arrays"),
-    "missing description": ("meta", remove, "meta/metadata cannot be read"),
-    "half a description": ("meta/metadata", halve, "meta/metadata cannot be read"),
-    "changed description": (
-        "meta/metadata",
-        lambda path: path.write_text(path.read_text().replace('"step": 3', '"step": 4')),
-        "it was changed after it had been written",
-    ),
-    "empty folder": ("", lambda path: (remove(path), path.mkdir()), "meta/metadata cannot be read"),
-}
-
-
 @pytest.mark.parametrize("damage", DAMAGES)
 def test_a_run_goes_on_from_the_last_good_step(workdir, capsys, caplog, damage):
-    place, change, named = DAMAGES[damage]
-    change(largest(workdir, 3) if place is None else workdir / "checkpoints/3" / place)
+    named = damage_step(workdir, 3, damage)
     before = [path.read_bytes() for path in files_of(workdir, 3)]
     assert verify(workdir) == 1
     table = capsys.readouterr().out
@@ -245,37 +209,6 @@ def test_another_run_is_refused_before_anything_is_moved(workdir):
     ):
         saver.resume(abstract(make_state(1, width=WIDTH)), refuse)
     assert checkpoint.all_steps(workdir) == [1, 2, 3]
-
-
-# ---- Checkpoints of earlier versions ------------------------------------------------------------
-
-
-def test_without_checksums(workdir, capsys, caplog):
-    path = workdir / "checkpoints/3/meta/metadata"
-    meta = json.loads(path.read_text())
-    del meta["checksums"], meta["meta_checksum"]
-    path.write_text(json.dumps(meta))
-    with caplog.at_level(logging.INFO):
-        assert_same(resume(workdir)[0], make_state(3, width=WIDTH))
-    assert "step 3 has no checksums" in caplog.text
-    assert verify(workdir) == 0
-    assert "no checksums" in capsys.readouterr().out.splitlines()[3]
-
-
-def test_a_score_that_is_added_keeps_the_checksums(workdir):
-    before = checkpoint.read_meta(workdir, 3)[1]
-    save_one(workdir, 3, miou=0.75, state=make_state(3, width=WIDTH))
-    after = checkpoint.read_meta(workdir, 3)[1]
-    assert after["miou"] == 0.75
-    assert after["checksums"] == before["checksums"]
-    assert set(after["checksums"]) == set(run_record.flatten(_plain(make_state(3, width=WIDTH))))
-    assert_same(resume(workdir)[0], make_state(3, width=WIDTH))
-
-
-def _plain(state):
-    import flax.serialization
-
-    return flax.serialization.to_state_dict(state)
 
 
 # ---- The mode -----------------------------------------------------------------------------------

@@ -16,7 +16,7 @@ import pytest
 from jax.sharding import Mesh
 from PIL import Image
 
-from memseg_jax import checkpoint, evaluate, main, predict, run_record, train
+from memseg_jax import checkpoint, evaluate, main, predict, train
 from memseg_jax.inference import predictor
 from memseg_jax.models.segmentor import build_segmentor
 from memseg_jax.runtime import sharding
@@ -140,7 +140,8 @@ def save_random_model(
     names = tuple(config.data.class_names)
     palette = visualize.resolve_palette(config.data.palette, len(names))
     with checkpoint.Checkpointer(workdir, 1) as checkpointer:
-        checkpointer.save(state, run_record.make_meta(config, 7, names, palette, "random"), 0.5)
+        checkpointer.save(state, checkpoint.make_meta(config, 7, names, palette, "random"))
+        checkpointer.record_scores(7, {"mIoU": 0.5})
     return workdir
 
 

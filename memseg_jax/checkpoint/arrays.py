@@ -1,6 +1,5 @@
 """Reading checkpoints: nothing is used that differs from what was saved."""
 
-import logging
 import os
 from collections.abc import Mapping
 from pathlib import Path
@@ -13,12 +12,11 @@ import orbax.checkpoint as ocp
 from flax.traverse_util import unflatten_dict
 
 from memseg_jax.checkpoint.checksums import checksums, describe
-from memseg_jax.checkpoint.meta import FOLDER, brief, damaged, find_step, read_meta_file
+from memseg_jax.checkpoint.meta import read_meta
+from memseg_jax.checkpoint.steps import FOLDER, DamagedCheckpoint, brief, damaged
 from memseg_jax.errors import UserError, first_few
-from memseg_jax.run_record import flatten, show
 from memseg_jax.runtime import distributed
-
-log = logging.getLogger(__name__)
+from memseg_jax.runtime.plain import flatten, show
 
 # Fields that decide the shapes of the arrays: named when a checkpoint does not fit.
 _SHAPE_FIELDS = (
@@ -31,25 +29,6 @@ _SHAPE_FIELDS = (
     "model.memory.attention_dim",
     "model.memory.slots",
 )
-
-
-def read_meta(workdir: str | os.PathLike, step: str | int = "last") -> tuple[int, dict[str, Any]]:
-    """Reads a checkpoint's description without loading its arrays.
-
-    Args:
-        workdir: the folder of the run.
-        step: a step, "last" (or "latest"), or "best" (highest mIoU; the last one if no checkpoint
-            has a score).
-
-    Returns:
-        The step and its meta: what `make_meta` returned, and `miou` (a number or None).
-
-    Raises:
-        UserError: if there is no such checkpoint, or it is damaged or of a later version.
-    """
-    workdir = Path(workdir).expanduser().absolute()
-    step = find_step(workdir, step)
-    return step, read_meta_file(workdir, step)
 
 
 def restore_for_inference(
@@ -74,13 +53,12 @@ def restore_for_inference(
     return restore_arrays(workdir, step, dict(abstract_variables), meta, partial=True), meta
 
 
-def holds_only_weights(meta: Mapping[str, Any]) -> bool:
-    """Whether a checkpoint is from `write_weights`: training starts from it, and anew."""
-    return meta.get("origin") is not None
-
-
 def restore_arrays(workdir: Path, step: int, abstract: Any, meta: Any, partial: bool) -> Any:
     """Restores into the structure and the shardings of `abstract`, and verifies the values.
+
+    Of several processes, all have to call it. No process waits for another while it reads: a file
+    that only one of them needs may be damaged. When all have tried, they agree whether to go on;
+    only then come the checksums, which are computed together.
 
     Args:
         workdir: the folder of the run.
@@ -93,43 +71,49 @@ def restore_arrays(workdir: Path, step: int, abstract: Any, meta: Any, partial: 
         The tree of arrays.
 
     Raises:
-        DamagedCheckpoint: an array is missing, cannot be read, or has not the saved checksum.
+        DamagedCheckpoint: an array is missing, cannot be read, or has not the saved checksum; in
+            every process if it is so in one.
         UserError: it is of another model.
     """
     folder = workdir / FOLDER / str(step) / "state"
     # The plain form first: what is on disk knows nothing of dataclasses and named tuples.
     target = jax.tree.map(_with_sharding, flax.serialization.to_state_dict(abstract))
     whole, target = target, without_empty(target)
-    expected = recorded_checksums(meta)
-    if not expected:
-        log.info("step %d has no checksums: it is of an earlier version", step)
+    restored, wrong, refused, cause = None, "", None, None
     with jax.transfer_guard("allow"):
-        saved = list_arrays(workdir, step, meta)
-        if partial:
-            saved = {name: x for name, x in saved.items() if name.partition(".")[0] in target}
-        check_same_arrays(folder, saved, flatten(target), meta)
-        wrong, restored = "", None
         try:
+            saved = list_arrays(workdir, step, meta)
+            if partial:
+                saved = {name: x for name, x in saved.items() if name.partition(".")[0] in target}
+            check_same_arrays(folder, saved, flatten(target), meta)
             restored = _read(folder, target, partial)
-            if expected:
-                wrong = differences(restored, expected)
+        except DamagedCheckpoint as error:
+            wrong, cause = error.what, error
+        except UserError as error:
+            refused = error
         except (MemoryError, jax.errors.JaxRuntimeError):
             raise  # the checkpoint is not to blame
         except Exception as error:
-            names = (
-                ", ".join(unreadable(folder, target)) if distributed.process_count() == 1 else ""
-            )
-            wrong = (f"{names}: " if names else "") + f"cannot be read ({brief(error)})"
-            cause = error
-        else:
-            cause = None
-        if any_process(bool(wrong)):
-            wrong = wrong or "another process could not read its part of them"
-            raise damaged(workdir, step, f"the arrays in {folder}: {wrong}") from cause
+            names = ", ".join(unreadable(folder, target))
+            wrong = f"the arrays in {folder}: {names and names + ': '}cannot be read"
+            wrong, cause = f"{wrong} ({brief(error)})", error
+        _agree(workdir, step, wrong, cause)
+        if refused:
+            raise refused
+        if difference := differences(restored, meta["checksums"]):
+            difference = f"the arrays in {folder}: {difference}"
+        _agree(workdir, step, difference, None)
     for name in whole.keys() - target.keys():
         empty = np.zeros(whole[name].shape, whole[name].dtype)
         restored[name] = jax.device_put(empty, whole[name].sharding)
     return flax.serialization.from_state_dict(abstract, restored)
+
+
+def _agree(workdir: Path, step: int, wrong: str, cause: BaseException | None) -> None:
+    """Raises in every process if something is wrong in one of them."""
+    if any_process(bool(wrong)):
+        wrong = wrong or "another process could not read its part of the arrays, and says why"
+        raise damaged(workdir, step, wrong) from cause
 
 
 def list_arrays(workdir: Path, step: int, meta: Mapping[str, Any]) -> dict[str, Any]:
@@ -146,11 +130,11 @@ def list_arrays(workdir: Path, step: int, meta: Mapping[str, Any]) -> dict[str, 
         raise damaged(
             workdir, step, f"the list of arrays in {folder} cannot be read ({brief(error)})"
         ) from error
-    expected = {name: text.partition(" ")[0] for name, text in recorded_checksums(meta).items()}
+    expected = {name: text.partition(" ")[0] for name, text in meta["checksums"].items()}
     lines = [
         f"{name}: found {found.get(name, 'none')}, expected {expected.get(name, 'none')}"
         for name in sorted(found.keys() | expected.keys())
-        if expected and found.get(name) != expected.get(name)
+        if found.get(name) != expected.get(name)
     ]
     if lines:
         wrong = "; ".join(first_few(lines))
@@ -181,7 +165,7 @@ def differences(arrays: Mapping[str, Any], expected: Mapping[str, str]) -> str:
 
     Args:
         arrays: tree of arrays.
-        expected: from `recorded_checksums`.
+        expected: the checksums in the description.
 
     Returns:
         Names, found and expected checksums of those that differ; empty if all are the same.
@@ -193,11 +177,6 @@ def differences(arrays: Mapping[str, Any], expected: Mapping[str, str]) -> str:
         if text != expected[name]
     ]
     return "; ".join(first_few(lines))
-
-
-def recorded_checksums(meta: Mapping[str, Any]) -> dict[str, str]:
-    """What `checksums` returned when the arrays were saved; empty for earlier versions."""
-    return meta.get("checksums") or {}
 
 
 def without_empty(tree: Mapping[str, Any]) -> dict[str, Any]:
@@ -216,13 +195,17 @@ def _read(folder: Path, target: Any, partial: bool) -> Any:
 
 
 def _restore(folder: Path, target: Any, arguments: Any, partial: bool) -> Any:
-    with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as reader:
-        return reader.restore(
+    """Reads without a word to other processes, for which orbax's `Checkpointer` would wait."""
+    handler = ocp.PyTreeCheckpointHandler()
+    try:
+        return handler.restore(
             folder,
             args=ocp.args.PyTreeRestore(
                 item=target, restore_args=arguments, partial_restore=partial
             ),
         )
+    finally:
+        handler.close()
 
 
 def _with_sharding(leaf: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:

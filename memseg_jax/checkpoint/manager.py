@@ -1,9 +1,7 @@
 """Writing checkpoints, and going on from them."""
 
 import contextlib
-import json
 import logging
-import math
 import os
 import shutil
 from collections.abc import Callable, Iterator, Mapping
@@ -15,34 +13,26 @@ import numpy as np
 import orbax.checkpoint as ocp
 from orbax.checkpoint import type_handlers
 
-from memseg_jax.checkpoint.arrays import (
-    any_process,
-    holds_only_weights,
-    read_meta,
-    restore_arrays,
-    without_empty,
-)
+from memseg_jax.checkpoint.arrays import any_process, restore_arrays, without_empty
 from memseg_jax.checkpoint.checksums import checksums
-from memseg_jax.checkpoint.meta import (
+from memseg_jax.checkpoint.meta import holds_only_weights, read_meta, read_meta_file, sealed
+from memseg_jax.checkpoint.scores import kept_steps, readable_scores, write_scores
+from memseg_jax.checkpoint.steps import (
     DAMAGED_FOLDER,
     FOLDER,
     DamagedCheckpoint,
     all_steps,
     brief,
-    kept_steps,
-    meta_path,
-    miou_by_step,
     prepare_workdir,
-    read_meta_file,
-    sealed,
 )
 from memseg_jax.errors import UserError
-from memseg_jax.run_record import flatten
-from memseg_jax.runtime import distributed
+from memseg_jax.runtime import distributed, files
+from memseg_jax.runtime.plain import flatten
 
 log = logging.getLogger(__name__)
 
 _CONCURRENT_GB = 1  # of arrays that are on their way to the disk at a time
+_UNFINISHED = ".orbax-checkpoint-tmp"  # in the names of folders of saves under way
 # The library below reports disk errors as plain ValueErrors, known only by the system's words.
 _DISK_ERRORS = (
     "No space left on device",
@@ -76,52 +66,68 @@ def write_weights(
     handler = ocp.PyTreeCheckpointHandler(
         type_handler_registry=in_place, save_concurrent_gb=_CONCURRENT_GB
     )
-    with Checkpointer(workdir, keep=1, handler=handler) as checkpointer:
+    with Checkpointer(workdir, keep=1, write_now=handler) as checkpointer:
         checkpointer.save(dict(variables), meta)
 
 
 class Checkpointer:
     """Saves a run's state in the background and restores it; use it as a context manager.
 
-    Opening it removes what a killed save left behind, so there must be one per workdir.
+    Opening it removes what a killed save left behind, so there must be one per workdir. In runs of
+    several processes all of them make every call. The first process alone looks at the folder and
+    says what is there: a shared file system may show each process something else.
 
     A save that fails in the background is reported by the next one, which takes its place and is
-    waited for; if that fails too, it raises. In multi-process runs all processes make every call.
+    waited for; if that fails too, it raises. A complete checkpoint is never written to again.
     """
 
-    def __init__(self, workdir: str | os.PathLike, keep: int, handler: Any = None):
+    def __init__(self, workdir: str | os.PathLike, keep: int, write_now: Any = None):
         """Opens the folder of checkpoints of a workdir, creating it if needed.
 
         Args:
             workdir: the folder of the run.
             keep: how many of the last checkpoints to keep, at least 1 (see `kept_steps`).
-            handler: what writes the arrays, at once; None: orbax's own, in the background.
+            write_now: orbax's handler of the arrays, to write them at once; None: its usual one,
+                in the background.
 
         Raises:
-            UserError: if the workdir cannot be written, or `keep` is less than 1.
+            UserError: if the workdir cannot be written.
         """
-        if keep < 1:
-            raise UserError(f"config.checkpoint.keep is {keep}; it must be at least 1")
         self._workdir = prepare_workdir(workdir)
+        self._folder = prepare_workdir(self._workdir / FOLDER)
         self._keep = keep
-        self._pending: dict[int, float | None] = {}
-        self._manager = self._open(handler)
+        self._saving: int | None = None  # the step of the last save until it is known to be over
+        self._remove_leftovers()
+        handlers = ocp.CompositeCheckpointHandler(
+            state=write_now or ocp.PyTreeCheckpointHandler(), meta=ocp.JsonCheckpointHandler()
+        )
+        self._checkpointer = (
+            ocp.Checkpointer(handlers)
+            if write_now
+            else ocp.AsyncCheckpointer(
+                handlers,
+                async_options=ocp.options.AsyncOptions(
+                    post_finalization_callback=self._flush,
+                    # Otherwise, where a folder cannot be made, a thread waits for it for five
+                    # minutes, and the program cannot end before.
+                    create_directories_asynchronously=False,
+                ),
+            )
+        )
 
     def latest_step(self) -> int | None:
         """Returns the last complete step on disk (one still being written does not count)."""
-        steps = all_steps(self._workdir)
+        steps = self._steps()
         return steps[-1] if steps else None
 
-    def save(self, state: Any, meta: Mapping[str, Any], miou: float | None = None) -> None:
+    def save(self, state: Any, meta: Mapping[str, Any]) -> None:
         """Starts to save a state; returns as soon as it may be changed or donated.
 
-        If `meta["step"]` is on disk already, its arrays stay, and its meta is replaced if
-        `miou` is given.
+        If `meta["step"]` is on disk already, nothing is done: the state is a function of the step.
 
         Args:
             state: a pytree with array leaves; `TrainState`.
             meta: from `make_meta`; `meta["step"]` names the checkpoint.
-            miou: the mIoU in [0, 1] at this step, if it was evaluated.
 
         Raises:
             UserError: if this save cannot start, or if it takes the place of one that failed and
@@ -129,25 +135,54 @@ class Checkpointer:
         """
         step = meta["step"]
         retry = self._report_failure(step)
-        meta = dict(meta, miou=None if miou is None or math.isnan(miou) else float(miou))
-        if step in all_steps(self._workdir):
-            if meta["miou"] is not None:
-                self._replace_meta(step, meta)
+        if step in self._steps():
             return
-        self._manager.reload()  # folders may have been removed by hand
         tree = without_empty(flax.serialization.to_state_dict(state))
-        self._pending = {step: meta["miou"]}
         with jax.transfer_guard("allow"), self._disk_errors(step):
-            meta = sealed(meta | {"checksums": checksums(flatten(tree))})
-            self._manager.save(
-                step,
+            meta = sealed(dict(meta) | {"checksums": checksums(flatten(tree))})
+            self._saving = step
+            self._checkpointer.save(
+                self._folder / str(step),
                 args=ocp.args.Composite(
                     state=ocp.args.PyTreeSave(tree), meta=ocp.args.JsonSave(meta)
                 ),
-                force=True,  # the caller decides when; orbax's own rules stay out of it
+                force=True,  # only the first process looks whether the folder is there
             )
         if retry:
             self.wait_until_finished()
+
+    def record_scores(self, step: int, scores: Mapping[str, Any]) -> None:
+        """Records the scores of a step, among them "mIoU" in [0, 1], which decides the best.
+
+        Raises:
+            UserError: the file cannot be written.
+        """
+        if distributed.is_primary():
+            write_scores(self._workdir, readable_scores(self._workdir) | {step: scores})
+        self.tidy()
+
+    def has_scores(self, step: int) -> bool:
+        """Whether the evaluation of a step came to its end."""
+        return distributed.on_primary("has_scores", lambda: step in readable_scores(self._workdir))
+
+    def tidy(self) -> None:
+        """Removes the checkpoints that need not be kept; cheap, and may be called at any time.
+
+        The one being saved counts only when it is complete.
+        """
+        if not distributed.is_primary():
+            return
+        steps = all_steps(self._workdir)
+        surplus = set(steps) - kept_steps(steps, readable_scores(self._workdir), self._keep)
+        if not surplus:
+            return
+        files.flush(self._folder)  # the new ones are there for good before the old ones go
+        for step in sorted(surplus):
+            # Renamed first: what a kill leaves of it is not taken for a checkpoint.
+            going = self._folder / f"{step}{_UNFINISHED}-removed"
+            with contextlib.suppress(OSError):
+                (self._folder / str(step)).rename(going)
+                shutil.rmtree(going, ignore_errors=True)
 
     def restore(self, abstract_state: Any, step: int | None = None) -> tuple[Any, dict[str, Any]]:
         """Restores a whole state.
@@ -188,43 +223,48 @@ class Checkpointer:
                 refused or is of another model.
         """
         self.wait_until_finished()
-        bad: dict[int, DamagedCheckpoint] = {}
-        steps = all_steps(self._workdir)
-        for step in reversed(steps):
+        bad: dict[int, str] = {}
+        for step in reversed(self._steps()):
             try:
-                meta = read_meta_file(self._workdir, step)
+                meta = self._meta_of(step)
                 if holds_only_weights(meta):
                     break
                 check(meta)
                 state = restore_arrays(self._workdir, step, abstract_state, meta, partial=False)
             except DamagedCheckpoint as error:
-                bad[step] = error
+                bad[step] = error.what
                 log.warning("%s", error)
                 continue
             if bad:
                 self._move_aside(list(bad), step)
+            self._forget_scores_after(step)
             return state, meta
         if bad:
             raise UserError(
-                f"no good checkpoint of this run is left in {self._workdir / FOLDER}; nothing was "
+                f"no good checkpoint of this run is left in {self._folder}; nothing was "
                 "changed or removed:\n  "
-                + "\n  ".join(f"step {step}: {error.what}" for step, error in bad.items())
+                + "\n  ".join(f"step {step}: {what}" for step, what in bad.items())
                 + "\nBring one of them back from a copy, or start again in another --workdir."
             )
         return None
 
     def wait_until_finished(self) -> None:
         """Waits for the save in the background and raises its error, if it had one."""
-        with self._disk_errors(next(iter(self._pending), None)):
-            self._wait()
-        self._pending = {}
+        if self._saving is None:
+            return
+        try:
+            with self._disk_errors(self._saving):
+                self._wait()
+        finally:
+            self._saving = None
+        self.tidy()
 
     def close(self) -> None:
         """Waits for the save in the background and closes the folder."""
         try:
             self.wait_until_finished()
         finally:
-            self._manager.close()
+            self._checkpointer.close()
 
     def __enter__(self) -> "Checkpointer":
         return self
@@ -232,41 +272,55 @@ class Checkpointer:
     def __exit__(self, *exception: object) -> None:
         self.close()
 
-    def should_preserve(self, checkpoints: Any, *, context: Any) -> list[bool]:
-        """Tells orbax which checkpoints stay once the one being saved is complete."""
-        del context
-        kept = kept_steps(miou_by_step(self._workdir) | self._pending, self._keep)
-        return [checkpoint.step in kept for checkpoint in checkpoints]
+    def _steps(self) -> list[int]:
+        """The complete steps as the first process sees them."""
+        return distributed.on_primary("steps", lambda: all_steps(self._workdir))
+
+    def _meta_of(self, step: int) -> dict[str, Any]:
+        """The description of a step as the first process reads it."""
+
+        def look() -> dict[str, Any]:
+            try:
+                return {"meta": read_meta_file(self._workdir, step)}
+            except DamagedCheckpoint as error:
+                return {"message": str(error), "what": error.what}
+
+        found = distributed.on_primary("meta", look)
+        if "meta" not in found:
+            raise DamagedCheckpoint(found["message"], found["what"])
+        return found["meta"]
 
     def _wait(self) -> None:
-        self._manager.wait_until_finished()
-        self._manager.check_for_errors()
+        if isinstance(self._checkpointer, ocp.AsyncCheckpointer):
+            self._checkpointer.wait_until_finished()
 
     def _report_failure(self, step: int) -> bool:
         """Waits for the save before; returns whether it failed, in any process."""
-        error = None
+        before, error = self._saving, None
+        if before is None:
+            return False
         try:
             self._wait()
         except Exception as caught:
             error = caught
+        self._saving = None
         failed = any_process(error is not None)
         if failed:
-            before = next(iter(self._pending), None)
+            self._remove_leftovers()
             log.warning(
                 "saving the checkpoint of step %s in %s failed: %s. The last good one is of step "
                 "%s. Trying again now, at step %d.",
                 before,
-                self._workdir / FOLDER,
+                self._folder,
                 "in another process" if error is None else _reason(error) or brief(error),
                 self.latest_step(),
                 step,
             )
-            self._remove_leftovers()
-        self._pending = {}
+        self.tidy()
         return failed
 
     @contextlib.contextmanager
-    def _disk_errors(self, step: int | None) -> Iterator[None]:
+    def _disk_errors(self, step: int) -> Iterator[None]:
         """Turns a full or broken disk into a `UserError`; other errors pass as they are."""
         try:
             yield
@@ -275,67 +329,58 @@ class Checkpointer:
             if reason is None and not isinstance(error, OSError):
                 raise
             self._remove_leftovers()
-            last = self.latest_step()
+            # What this process sees: the others need not come here.
+            last = max(all_steps(self._workdir), default=None)
             raise UserError(
-                f"{self._workdir / FOLDER}: saving the checkpoint of step {step} failed: "
+                f"{self._folder}: saving the checkpoint of step {step} failed: "
                 f"{reason or brief(error)}. Free space or repair the folder, then start the "
                 "same command again: it continues from the last complete checkpoint"
                 + ("." if last is None else f", that of step {last}.")
             ) from error
 
-    def _open(self, handler: Any) -> ocp.CheckpointManager:
-        self._remove_leftovers()
-        handlers = handler and {"state": handler, "meta": ocp.JsonCheckpointHandler()}
-        options = ocp.CheckpointManagerOptions(
-            preservation_policy=self, enable_async_checkpointing=handler is None
-        )
-        return ocp.CheckpointManager(
-            prepare_workdir(self._workdir / FOLDER), item_handlers=handlers, options=options
-        )
+    def _flush(self) -> None:
+        """Called in the background before the folder gets its final name: all must be on disk."""
+        for folder in self._folder.glob(f"{self._saving}{_UNFINISHED}*"):
+            for path in [*folder.rglob("*"), folder]:
+                files.flush(path)
 
     def _remove_leftovers(self) -> None:
         """Removes the folders of saves that did not come to their end."""
-        folder = self._workdir / FOLDER
-        if distributed.is_primary() and folder.is_dir():
-            for path in folder.iterdir():
-                if ".orbax-checkpoint-tmp" in path.name:
+        if distributed.is_primary() and self._folder.is_dir():
+            for path in self._folder.iterdir():
+                if _UNFINISHED in path.name:
                     shutil.rmtree(path, ignore_errors=True)
 
     def _move_aside(self, steps: list[int], good: int) -> None:
-        for step in steps:
-            source = self._workdir / FOLDER / str(step)
-            target = self._workdir / DAMAGED_FOLDER / str(step)
-            number = 1
-            while target.exists():
-                number += 1
-                target = target.with_name(f"{step}_{number}")
-            if distributed.is_primary():
+        def move() -> list[str]:
+            targets = []
+            for step in steps:
+                target = self._workdir / DAMAGED_FOLDER / str(step)
+                number = 1
+                while target.exists():
+                    number += 1
+                    target = target.with_name(f"{step}_{number}")
                 with self._disk_errors(step):
                     target.parent.mkdir(exist_ok=True)
-                    shutil.move(source, target)
+                    shutil.move(self._folder / str(step), target)
+                targets.append(str(target))
+            return targets
+
+        for step, target in zip(steps, distributed.on_primary("move_aside", move)):
             log.warning("moved the damaged checkpoint of step %d to %s", step, target)
         log.warning(
             "going on from step %d instead of step %d: the steps after it are done again",
             good,
             steps[0],
         )
-        distributed.wait_for_all("move_aside")
-        self._manager.reload()
 
-    def _replace_meta(self, step: int, meta: dict[str, Any]) -> None:
-        path = meta_path(self._workdir, step)
+    def _forget_scores_after(self, step: int) -> None:
+        """The steps after this one are done again, and their evaluations, too."""
         if distributed.is_primary():
-            before = read_meta_file(self._workdir, step)
-            meta = sealed(meta | {"checksums": before.get("checksums")})
-            temporary = path.with_name(path.name + ".tmp")
-            temporary.write_text(json.dumps(meta), encoding="utf-8")
-            os.replace(temporary, path)
-        distributed.wait_for_all("replace_meta")
-        # The best may have changed, and no later save may come that would clear up.
-        self._manager.reload()
-        miou = miou_by_step(self._workdir)
-        for surplus in sorted(miou.keys() - kept_steps(miou, self._keep)):
-            self._manager.delete(surplus)
+            scores = readable_scores(self._workdir)
+            earlier = {other: scores[other] for other in scores if other <= step}
+            if earlier != scores:
+                write_scores(self._workdir, earlier)
 
 
 def _reason(error: BaseException) -> str | None:

@@ -1,128 +1,88 @@
-"""Which checkpoints a workdir has, which of them are kept, and their descriptions."""
+"""A checkpoint's description: what is recorded beside the arrays, and whether it is of this run."""
 
 import hashlib
+import importlib.metadata
 import json
 import os
-import tempfile
-from collections.abc import Mapping
+import platform
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import memseg_jax
+from memseg_jax.checkpoint.steps import FOLDER, DamagedCheckpoint, brief, damaged, find_step
 from memseg_jax.errors import UserError
-from memseg_jax.run_record import FORMAT_VERSION
+from memseg_jax.runtime import distributed
+from memseg_jax.runtime.plain import ABSENT, flatten, plain, show
 
-FOLDER = "checkpoints"
-DAMAGED_FOLDER = "damaged"
+FORMAT_VERSION = 1
 META_FILE = "metadata"  # the name that orbax gives to the file of a JSON item
 _SEAL = "meta_checksum"  # of the description itself
+_REQUIRED = {"step", "config", "class_names", "palette", "fingerprint", "checksums", _SEAL}
+# Fields that may change between a run and its continuation: they say where files lie, how fast
+# batches are made, what is kept in memory, what is reported, and what happens after a mishap, but
+# not which numbers the training produces (rounding aside).
+HARMLESS_FIELDS = (
+    "data.root",
+    "data.packed",
+    "data.workers",
+    "data.threads",
+    "data.prefetch",
+    "data.palette",
+    "data.eval_split",
+    "data.num_val",
+    "model.remat",
+    "sharding.*",
+    "train.log_every",
+    "train.eval_every",
+    "train.on_nonfinite",
+    "train.max_nonfinite",
+    "train.watchdog_minutes",
+    "train.profile_steps",
+    "checkpoint.*",
+    "eval.*",
+)
+_PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy")
 
 
-class DamagedCheckpoint(UserError):
-    """A checkpoint cannot be read, or holds other values than were saved.
-
-    Attributes:
-        what: what was found, with the file and the array; without advice.
-    """
-
-    def __init__(self, message: str, what: str):
-        super().__init__(message)
-        self.what = what
+# ---- What is in a checkpoint besides the arrays -------------------------------------------------
 
 
-def prepare_workdir(workdir: str | os.PathLike) -> Path:
-    """Creates the workdir and tries to write in it, so that this does not fail hours later.
-
-    Args:
-        workdir: the folder of the run.
-
-    Returns:
-        Its absolute path.
-
-    Raises:
-        UserError: if it cannot be created or written.
-    """
-    path = Path(workdir).expanduser().absolute()
-    try:
-        path.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=path) as file:
-            file.write(b"test")
-            file.flush()
-    except OSError as error:
-        raise UserError(
-            f"cannot write to the workdir {path}: {error.strerror or error}. Choose another "
-            "folder with --workdir, or make this one writable."
-        ) from error
-    return path
-
-
-def all_steps(workdir: str | os.PathLike) -> list[int]:
-    """Returns the steps of the complete checkpoints on disk, in rising order.
-
-    A save that is under way, or was killed, is in a folder with another name and not counted.
-    """
-    folder = Path(workdir) / FOLDER
-    if not folder.is_dir():
-        return []
-    return sorted(int(path.name) for path in folder.iterdir() if path.name.isdecimal())
-
-
-def kept_steps(miou: Mapping[int, float | None], keep: int) -> set[int]:
-    """Returns the steps to keep: the last `keep` ones and the best.
+def make_meta(
+    config: Any,
+    step: int,
+    class_names: Any,
+    palette: Any,
+    fingerprint: str,
+) -> dict[str, Any]:
+    """Describes a checkpoint in plain JSON values.
 
     Args:
-        miou: step -> mIoU, or None where it was not evaluated; such a step is never the best.
-        keep: how many of the last steps to keep, at least 1.
+        config: the `ConfigDict` (or nested dict) of the run.
+        step: number of finished training steps; also the position in the data.
+        class_names: one string per class.
+        palette: one (red, green, blue) per class.
+        fingerprint: `Source.fingerprint()` of the training images.
 
     Returns:
-        The steps; of equally good ones the newest is the best. Step 0 stays too: it is no product
-        of the run, but the weights that it started from.
+        The dict that `Checkpointer.save` takes as `meta`.
     """
-    best = best_step(miou)
-    return set(sorted(miou)[-keep:]) | ({best} if best is not None else set()) | ({0} & set(miou))
+    return {
+        "format_version": FORMAT_VERSION,
+        "step": int(step),
+        "data_position": int(step),
+        "config": plain(config),
+        "class_names": plain(class_names),
+        "palette": plain(palette),
+        "fingerprint": fingerprint,
+        "versions": versions(),
+    }
 
 
-def best_step(miou: Mapping[int, float | None]) -> int | None:
-    """Returns the step of the highest mIoU (the newest of equal ones), or None without any."""
-    scored = {step: value for step, value in miou.items() if value is not None}
-    return max(scored, key=lambda step: (scored[step], step)) if scored else None
-
-
-def miou_by_step(workdir: Path) -> dict[int, float | None]:
-    """The mIoU of every checkpoint; None where there is none, or where it cannot be read."""
-    miou = {}
-    for step in all_steps(workdir):
-        try:
-            miou[step] = read_meta_file(workdir, step)["miou"]
-        except UserError:  # damaged: it is reported when somebody asks for this very step
-            miou[step] = None
-    return miou
-
-
-def find_step(workdir: Path, which: str | int) -> int:
-    """Turns "last", "best" or a step into the step of a checkpoint; see `reading.read_meta`."""
-    steps = all_steps(workdir)
-    if not steps:
-        raise UserError(
-            f"there is no checkpoint in {workdir / FOLDER}. Train first, or name the folder of "
-            "the run with --workdir."
-        )
-    if which in ("last", "latest"):
-        return steps[-1]
-    if which == "best":
-        # Which one is the best is not known if one of them does not tell its score.
-        best = best_step({step: read_meta_file(workdir, step)["miou"] for step in steps})
-        return steps[-1] if best is None else best
-    if which not in steps:
-        raise UserError(
-            f"there is no checkpoint of step {which} in {workdir / FOLDER}. There are: "
-            f"{', '.join(map(str, steps))}, or 'best' and 'last'."
-        )
-    return which
-
-
-def meta_path(workdir: Path, step: int) -> Path:
-    """The file of a checkpoint's description."""
-    return workdir / FOLDER / str(step) / "meta" / META_FILE
+def versions() -> dict[str, str]:
+    """Versions of what the numbers depend on, by name."""
+    found = {name: importlib.metadata.version(name) for name in _PACKAGES}
+    return found | {"memseg_jax": memseg_jax.__version__, "python": platform.python_version()}
 
 
 def sealed(meta: Mapping[str, Any]) -> dict[str, Any]:
@@ -132,22 +92,61 @@ def sealed(meta: Mapping[str, Any]) -> dict[str, Any]:
     return rest | {_SEAL: hashlib.sha256(text.encode()).hexdigest()}
 
 
+def holds_only_weights(meta: Mapping[str, Any]) -> bool:
+    """Whether a checkpoint is from `write_weights`: training starts from it, and anew."""
+    return meta.get("origin") is not None
+
+
+# ---- Reading ------------------------------------------------------------------------------------
+
+
+def read_meta(workdir: str | os.PathLike, step: str | int = "last") -> tuple[int, dict[str, Any]]:
+    """Reads a checkpoint's description without loading its arrays.
+
+    Of several processes, all have to call it: the first one looks, and tells the others.
+
+    Args:
+        workdir: the folder of the run.
+        step: a step, "last" (or "latest"), or "best" (highest mIoU; the last one if no checkpoint
+            has a score).
+
+    Returns:
+        The step and its meta: what `make_meta` returned, with the checksums of the arrays.
+
+    Raises:
+        UserError: if there is no such checkpoint, or it is damaged or of a later version.
+    """
+    workdir = Path(workdir).expanduser().absolute()
+
+    def look() -> tuple[int, dict[str, Any]]:
+        found = find_step(workdir, step)
+        return found, read_meta_file(workdir, found)
+
+    found, meta = distributed.on_primary("read_meta", look)
+    return found, meta
+
+
 def read_meta_file(workdir: Path, step: int) -> dict[str, Any]:
     """Reads the description of one checkpoint.
 
     Raises:
-        DamagedCheckpoint: it cannot be read, is incomplete, or was changed.
+        DamagedCheckpoint: it cannot be read, is empty or incomplete, or was changed.
         UserError: it is of a later version.
     """
-    path = meta_path(workdir, step)
+    path = workdir / FOLDER / str(step) / "meta" / META_FILE
     try:
-        meta = json.loads(path.read_text(encoding="utf-8"))
+        text = path.read_text(encoding="utf-8")
+        if not text.strip():
+            raise damaged(workdir, step, f"{path} is empty")
+        meta = json.loads(text)
         version = meta["format_version"]
-        missing = {"step", "config", "class_names", "palette", "fingerprint", "miou"} - set(meta)
+        missing = _REQUIRED - set(meta)
         later = version > FORMAT_VERSION
     except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
+        if isinstance(error, DamagedCheckpoint):
+            raise
         raise damaged(workdir, step, f"{path} cannot be read ({brief(error)})") from error
-    if _SEAL in meta and sealed(meta)[_SEAL] != meta[_SEAL]:
+    if not missing and sealed(meta)[_SEAL] != meta[_SEAL]:
         raise damaged(
             workdir,
             step,
@@ -164,22 +163,74 @@ def read_meta_file(workdir: Path, step: int) -> dict[str, Any]:
     return meta
 
 
-def damaged(workdir: Path, step: int, what: str) -> DamagedCheckpoint:
-    """The error that a checkpoint is damaged, with what can be done."""
-    others = [other for other in all_steps(workdir) if other != step]
-    advice = (
-        f"Other checkpoints of this run: {', '.join(map(str, others))}. Evaluate or predict with "
-        "one of them (--checkpoint STEP); training goes on from the last good one by itself. "
-        "--mode verify checks them all."
-        if others
-        else "It is the only one of this run: bring it back from a copy, or start again in "
-        "another --workdir."
+# ---- Is this the same run? ----------------------------------------------------------------------
+
+
+def config_differences(saved: Mapping[str, Any], current: Any) -> list[str]:
+    """Lists the fields that change the training and differ between two configs.
+
+    Args:
+        saved: `meta["config"]` of a checkpoint.
+        current: the config (`ConfigDict` or nested dict) of now.
+
+    Returns:
+        Lines such as "train.batch_size: 16 in the checkpoint, 8 now", sorted by field. Fields in
+        `HARMLESS_FIELDS` are left out.
+    """
+    before, now = flatten(plain(saved)), flatten(plain(current))
+    lines = []
+    for field in sorted(before.keys() | now.keys()):
+        old, new = before.get(field, ABSENT), now.get(field, ABSENT)
+        if old != new and not _harmless(field):
+            lines.append(f"{field}: {show(old)} in the checkpoint, {show(new)} now")
+    return lines
+
+
+def check_same_run(meta: Mapping[str, Any], config: Any, fingerprint: str) -> None:
+    """Refuses to continue a run with another config or other training images.
+
+    Args:
+        meta: the checkpoint's meta.
+        config: the config of now.
+        fingerprint: `Source.fingerprint()` of the training images of now.
+
+    Raises:
+        UserError: naming every field that differs, with both values.
+    """
+    differences = config_differences(meta["config"], config)
+    if meta["fingerprint"] != fingerprint:
+        differences.append(
+            "the list of training images: fingerprint "
+            f"{meta['fingerprint']} in the checkpoint, {fingerprint} now"
+        )
+    if differences:
+        raise UserError(
+            f"the workdir holds a run at step {meta['step']} that was trained with other "
+            "settings, so it cannot be continued with these:\n  "
+            + "\n  ".join(differences)
+            + "\nStart a new run with another --workdir, or go back to the values of the "
+            "checkpoint to continue this one."
+        )
+
+
+def check_class_names(meta: Mapping[str, Any], class_names: Sequence[str]) -> None:
+    """Refuses classes that have the right number but other names than those of a checkpoint.
+
+    Another number shows in the shapes of the arrays, where more can be said.
+
+    Raises:
+        UserError: shows both lists.
+    """
+    trained = list(meta["class_names"])
+    if list(class_names) != trained and len(class_names) == len(trained):
+        raise UserError(
+            f"config.data.class_names are {list(class_names)}, but the checkpoint was trained "
+            f"with {trained}: scores would be given to the wrong classes"
+        )
+
+
+def _harmless(field: str) -> bool:
+    return any(
+        field.startswith(rule[:-1]) if rule.endswith("*") else field == rule
+        for rule in HARMLESS_FIELDS
     )
-    message = f"the checkpoint of step {step} is damaged: {what}. {advice}"
-    return DamagedCheckpoint(message, what)
-
-
-def brief(error: BaseException) -> str:
-    """Kind and first line of an error."""
-    text = str(error).strip().splitlines()
-    return f"{type(error).__name__}: {text[0][:300]}" if text else type(error).__name__

@@ -27,7 +27,7 @@ import numpy as np
 
 from memseg_jax.data.images import read_image
 from memseg_jax.errors import UserError
-from memseg_jax.training.progress import replacing
+from memseg_jax.runtime.files import replacing
 
 FORMAT = 1
 _KEYS = ("name", "image", "label")

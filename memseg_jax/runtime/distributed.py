@@ -269,11 +269,19 @@ def check_same(name: str, values: dict[str, Any]) -> None:
     reduce_on_primary(name, json.dumps(values).encode(), compare)
 
 
-def from_primary(name: str, value: Any) -> Any:
-    """Returns the plain value that process 0 gives."""
-    return json.loads(
-        reduce_on_primary(name, json.dumps(value).encode(), lambda payloads: payloads[0])
-    )
+def on_primary(name: str, function: Callable[[], Any]) -> Any:
+    """Calls a function in process 0 alone; every process gets what it returned.
+
+    If it raises, process 0 ends, and the others with it.
+
+    Args:
+        name: of the exchange.
+        function: returns plain JSON values.
+    """
+    if _run.client is None:
+        return function()
+    payload = json.dumps(function()).encode() if is_primary() else b""
+    return json.loads(reduce_on_primary(name, payload, lambda payloads: payloads[0]))
 
 
 # ---- Ending together ----------------------------------------------------------------------------

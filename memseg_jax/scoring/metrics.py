@@ -17,7 +17,7 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 
 from memseg_jax.data import IGNORE_LABEL
-from memseg_jax.training.progress import replacing
+from memseg_jax.runtime.files import replacing
 
 
 def confusion_matrix(

@@ -10,7 +10,7 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
 from memseg_jax.errors import UserError
-from memseg_jax.training.progress import replacing
+from memseg_jax.runtime.files import replacing
 
 # Measures of a sheet in pixels.
 _PANEL_MAX = 480

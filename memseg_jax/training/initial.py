@@ -9,7 +9,7 @@ import ml_collections
 import numpy as np
 from flax.traverse_util import flatten_dict
 
-from memseg_jax import checkpoint, run_record
+from memseg_jax import checkpoint
 from memseg_jax.errors import UserError
 from memseg_jax.models.segmentor import Segmentor, build_segmentor
 from memseg_jax.training.state import abstract_variables, init_variables
@@ -49,7 +49,7 @@ def initial_variables(
     known = {}
     if converted:
         meta = checkpoint.read_meta(converted)[1]
-        run_record.check_class_names(meta, config.data.class_names)
+        checkpoint.check_class_names(meta, config.data.class_names)
         log.info("starting from the weights in %s (%s)", converted, meta["origin"]["file"])
         abstract = abstract_variables(model)
         variables, _ = checkpoint.restore_for_inference(converted, abstract, "last")

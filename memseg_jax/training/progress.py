@@ -12,30 +12,7 @@ from collections.abc import Callable, Iterator, Mapping
 from typing import NamedTuple
 
 from memseg_jax.errors import UserError
-
-
-@contextlib.contextmanager
-def replacing(path: str | os.PathLike) -> Iterator[pathlib.Path]:
-    """Yields a temporary path that takes the place of `path` when the block ends without error.
-
-    Whoever opens `path` sees the old file or the complete new one, also after a kill.
-
-    Raises:
-        UserError: the file cannot be written.
-    """
-    path = pathlib.Path(path)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        yield temporary
-        os.replace(temporary, path)
-    except OSError as error:
-        raise UserError(
-            f"cannot write {path}: {error}. Check that the folder exists, that you may write "
-            "there, and that the disk is not full."
-        ) from error
-    finally:
-        with contextlib.suppress(OSError):
-            temporary.unlink(missing_ok=True)
+from memseg_jax.runtime import files
 
 
 class MetricWriter:
@@ -58,10 +35,7 @@ class MetricWriter:
         folder = pathlib.Path(workdir)
         self._path = folder / "metrics.csv"
         self._file = None
-        try:
-            folder.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise UserError(f"cannot make the folder {folder}: {error}") from error
+        files.make_folder(folder)
         columns, rows = self._read()
         self._rewrite(columns, [row for row in rows if int(row["step"]) <= start_step])
         self._board = _tensorboard(folder / "tensorboard", start_step)
@@ -120,7 +94,7 @@ class MetricWriter:
     def _rewrite(self, columns: list[str], rows: list[dict[str, str]]) -> None:
         if self._file:
             self._file.close()
-        with replacing(self._path) as temporary:
+        with files.replacing(self._path) as temporary:
             header = _csv_text(columns, [dict(zip(columns, columns))])
             temporary.write_text(header + _csv_text(columns, rows), encoding="utf-8")
         self._columns = columns

@@ -1,6 +1,8 @@
 """Checkpoints: exact round trips, what is kept, and clear refusals."""
 
 import json
+import os
+import shutil
 
 import jax
 import numpy as np
@@ -12,6 +14,7 @@ from memseg_jax import checkpoint
 from memseg_jax.checkpoint import Checkpointer
 from memseg_jax.checkpoint.meta import sealed
 from memseg_jax.errors import UserError
+from memseg_jax.runtime import files
 from tests.checkpoints import State, abstract, assert_same, make_meta, make_state, save_one
 
 # ------------------------------------------------------------------------------- round trips
@@ -128,20 +131,24 @@ def test_restores_on_another_number_of_devices(tmp_path):
 
 
 @given(
+    st.sets(st.integers(0, 50), max_size=12),
     st.dictionaries(st.integers(0, 50), st.none() | st.floats(0, 1), max_size=12),
     st.integers(1, 5),
 )
-def test_kept_steps(miou, keep):
-    kept = checkpoint.kept_steps(miou, keep)
-    assert kept <= set(miou)
-    assert set(sorted(miou)[-keep:]) <= kept
-    assert len(kept) <= keep + 1 + (0 in miou)
-    assert 0 in kept or 0 not in miou  # what a run started from
-    scores = [value for value in miou.values() if value is not None]
-    if scores:
-        assert max(scores) in [miou[step] for step in kept]
+def test_kept_steps(steps, miou, keep):
+    scores = {step: {"mIoU": value, "mAcc": 1 - (value or 0)} for step, value in miou.items()}
+    kept = checkpoint.kept_steps(steps, scores, keep)
+    assert kept <= steps
+    assert set(sorted(steps)[-keep:]) <= kept
+    assert len(kept) <= keep + 1 + (0 in steps)
+    assert 0 in kept or 0 not in steps  # what a run started from
+    values = [miou[step] for step in steps if miou.get(step) is not None]
+    if values:
+        assert max(values) in [miou.get(step) for step in kept]
+        best = checkpoint.best_step(steps, scores)
+        assert best == max(step for step in steps if miou.get(step) == max(values))
     else:
-        assert checkpoint.best_step(miou) is None
+        assert checkpoint.best_step(steps, scores) is None
 
 
 def test_keeps_the_last_and_the_best(tmp_path):
@@ -149,14 +156,17 @@ def test_keeps_the_last_and_the_best(tmp_path):
     expected = {1: [1], 2: [1, 2], 3: [2, 3], 4: [3, 4], 5: [4, 5], 6: [4, 5, 6], 7: [4, 6, 7]}
     with Checkpointer(tmp_path, keep=2) as checkpointer:
         for step, miou in scores.items():
-            checkpointer.save(make_state(step), make_meta(step), miou)
+            checkpointer.save(make_state(step), make_meta(step))
+            if miou is not None:
+                checkpointer.record_scores(step, {"mIoU": miou})
             checkpointer.wait_until_finished()
             assert checkpoint.all_steps(tmp_path) == expected[step]
     assert checkpoint.read_meta(tmp_path, "best")[0] == 4
     assert checkpoint.read_meta(tmp_path, "last")[0] == 7
     # The same rule after reopening: scores are read from disk.
     with Checkpointer(tmp_path, keep=2) as checkpointer:
-        checkpointer.save(make_state(8), make_meta(8), 0.9)
+        checkpointer.save(make_state(8), make_meta(8))
+        checkpointer.record_scores(8, {"mIoU": 0.9})
         checkpointer.wait_until_finished()
         assert checkpoint.all_steps(tmp_path) == [7, 8]
         restored, _ = checkpointer.restore(abstract(make_state(7)), step=7)
@@ -169,19 +179,99 @@ def test_best_without_scores_is_the_last(tmp_path):
     assert checkpoint.read_meta(tmp_path, "best")[0] == 2
 
 
-def test_saving_a_step_again_only_adds_its_score(tmp_path):
+def test_a_complete_checkpoint_is_never_written_to_again(tmp_path):
+    def content(step):
+        folder = tmp_path / checkpoint.FOLDER / str(step)
+        return {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
     with Checkpointer(tmp_path, keep=1) as checkpointer:
-        checkpointer.save(make_state(1), make_meta(1), 0.4)
+        checkpointer.save(make_state(1), make_meta(1))
+        checkpointer.record_scores(1, {"mIoU": 0.4})
         checkpointer.save(make_state(2), make_meta(2))
-        checkpointer.save(make_state(2, seed=9), make_meta(2), 0.6)
-        restored, meta = checkpointer.restore(abstract(make_state(2)))
-        assert meta["miou"] == 0.6
-        assert_same(restored, make_state(2))
+        checkpointer.wait_until_finished()
+        assert checkpoint.all_steps(tmp_path) == [1, 2]
+        before = content(2)
+        assert not checkpointer.has_scores(2)
+        checkpointer.record_scores(2, {"mIoU": 0.6})
+        assert checkpointer.has_scores(2)
         assert checkpoint.all_steps(tmp_path) == [2]  # step 1 is no longer the best
-        checkpointer.save(make_state(2), make_meta(2))  # no score: the old one stays
-        assert checkpointer.restore(abstract(make_state(2)))[1]["miou"] == 0.6
+        checkpointer.save(make_state(2, seed=9), make_meta(2))
+        checkpointer.wait_until_finished()
+        assert content(2) == before
+        assert_same(checkpointer.restore(abstract(make_state(2)))[0], make_state(2))
         checkpointer.save(make_state(3), make_meta(3))
     assert checkpoint.all_steps(tmp_path) == [2, 3]
+
+
+@pytest.mark.parametrize("text", ["", "{", "[1, 2]", '{"a": {}}', '{"2": 3}'])
+def test_scores_that_cannot_be_read(tmp_path, caplog, text):
+    for step in (1, 2):
+        save_one(tmp_path, step, miou=0.5)
+    (tmp_path / "scores.json").write_text(text)
+    with pytest.raises(
+        UserError, match=r"scores\.json cannot be read .* 'last', or remove the file"
+    ):
+        checkpoint.read_meta(tmp_path, "best")
+    assert checkpoint.read_meta(tmp_path, "last")[0] == 2
+    # A run goes on without them, and its next evaluation writes the file anew.
+    with Checkpointer(tmp_path, keep=2) as checkpointer:
+        assert int(checkpointer.resume(abstract(make_state(1)))[0].step) == 2
+        assert "scores.json cannot be read" in caplog.text
+        assert not checkpointer.has_scores(2)
+        checkpointer.record_scores(2, {"mIoU": 0.25})
+    assert checkpoint.read_scores(tmp_path) == {2: {"mIoU": 0.25}}
+
+
+def test_scores_after_the_step_a_run_goes_on_from_are_forgotten(tmp_path):
+    for step in (1, 2, 3):
+        save_one(tmp_path, step, miou=step / 10)
+    shutil.rmtree(tmp_path / checkpoint.FOLDER / "3")
+    with Checkpointer(tmp_path, keep=3) as checkpointer:
+        checkpointer.resume(abstract(make_state(1)))
+    assert set(checkpoint.read_scores(tmp_path)) == {1, 2}
+
+
+@pytest.fixture
+def calls_of_the_disk(monkeypatch):
+    """Records what is flushed and renamed, in order."""
+    made = []
+
+    def flush(descriptor):
+        made.append(("flush", os.readlink(f"/proc/self/fd/{descriptor}")))
+
+    rename, replace = os.rename, os.replace
+    monkeypatch.setattr(os, "fsync", flush)
+    monkeypatch.setattr(
+        os, "rename", lambda a, b, **kw: (made.append(("name", str(b))), rename(a, b, **kw))[1]
+    )
+    monkeypatch.setattr(
+        os, "replace", lambda a, b, **kw: (made.append(("name", str(b))), replace(a, b, **kw))[1]
+    )
+    return made
+
+
+def test_everything_is_on_the_disk_before_it_gets_its_name(tmp_path, calls_of_the_disk):
+    with Checkpointer(tmp_path, keep=1) as checkpointer:
+        checkpointer.save(make_state(1), make_meta(1))
+        checkpointer.wait_until_finished()
+        named = calls_of_the_disk.index(("name", str(tmp_path / checkpoint.FOLDER / "1")))
+        flushed = [path for kind, path in calls_of_the_disk[:named] if kind == "flush"]
+        for name in ("meta/metadata", "state/_METADATA"):
+            assert any(path.endswith(name) for path in flushed), flushed
+        # The old checkpoint goes when the new one's name is on the disk.
+        del calls_of_the_disk[:]
+        checkpointer.save(make_state(2), make_meta(2))
+    folder = str(tmp_path / checkpoint.FOLDER)
+    named = calls_of_the_disk.index(("name", f"{folder}/2"))
+    removed = next(i for i, (kind, path) in enumerate(calls_of_the_disk) if "removed" in path)
+    assert ("flush", folder) in calls_of_the_disk[named:removed]
+
+
+def test_a_file_is_replaced_by_one_that_is_on_the_disk(tmp_path, calls_of_the_disk):
+    files.write_text(tmp_path / "a.json", "new")
+    (first, temporary), *rest = calls_of_the_disk
+    assert (first, temporary.endswith(".tmp")) == ("flush", True)
+    assert rest == [("name", str(tmp_path / "a.json")), ("flush", str(tmp_path))]
 
 
 def test_removing_a_folder_by_hand_is_noticed(tmp_path):
@@ -260,8 +350,3 @@ def test_unwritable_workdir(tmp_path, workdir):
     (tmp_path / "file").write_text("not a folder")
     with pytest.raises(UserError, match=r"cannot write to the workdir .*--workdir"):
         checkpoint.prepare_workdir(workdir.format(tmp=tmp_path))
-
-
-def test_keep_must_be_positive(tmp_path):
-    with pytest.raises(UserError, match=r"checkpoint\.keep is 0"):
-        Checkpointer(tmp_path, keep=0)

@@ -9,6 +9,7 @@ import subprocess
 import sys
 import tempfile
 import textwrap
+import threading
 import time
 from pathlib import Path
 
@@ -118,10 +119,11 @@ def test_disk_full_in_the_background_is_reported_and_the_save_retried(tmp_path, 
                 checkpointer.wait_until_finished()
             assert leftovers(tmp_path) == []
             checkpointer.save(large, make_meta(2))
-            while checkpointer._manager.is_saving_in_progress():
-                time.sleep(0.01)
+            for thread in threading.enumerate():
+                if thread.name == "async_save":  # it has failed before there is space again
+                    thread.join()
         assert checkpointer.latest_step() == 1
-        # There is space again. The library believes that step 2 was saved.
+        # There is space again.
         caplog.clear()
         checkpointer.save(large, make_meta(2))
         assert checkpoint.all_steps(tmp_path) == [1, 2]  # it was waited for
@@ -166,6 +168,16 @@ def test_a_folder_that_becomes_unwritable():
                     checkpoint.prepare_workdir(workdir / checkpoint.FOLDER / "run")
             checkpointer.save(make_state(3), make_meta(3))
         assert checkpoint.all_steps(workdir) == [1, 3]
+
+
+def test_a_failed_save_leaves_no_thread_that_keeps_the_program_from_ending():
+    test_a_folder_that_becomes_unwritable()
+    waiting = [
+        x for x in threading.enumerate() if not x.daemon and x is not threading.main_thread()
+    ]
+    for thread in waiting:
+        thread.join(30)
+    assert not [x.name for x in waiting if x.is_alive()]
 
 
 def test_a_file_in_the_place_of_the_folder(tmp_path):

@@ -76,7 +76,7 @@ def test_alone_everything_is_its_own():
         distributed.reduce_on_primary("any", b"mine", lambda payloads: b"+".join(payloads))
         == b"mine"
     )
-    assert distributed.from_primary("any", {"a": [1, None]}) == {"a": [1, None]}
+    assert distributed.on_primary("any", lambda: {"a": [1, None]}) == {"a": [1, None]}
     distributed.check_same("any", {"a": 1})
     distributed.failed(ValueError("not told to anybody"))
     distributed.finish(1)

@@ -8,7 +8,7 @@ import jax
 import numpy as np
 import pytest
 
-from memseg_jax import checkpoint, run_record, train
+from memseg_jax import checkpoint, train
 from memseg_jax.errors import UserError
 from memseg_jax.runtime import sharding
 from memseg_jax.training.step import make_train_step
@@ -195,7 +195,7 @@ def test_variables_for_inference_are_whole(double, devices):
 def test_a_checkpoint_of_one_layout_is_restored_on_any_other(double, tmp_path):
     config = build()[0]
     state = sharding.place(initial(), mesh_of((2, 4)))
-    meta = run_record.make_meta(config, 0, ("a", "b", "c"), tiny.COLOURS, "any")
+    meta = checkpoint.make_meta(config, 0, ("a", "b", "c"), tiny.COLOURS, "any")
     with checkpoint.Checkpointer(tmp_path, 2) as checkpointer:
         checkpointer.save(state, meta)
         checkpointer.wait_until_finished()

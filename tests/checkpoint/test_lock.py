@@ -1,0 +1,163 @@
+"""One run per workdir: who holds it, who is refused, and what is taken over."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import textwrap
+import threading
+import time
+
+import pytest
+
+from memseg_jax.checkpoint import RunLock
+from memseg_jax.errors import UserError
+from memseg_jax.runtime import files
+from tests import tiny
+
+HOLDER = """
+    import sys, time
+    from pathlib import Path
+    from memseg_jax.checkpoint import RunLock
+    from memseg_jax.errors import UserError
+    try:
+        with RunLock(Path({folder!r}), 10):
+            print("holds", flush=True)
+            sys.stdin.readline()
+    except UserError as error:
+        print(error, flush=True)
+"""
+
+
+def start_holder(folder):
+    code = textwrap.dedent(HOLDER.format(folder=str(folder)))
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
+    return subprocess.Popen([sys.executable, "-c", code], cwd=tiny.ROOT, **pipes)
+
+
+def content(folder):
+    return json.loads((folder / "run.lock").read_text())
+
+
+def rewrite(folder, **changes):
+    (folder / "run.lock").write_text(json.dumps(content(folder) | changes))
+
+
+@pytest.fixture
+def left_behind(tmp_path):
+    """A workdir with the lock of a holder that did not release it."""
+    with RunLock(tmp_path, 10):
+        text = (tmp_path / "run.lock").read_text()
+    (tmp_path / "run.lock").write_text(text)
+    return tmp_path
+
+
+def test_held_and_released(tmp_path):
+    with RunLock(tmp_path, 10) as lock:
+        lock.check()
+        assert content(tmp_path)["process"] == os.getpid()
+        with pytest.raises(UserError, match=rf"in use by process {os.getpid()} on .* since 20"):
+            RunLock(tmp_path, 10).__enter__()
+        lock.check()
+    assert list(tmp_path.iterdir()) == []
+    with pytest.raises(ValueError, match="any"), RunLock(tmp_path, 10):
+        raise ValueError("any error")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_process_that_lives_and_one_that_was_killed(tmp_path, caplog):
+    holder = start_holder(tmp_path)
+    try:
+        assert holder.stdout.readline() == "holds\n"
+        with pytest.raises(
+            UserError, match=rf"in use by process {holder.pid} on .*another --workd"
+        ):
+            RunLock(tmp_path, 10).__enter__()
+    finally:
+        holder.send_signal(signal.SIGKILL)
+        holder.communicate()
+    with RunLock(tmp_path, 10) as lock:
+        assert f"taking over the workdir from process {holder.pid}" in caplog.text
+        lock.check()
+
+
+def test_of_two_that_start_at_the_same_moment_one_wins(tmp_path):
+    holders = [start_holder(tmp_path) for _ in range(2)]
+    said = [holder.stdout.readline() for holder in holders]
+    for holder in holders:
+        holder.communicate("\n")
+    assert sorted("holds" in text for text in said) == [False, True]
+    assert any("is in use by process" in text for text in said)
+
+
+def test_a_number_that_another_process_has_now(left_behind, caplog):
+    rewrite(left_behind, process_started="1")
+    with RunLock(left_behind, 10) as lock:
+        lock.check()
+    assert "which has ended" in caplog.text
+
+
+def test_a_holder_elsewhere_counts_as_dead_when_it_was_silent_for_long(left_behind, caplog):
+    rewrite(left_behind, machine="other", host="far", renewed=time.time() - 500)
+    with pytest.raises(UserError, match=r"on far.*50\d s ago; after 600 s .*lock_minutes"):
+        RunLock(left_behind, 10).__enter__()
+    with RunLock(left_behind, 8) as lock:
+        assert "taking over the workdir from process" in caplog.text
+        lock.check()
+
+
+def test_it_is_renewed(tmp_path):
+    with RunLock(tmp_path, 0.02) as lock:
+        first = content(tmp_path)["renewed"]
+        limit = time.monotonic() + 60
+        while content(tmp_path)["renewed"] == first:
+            assert time.monotonic() < limit
+            time.sleep(0.01)
+        lock.check()
+
+
+def test_a_lost_lock_is_noticed_and_left_to_the_new_holder(tmp_path):
+    with RunLock(tmp_path, 0.02) as lock:
+        rewrite(tmp_path, id="another", process=7)
+        with pytest.raises(UserError, match=r"process 7 on .* has taken the folder. Nothing more"):
+            lock.check()
+        time.sleep(0.5)  # some renewals
+    assert content(tmp_path)["id"] == "another"
+    (tmp_path / "run.lock").unlink()
+    with pytest.raises(UserError, match="it was removed"):
+        lock.check()
+
+
+@pytest.mark.parametrize("text", ["", "{", "[]", '{"id": 1}'])
+def test_a_file_that_says_nothing_is_taken_over(tmp_path, text):
+    (tmp_path / "run.lock").write_text(text)
+    with RunLock(tmp_path, 10) as lock:
+        lock.check()
+
+
+def test_of_many_that_replace_a_file_one_wins(tmp_path):
+    path = tmp_path / "file"
+    for before in (None, "old"):
+        won = []
+
+        def replace(index, before=before, won=won):
+            if files.replace_if(path, before, f"{before}{index}"):
+                won.append(f"{before}{index}")
+
+        threads = [threading.Thread(target=replace, args=(index,)) for index in range(8)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        assert won == [path.read_text()]
+        assert list(tmp_path.iterdir()) == [path]
+        path.write_text("old")
+
+
+def test_the_program_refuses_a_folder_in_use(tmp_path, capsys, quiet_entry):
+    with RunLock(tmp_path, 10):
+        arguments = f"--config.data.root={tiny.data_root()}", "--workdir", tmp_path
+        assert tiny.run(*arguments) == 1
+        assert "is in use by process" in capsys.readouterr().err
+        assert [path.name for path in tmp_path.iterdir()] == ["run.lock"]
