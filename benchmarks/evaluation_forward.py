@@ -61,13 +61,15 @@ def _jax_parts(model, variables, images) -> dict[str, tuple]:
     logits = network(variables, on_device)
     size = images.shape[1:3]
     plan = score_maps.resize(logits.shape[1:3], logits.shape[2], size)
-    pixels = score_maps.capacity(math.prod(size), score_maps.PIXELS)
+    pixels = score_maps.label_capacity(math.prod(size))
     arrays = (
         jax.jit(score_maps.flatten)(logits),
         jax.device_put(score_maps.stack([plan], len(images))),
         jax.device_put(score_maps.blocks_of(math.prod(size))),
     )
-    label_maps = functools.partial(score_maps.label_maps, pixels=pixels, probabilities=False)
+    label_maps = functools.partial(
+        score_maps.label_maps, pixels=pixels, probabilities=False, confidence=False
+    )
     maps, maps_held = measure.compiled(label_maps, *arrays)
     return {
         "network": (held, lambda: jax.block_until_ready(network(variables, on_device))),

@@ -28,9 +28,10 @@ import numpy as np
 from benchmarks import measure
 from converters import command_line
 from memseg_jax.data.transforms import resized_size
-from memseg_jax.inference import Predictor, predictor, score_maps, sizes, windows
+from memseg_jax.inference import Predictor, score_maps, sizes, windows
 from memseg_jax.inference.sizes import Size
 from memseg_jax.models.segmentor import build_segmentor
+from memseg_jax.runtime import compilation
 from memseg_jax.runtime.sharding import make_mesh
 from memseg_jax.training.state import init_variables
 
@@ -177,6 +178,7 @@ def count_programs(config: ml_collections.ConfigDict, images: Iterable[Size]) ->
     networks, small, different, real, computed = set(), set(), set(), 0, 0
     for image in images:
         pixels = score_maps.capacity(math.prod(image), score_maps.PIXELS)
+        labels = score_maps.label_capacity(math.prod(image))
         side = score_maps.capacity(max(image), score_maps.SIDE)
         for size in pass_sizes(image, evaluation, evaluation.scales):
             count, scored = 1, size
@@ -196,9 +198,10 @@ def count_programs(config: ml_collections.ConfigDict, images: Iterable[Size]) ->
                 positions = math.prod(-(-n // model.output_stride) for n in padded)
                 held = score_maps.capacity(positions, score_maps.POSITIONS, 4)
             kind = "sum" if averages else "labels"
-            small |= {(kind, held, pixels, side, classes) for classes in mirrored}
+            length = pixels if averages else labels
+            small |= {(kind, held, length, side, classes) for classes in mirrored}
         if averages:
-            small.add(("mean", pixels))
+            small.add(("mean", pixels, labels))
     return {
         "networks": len(networks),
         "small": len(small),
@@ -241,10 +244,10 @@ def compare(
         start = time.perf_counter()
         with _compilations(made):
             one = Predictor(
-                model, variables, config.eval, make_mesh(jax.local_devices()[:1]),
-                config.augment.flip_pairs,
+                model, config.eval, make_mesh(jax.local_devices()[:1]),
+                config.augment.flip_pairs, confidence=True,
             )  # fmt: skip
-            found.append({p.key: p for p in one.predict(enumerate(pictures))})
+            found.append({p.key: p for p in one.predict(variables, enumerate(pictures))})
         facts |= {f"compiled{suffix}": len(made), f"seconds{suffix}": time.perf_counter() - start}
     pairs = [(found[0][key], found[1][key]) for key in found[0]]
     difference = max(float(np.abs(a.confidence - b.confidence).max()) for a, b in pairs)
@@ -260,16 +263,16 @@ class _compilations:
         self._made = made
 
     def __enter__(self) -> None:
-        self._compile = predictor.compile_with_notice
+        self._compile = compilation.compile_with_notice
 
         def compile_and_note(function: Any, what: str, *args: Any) -> Any:
             self._made.append(what)
             return self._compile(function, what, *args)
 
-        predictor.compile_with_notice = compile_and_note
+        compilation.compile_with_notice = compile_and_note
 
     def __exit__(self, *unused: Any) -> None:
-        predictor.compile_with_notice = self._compile
+        compilation.compile_with_notice = self._compile
 
 
 if __name__ == "__main__":

@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping
 
-from memseg_jax.errors import first_few
+from memseg_jax.runtime.text import first_few
 
 Shape = tuple[int, ...]
 

@@ -26,8 +26,7 @@ from memseg_jax.hlo.chips import chip_of, peak
 from memseg_jax.hlo.flops import count_flops
 from memseg_jax.inference import Predictor, check_evaluation
 from memseg_jax.models.segmentor import Segmentor, build_segmentor
-from memseg_jax.runtime import distributed, sharding
-from memseg_jax.runtime.compilation import compile_with_notice
+from memseg_jax.runtime import compilation, distributed, sharding
 from memseg_jax.training.agreement import check_processes_agree
 from memseg_jax.training.program import training_program
 from memseg_jax.training.state import (
@@ -189,7 +188,9 @@ def _measure_training(
         listener := lambda event, **_: hits.append(event) if event.endswith("cache_hits") else None
     )
     start = time.perf_counter()
-    compiled = compile_with_notice(program.step, "the training step", program.state, batch)
+    compiled = compilation.compile_with_notice(
+        program.step, "the training step", program.state, batch
+    )
     compile_seconds = time.perf_counter() - start
     jax.monitoring.unregister_event_listener(listener)
 
@@ -284,13 +285,13 @@ def _measure_evaluation(
         image = source[0]["image"]
     mesh = sharding.make_mesh(jax.local_devices())
     variables = sharding.on_own_devices(variables, mesh)
-    predictor = Predictor(model, variables, config.eval, mesh, config.augment.flip_pairs)
+    predictor = Predictor(model, config.eval, mesh, config.augment.flip_pairs)
     count = config.eval.batch_size * mesh.size if config.eval.mode == "whole" else 1
     times = []
     start = None
     while start is None or len(times) < _LEAST or time.perf_counter() - start < _SECONDS:
         before = time.perf_counter()
-        for _ in predictor.predict((index, image) for index in range(count)):
+        for _ in predictor.predict(variables, ((index, image) for index in range(count))):
             pass
         if start is None:
             start = time.perf_counter()  # the first time compiles

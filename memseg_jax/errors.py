@@ -1,8 +1,4 @@
-"""Bad input that the user can fix, a request to stop, and how messages shorten lists."""
-
-from collections.abc import Sequence
-
-_SHOWN = 5  # entries of a list that a message names
+"""Bad input that the user can fix, and a request to stop."""
 
 
 class UserError(ValueError):
@@ -19,9 +15,3 @@ class Stopped(Exception):
     # "Temporary failure, try again" of sysexits.h. Not 143, which shells report for a process that
     # SIGTERM has killed.
     EXIT_STATUS = 75
-
-
-def first_few(entries: Sequence[str]) -> list[str]:
-    """The first entries, and then how many more there are: a message stays short."""
-    more = [f"and {len(entries) - _SHOWN} more"] if len(entries) > _SHOWN else []
-    return [*entries[:_SHOWN], *more]

@@ -20,9 +20,8 @@ from memseg_jax import checkpoint
 from memseg_jax.data import benchmark_of, open_split
 from memseg_jax.data.reading import map_ahead
 from memseg_jax.inference import Predictor
-from memseg_jax.models.segmentor import build_segmentor
-from memseg_jax.runtime import distributed
-from memseg_jax.runtime.sharding import make_mesh
+from memseg_jax.models.segmentor import Segmentor, build_segmentor
+from memseg_jax.runtime import distributed, sharding
 from memseg_jax.scoring import metrics, visualize
 from memseg_jax.scoring.prediction_files import PredictionWriter
 from memseg_jax.training.state import abstract_variables
@@ -54,66 +53,102 @@ class Evaluation:
     seconds: float
 
 
-def evaluate_source(
-    predictor: Predictor,
-    source: Any,
-    num_classes: int,
-    threads: int = 4,
-    save: Callable[[str, np.ndarray], None] | None = None,
-    stop: Callable[[], bool] | None = None,
-) -> Evaluation | None:
-    """Segments every image of a source and compares with its label.
+class Evaluator:
+    """Segments the evaluation split with given weights, and compares with its labels.
 
-    One confusion matrix is all that is kept, besides a few examples: memory does not grow with
-    the number of images. All processes have to call it.
+    It keeps compiled programs, but no weights: those are handed to each call, and their copies on
+    this process's devices live no longer than it.
 
     Args:
-        predictor: holds the model and its weights.
+        config: the whole config; `config.eval` decides how images are segmented.
+        model: the segmentor.
         source: images and labels, see `memseg_jax.data`.
-        num_classes: number of classes.
-        threads: number of images that are read ahead.
-        save: called with the name and the label map of every sample of this process.
-        stop: asked after every image whether to give up.
 
-    Returns:
-        An `Evaluation`, or None if a process gave up.
+    Raises:
+        UserError: a field of `config.eval` has an impossible value.
     """
-    start = reported = time.monotonic()
-    count = len(source)
-    own = range(distributed.process_index(), count, distributed.process_count())
-    shown = set(np.linspace(0, count - 1, min(_EXAMPLES, count)).astype(int).tolist())
-    part = _Part(np.zeros((num_classes, num_classes + 1), np.int64))
-    waiting: dict[int, dict[str, np.ndarray]] = {}
 
-    def images() -> Iterator[tuple[int, np.ndarray]]:
-        for index, sample in zip(own, map_ahead(source.__getitem__, own, threads)):
-            waiting[index] = sample
-            yield index, sample["image"]
+    def __init__(self, config: ml_collections.ConfigDict, model: Segmentor, source: Any):
+        self._source = source
+        self._threads = config.data.threads
+        self._names = tuple(config.data.class_names)
+        self._palette = visualize.resolve_palette(config.data.palette, len(self._names))
+        self._mesh = sharding.make_mesh(jax.local_devices())
+        self._predictor = Predictor(model, config.eval, self._mesh, config.augment.flip_pairs)
 
-    for done, prediction in enumerate(predictor.predict(images()), 1):
-        sample = waiting.pop(prediction.key)
-        part.matrix += metrics.confusion_matrix(prediction.label, sample["label"], num_classes)
-        if save:
-            save(sample["name"], prediction.label)
-            part.sizes[sample["name"]] = prediction.label.shape
-        if prediction.key in shown:
-            part.examples[prediction.key] = (sample["image"], sample["label"], prediction.label)
-        if time.monotonic() - reported > _REPORT_EVERY:
-            reported = time.monotonic()
-            rate = done / (reported - start)
-            log.info("evaluated %d of %d images, %.2f images/s", done, len(own), rate)
-        if stop and stop():
-            part.complete = False
-            break
-    if not part.merge():
-        return None
-    return Evaluation(
-        part.matrix,
-        metrics.scores(part.matrix),
-        [part.examples[index] for index in sorted(part.examples)],
-        part.sizes,
-        time.monotonic() - start,
-    )
+    def evaluate(
+        self,
+        variables: dict[str, Any],
+        save: Callable[[str, np.ndarray], None] | None = None,
+        stop: Callable[[], bool] | None = None,
+    ) -> Evaluation | None:
+        """Segments every image of the source and compares with its label.
+
+        One confusion matrix is all that is kept, besides a few examples: memory does not grow with
+        the number of images. All processes have to call it; they share the images.
+
+        Args:
+            variables: params, batch_stats and memory, on any mesh.
+            save: called with the name and the label map of every sample of this process.
+            stop: asked after every image whether to give up.
+
+        Returns:
+            An `Evaluation`, or None if a process gave up.
+        """
+        start = reported = time.monotonic()
+        variables = sharding.on_own_devices(variables, self._mesh)
+        source, classes = self._source, len(self._names)
+        count = len(source)
+        own = range(distributed.process_index(), count, distributed.process_count())
+        shown = set(np.linspace(0, count - 1, min(_EXAMPLES, count)).astype(int).tolist())
+        part = _Part(np.zeros((classes, classes + 1), np.int64))
+        waiting: dict[int, dict[str, np.ndarray]] = {}
+
+        def images() -> Iterator[tuple[int, np.ndarray]]:
+            for index, sample in zip(own, map_ahead(source.__getitem__, own, self._threads)):
+                waiting[index] = sample
+                yield index, sample["image"]
+
+        for done, prediction in enumerate(self._predictor.predict(variables, images()), 1):
+            sample = waiting.pop(prediction.key)
+            part.matrix += metrics.confusion_matrix(prediction.label, sample["label"], classes)
+            if save:
+                save(sample["name"], prediction.label)
+                part.sizes[sample["name"]] = prediction.label.shape
+            if prediction.key in shown:
+                part.examples[prediction.key] = (sample["image"], sample["label"], prediction.label)
+            if time.monotonic() - reported > _REPORT_EVERY:
+                reported = time.monotonic()
+                rate = done / (reported - start)
+                log.info("evaluated %d of %d images, %.2f images/s", done, len(own), rate)
+            if stop and stop():
+                part.complete = False
+                break
+        if not part.merge():
+            return None
+        return Evaluation(
+            part.matrix,
+            metrics.scores(part.matrix),
+            [part.examples[index] for index in sorted(part.examples)],
+            part.sizes,
+            time.monotonic() - start,
+        )
+
+    def report(self, evaluation: Evaluation, workdir: pathlib.Path, extra: dict[str, Any]) -> None:
+        """Prints the table and writes metrics.json, per_class.csv and the picture of examples.
+
+        Args:
+            evaluation: the result.
+            workdir: folder of the run.
+            extra: further entries for metrics.json, such as the step.
+        """
+        scores, names = evaluation.scores, self._names
+        print(metrics.format_table(scores, names), flush=True)
+        extra = {"images": len(self._source)} | extra
+        metrics.write_results(workdir, scores, evaluation.matrix, names, extra)
+        sheet = visualize.comparison_sheet(evaluation.examples, names, self._palette)
+        visualize.save_png(workdir / PICTURE, sheet)
+        log.info("wrote metrics.json, per_class.csv and %s in %s", PICTURE, workdir)
 
 
 @dataclasses.dataclass
@@ -171,29 +206,6 @@ class _Part:
                 self.sizes |= dict(zip(arrays["names"].tolist(), sizes))
 
 
-def report(
-    evaluation: Evaluation,
-    workdir: pathlib.Path,
-    class_names: tuple[str, ...],
-    palette: np.ndarray,
-    extra: dict[str, Any],
-) -> None:
-    """Prints the table and writes metrics.json, per_class.csv and the picture of examples.
-
-    Args:
-        evaluation: the result.
-        workdir: folder of the run.
-        class_names: one a class.
-        palette: uint8 [classes, 3].
-        extra: further entries for metrics.json, such as the step.
-    """
-    print(metrics.format_table(evaluation.scores, class_names), flush=True)
-    metrics.write_results(workdir, evaluation.scores, evaluation.matrix, class_names, extra)
-    sheet = visualize.comparison_sheet(evaluation.examples, class_names, palette)
-    visualize.save_png(workdir / PICTURE, sheet)
-    log.info("wrote metrics.json, per_class.csv and %s in %s", PICTURE, workdir)
-
-
 def run(config: ml_collections.ConfigDict, workdir: str, which: str | int = "best") -> dict:
     """Evaluates a checkpoint of `workdir` on `config.data.eval_split`.
 
@@ -221,17 +233,14 @@ def run(config: ml_collections.ConfigDict, workdir: str, which: str | int = "bes
     split, save_to = config.data.eval_split, config.eval.save_predictions
     source = open_split(config.data, split, needs_labels=not save_to)
     model = build_segmentor(config)
-    palette = visualize.resolve_palette(config.data.palette, len(class_names))
+    evaluator = Evaluator(config, model, source)
     variables, _ = checkpoint.restore_for_inference(folder, abstract_variables(model), which)
-    mesh = make_mesh(jax.local_devices())
-    predictor = Predictor(model, variables, config.eval, mesh, config.augment.flip_pairs)
     writer = None
     if save_to:
+        palette = visualize.resolve_palette(config.data.palette, len(class_names))
         writer = PredictionWriter(save_to, config.data.root, palette, benchmark_of(config.data))
     log.info("evaluating step %d on %d images (%s)", meta["step"], len(source), split)
-    result = evaluate_source(
-        predictor, source, len(class_names), config.data.threads, writer and writer.save
-    )
+    result = evaluator.evaluate(variables, save=writer and writer.save)
     if writer:
         writer.sizes.update(result.sizes)
     if not getattr(source, "has_labels", True):
@@ -245,13 +254,12 @@ def run(config: ml_collections.ConfigDict, workdir: str, which: str | int = "bes
     extra = {
         "step": meta["step"],
         "split": split,
-        "images": len(source),
         "mode": config.eval.mode,
         "scales": list(config.eval.scales),
         "flip": config.eval.flip,
         "seconds": round(result.seconds, 3),
     }
-    report(result, folder, class_names, palette, extra)
+    evaluator.report(result, folder, extra)
     if writer:
         print(writer.finish(), flush=True)
     return result.scores

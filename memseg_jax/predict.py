@@ -16,7 +16,7 @@ from memseg_jax.data.images import read_image
 from memseg_jax.errors import UserError
 from memseg_jax.inference import Prediction, Predictor
 from memseg_jax.models.segmentor import build_segmentor
-from memseg_jax.runtime.sharding import make_mesh
+from memseg_jax.runtime import sharding
 from memseg_jax.scoring import visualize
 from memseg_jax.training.state import abstract_variables
 
@@ -162,8 +162,9 @@ def run(
     variables, _ = checkpoint.restore_for_inference(workdir, abstract_variables(model), which)
     palette = visualize.resolve_palette(meta["palette"], len(meta["class_names"]))
     _make_folder(folder)
-    mesh = make_mesh(jax.local_devices())
-    predictor = Predictor(model, variables, config.eval, mesh, config.augment.flip_pairs)
+    mesh = sharding.make_mesh(jax.local_devices())
+    pairs = config.augment.flip_pairs
+    predictor = Predictor(model, config.eval, mesh, pairs, confidence=save_confidence)
     log.info("segmenting %d pictures with step %d", len(pictures), meta["step"])
 
     waiting: dict[int, np.ndarray] = {}
@@ -179,7 +180,7 @@ def run(
                 continue
             yield index, waiting[index]
 
-    for prediction in predictor.predict(images()):
+    for prediction in predictor.predict(variables, images()):
         path, name = pictures[prediction.key]
         image = waiting.pop(prediction.key)
         save(prediction, image, folder / name, palette, save_confidence, save_ids)

@@ -1,39 +1,37 @@
 """The training loop, to be read from top to bottom."""
 
+import contextlib
+import dataclasses
+import functools
 import logging
-import math
 import pathlib
 import shlex
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from typing import Any
 
 import jax
 import ml_collections
-import numpy as np
 
 from memseg_jax import checkpoint, evaluate
+from memseg_jax.checkpoint import Checkpointer, RunLock
 from memseg_jax.data import open_split
-from memseg_jax.data.pipeline import Batches, check_batch, steps_per_epoch, train_batches
+from memseg_jax.data.pipeline import check_batch, steps_per_epoch, train_batches
 from memseg_jax.errors import UserError
-from memseg_jax.inference import Predictor, check_evaluation
 from memseg_jax.models.segmentor import build_segmentor
-from memseg_jax.runtime import distributed, sharding
-from memseg_jax.runtime.compilation import compile_with_notice
+from memseg_jax.runtime import compilation, distributed, sharding
 from memseg_jax.runtime.stopping import StopRequests
+from memseg_jax.runtime.text import format_duration
 from memseg_jax.runtime.watchdog import Watchdog
 from memseg_jax.scoring import visualize
 from memseg_jax.scoring.memory_health import MemoryHealth
 from memseg_jax.training import guards
 from memseg_jax.training.agreement import check_processes_agree
 from memseg_jax.training.initial import initial_variables
+from memseg_jax.training.profiling import StepProfiler
 from memseg_jax.training.program import training_program
-from memseg_jax.training.progress import (
-    MetricWriter,
-    ProgressLine,
-    format_duration,
-    format_progress,
-)
+from memseg_jax.training.progress import TrainingLog
 from memseg_jax.training.state import TrainState, init_state
 
 log = logging.getLogger(__name__)
@@ -54,22 +52,28 @@ def run(config: ml_collections.ConfigDict, workdir: str) -> None:
             the last one, with the same numbers as if it had never stopped.
 
     Raises:
-        UserError: anything in config, data or workdir that the user can mend.
+        UserError: anything in config, data or workdir that the user can mend; another run is
+            training in the workdir.
         Stopped: it was asked to stop, see `memseg_jax.runtime.stopping`; the state is saved.
     """
     _check(config)
-    with StopRequests() as stops, Watchdog(config.train.watchdog_minutes) as watchdog:
-        _run(config, workdir, stops, watchdog)
+    with contextlib.ExitStack() as stack:
+        stops = stack.enter_context(StopRequests())
+        watchdog = stack.enter_context(Watchdog(config.train.watchdog_minutes))
+        _run(config, workdir, stops, watchdog, stack)
 
 
 def _run(
-    config: ml_collections.ConfigDict, workdir: str, stops: StopRequests, watchdog: Watchdog
+    config: ml_collections.ConfigDict,
+    workdir: str,
+    stops: StopRequests,
+    watchdog: Watchdog,
+    stack: contextlib.ExitStack,
 ) -> None:
     started = time.monotonic()
 
     # ---- Data and folder ------------------------------------------------------------------------
     mesh = sharding.make_mesh(layout=config.get("sharding"))
-    primary = distributed.is_primary()
     train, batch_size = config.train, config.train.batch_size
     sharding.check_batch_size(batch_size, mesh, config.replica_groups, train.accumulate)
     class_names = tuple(config.data.class_names)
@@ -77,10 +81,11 @@ def _run(
     train_source = open_split(config.data, config.data.train_split)
     fingerprint = train_source.fingerprint()
     eval_source = open_split(config.data, config.data.eval_split)
+    model = build_segmentor(config)
+    evaluator = evaluate.Evaluator(config, model, eval_source)
     folder = checkpoint.prepare_workdir(workdir)  # not before: a wrong config leaves no folder
-    lock = checkpoint.RunLock(folder, config.checkpoint.lock_minutes)
-    lock.__enter__()
     check_processes_agree(config, fingerprint, folder)
+    lock = stack.enter_context(RunLock(folder, config.checkpoint.lock_minutes))
     epoch_steps = steps_per_epoch(len(train_source), batch_size, config.replica_groups)
     total_steps = train.epochs * epoch_steps
     log.info(
@@ -92,196 +97,200 @@ def _run(
         epoch_steps,
     )
 
-    # ---- Model, optimiser, state ----------------------------------------------------------------
-    model = build_segmentor(config)
-    check_evaluation(
-        config.eval, model, config.augment.flip_pairs
-    )  # now rather than at the first evaluation
+    # ---- Optimiser and state --------------------------------------------------------------------
     program = training_program(config, model, mesh, epoch_steps)
-    shapes = program.state
-    checkpointer = checkpoint.Checkpointer(folder, config.checkpoint.keep)
+    checkpointer = stack.enter_context(Checkpointer(folder, config.checkpoint.keep))
+    check_same_run = functools.partial(
+        checkpoint.check_same_run, config=config, fingerprint=fingerprint
+    )
     # What there is to go on from: this workdir's run, weights that were converted into this
     # workdir, the files of config.init, random values; the first of them that exists.
-    memory_ages = None
-
-    def check_same_run(meta: dict) -> None:
-        checkpoint.check_same_run(meta, config, fingerprint)
-
-    resumed = checkpointer.resume(shapes, check_same_run)
+    resumed = checkpointer.resume(program.state, check_same_run)
     if resumed is None:
         converted = folder if checkpointer.latest_step() is not None else None
         variables = initial_variables(config, model, converted)
-        state = sharding.place(init_state(variables, program.tx), mesh)
+        state, meta = sharding.place(init_state(variables, program.tx), mesh), {}
     else:
         state, meta = resumed
-        memory_ages = meta.get("memory_ages")
         log.info("resuming at step %d of %d", int(state.step), total_steps)
     first_step = int(state.step)
     distributed.check_same("start", {"the step to go on from": first_step})
-    parameters = sum(x.size for x in jax.tree.leaves(state.params))
     log.info(
         "%s parameters on %d %s device(s) of %d process(es)",
-        f"{parameters:,}",
+        f"{sum(x.size for x in jax.tree.leaves(state.params)):,}",
         mesh.size,
         mesh.devices.flat[0].platform,
         distributed.process_count(),
     )
 
     # ---- Things that the loop uses --------------------------------------------------------------
-    writer = MetricWriter(folder, first_step) if primary else None
-    progress = ProgressLine(total_steps, epoch_steps, batch_size, first_step)
-    predictor: Predictor | None = None
-    guard = guards.Guard(train, folder, train_source.describe, _IN_FLIGHT)
     health = None
     if model.memory_enabled:
-        health = MemoryHealth(class_names, first_step, state.memory, memory_ages)
-
-    def save(state) -> None:
-        lock.check()
-        meta = checkpoint.make_meta(config, int(state.step), class_names, palette, fingerprint)
-        if health:
-            meta["memory_ages"] = health.ages
-        checkpointer.save(state, meta)
-
-    def save_snapshot(state, snapshot: pathlib.Path) -> None:
-        meta = checkpoint.make_meta(config, int(state.step), class_names, palette, fingerprint)
-        with checkpoint.Checkpointer(snapshot, keep=1) as other:
-            other.save(state, meta)
+        health = MemoryHealth(class_names, first_step, state.memory, meta.get("memory_ages"))
+    progress = TrainingLog(folder, config, total_steps, epoch_steps, first_step, health)
+    stack.callback(progress.close)
+    profiler = stack.enter_context(StepProfiler(folder, first_step, train.profile_steps))
+    guard = guards.Guard(train, folder, train_source.describe, _IN_FLIGHT)
+    describe = functools.partial(
+        checkpoint.make_meta,
+        config,
+        class_names=class_names,
+        palette=palette,
+        fingerprint=fingerprint,
+    )
+    saver = _Saver(checkpointer, lock, describe, health)
+    evaluation = _Evaluation(
+        evaluator, saver, progress, watchdog, stops, folder, config.data.eval_split, total_steps
+    )
+    evaluation_steps = train.eval_every * epoch_steps
 
     def evaluation_is_due(step: int) -> bool:
-        every = train.eval_every * epoch_steps
-        return step == total_steps or bool(every and step % every == 0)
-
-    def evaluate_and_save(state) -> None:
-        nonlocal predictor
-        save(state)  # first: an evaluation can take long
-        step = int(state.step)
-        local = sharding.make_mesh(jax.local_devices())
-        variables = sharding.on_own_devices(state.variables, local)
-        if predictor is None:
-            pairs = config.augment.flip_pairs
-            predictor = Predictor(model, variables, config.eval, local, pairs)
-        else:
-            predictor.replace_variables(variables)
-
-        def stop() -> bool:  # is asked after every image
-            watchdog.beat(f"the evaluation after step {step}")
-            return stops.wanted()
-
-        result = evaluate.evaluate_source(
-            predictor, eval_source, len(class_names), config.data.threads, stop=stop
-        )
-        if result is None:
-            raise stops.stopped(step, total_steps)
-        extra = {"step": step, "split": config.data.eval_split, "images": len(eval_source)}
-        means = {k: v for k, v in result.scores.items() if isinstance(v, float)}
-        if primary:
-            evaluate.report(result, folder, class_names, palette, extra)
-            writer.write(step, {f"eval_{name}": value for name, value in means.items()})
-        log.info("step %d: mIoU %.4f in %s", step, means["mIoU"], format_duration(result.seconds))
-        checkpointer.record_scores(step, means)
+        return step == total_steps or bool(evaluation_steps and step % evaluation_steps == 0)
 
     # ---- Compile --------------------------------------------------------------------------------
     watchdog.beat("compiling the training step")
     if first_step < total_steps:
-        train_step = compile_with_notice(
+        train_step = compilation.compile_with_notice(
             program.step, "the training step", program.state, program.batch
         )
-        if report := sharding.memory_report(train_step, shapes):
+        if report := sharding.memory_report(train_step, program.state):
             log.info("%s", report)
         # The first message between devices gives up if the others take much longer to compile.
         distributed.wait_for_all("compiled")
 
     # ---- Loop -----------------------------------------------------------------------------------
-    def batches_from(step: int) -> Batches:
-        index, count = jax.process_index(), jax.process_count()
-        return train_batches(train_source, config, step, total_steps - step, index, count)
-
-    batches = batches_from(first_step)
-    pending: list[dict[str, jax.Array]] = []  # metrics since the last log, still on the device
+    stack.push(_tell_others)  # the first thing on the way out: closing the rest may take the others
     stops.unsaved = True
-    try:
-        # An evaluation that was interrupted.
-        if resumed and evaluation_is_due(first_step) and not checkpointer.has_scores(first_step):
-            evaluate_and_save(state)
-        progress.restart(first_step)
-        step = first_step
+    step = first_step
+    if resumed and evaluation_is_due(step) and not checkpointer.has_scores(step):
+        evaluation.run(state)  # it was interrupted
+    while step < total_steps:
+        batches = train_batches(
+            train_source, config, step, total_steps - step, jax.process_index(), jax.process_count()
+        )
+        progress.restart(step)
         watchdog.beat("the first steps")
-        while step < total_steps:
-            step += 1
-            with progress.waiting_for_data():
-                batch = next(batches)
-            check_batch(batch, len(class_names), train_source.describe)
-            arrays = {name: batch[name] for name in ("image", "label")}
-            arrays = sharding.place_batch(arrays, mesh)
-            with jax.transfer_guard("disallow"):
-                state, metrics = train_step(state, arrays)
-            pending.append(metrics)
-            guard.add(step, batch, metrics)
+        try:
+            while step < total_steps:
+                step += 1
+                with progress.waiting_for_data():
+                    batch = next(batches)
+                check_batch(batch, len(class_names), train_source.describe)
+                arrays = {name: batch[name] for name in ("image", "label")}
+                arrays["stop"] = stops.flags(len(mesh.local_devices))
+                arrays = sharding.place_batch(arrays, mesh)
+                with profiler.step(step), jax.transfer_guard("disallow"):
+                    state, metrics = train_step(state, arrays)
+                progress.add(metrics)
+                guard.add(step, batch, metrics)
+                profiler.end_of_step(step, metrics)
 
-            stopping = stops.reached(step)
-            evaluating = evaluation_is_due(step) and not stopping
-            saving = evaluating or stopping or step % config.checkpoint.every == 0
-            logging_now = step % train.log_every == 0 or saving
-            bad_step = guard.check(state, save_snapshot, wait=logging_now)
-            watchdog.beat(f"what follows step {step}: its save or evaluation, or the next steps")
-            if bad_step is not None:
-                state = _go_back(checkpointer, shapes, check_same_run, bad_step, state)
-                batches.close()
-                batches = batches_from(bad_step)
-                step, pending = bad_step, []
-                progress.restart(step)
+                stopping = stops.reached(guard.stop_seen)
                 evaluating = evaluation_is_due(step) and not stopping
-                saving, logging_now = True, False  # who resumes has to pass over the same data
-            elif saving:
-                guard.saved()
-            if logging_now:
-                values = _mean(jax.device_get(pending))
-                pending = []
-                rates = progress.measure(step)
-                if health:
-                    of_memory, health_line = health.look(step, state.memory)
-                    values |= of_memory
-                    if saving:
-                        log.info("%s", health_line)
-                terms = {
-                    name.removeprefix("loss_"): value
-                    for name, value in values.items()
-                    if name.startswith("loss_")
-                }
-                line = format_progress(
-                    step, total_steps, train.epochs, values["loss"], terms, values["lr"], rates
-                )
-                if primary:
-                    print(line, flush=True)
-                speed = {
-                    "images_per_second": rates.images_per_second,
-                    "data_wait": rates.data_wait,
-                }
-                if primary:
-                    writer.write(step, values | {"epoch": rates.epoch} | speed)
-
-            if evaluating:
-                evaluate_and_save(state)
-                progress.restart(step)
-            elif saving:
-                save(state)
-            if stopping:
-                checkpointer.wait_until_finished()
-                raise stops.stopped(step, total_steps)
-    except BaseException as error:
-        distributed.failed(error)  # first: to close may take the others
-        raise
-    finally:
-        batches.close()
-        if primary:
-            writer.close()
-        checkpointer.close()
-        lock.__exit__()
+                saving = evaluating or stopping or step % config.checkpoint.every == 0
+                telling = saving or step % train.log_every == 0
+                guard.check(state, saver.snapshot, wait=telling)
+                watchdog.beat(f"what follows step {step}: its save or evaluation, or the next ones")
+                if telling:
+                    lock.check()
+                    progress.write(step, state.memory, saving)
+                    checkpointer.tidy()
+                if saving:
+                    saver.save(state)
+                    guard.saved()
+                if evaluating:
+                    evaluation.run(state)
+                    progress.restart(step)
+                if stopping:
+                    checkpointer.wait_until_finished()
+                    raise stops.stopped(step, total_steps)
+        except guards.GoBack as back:
+            step = back.step
+            state = _state_after(step, checkpointer, program.state, check_same_run, state)
+            saver.save(state)  # who resumes has to pass over the same data
+            if evaluation_is_due(step):
+                evaluation.run(state)
+        finally:
+            batches.close()
 
     # ---- End ------------------------------------------------------------------------------------
-    if primary:
+    checkpointer.wait_until_finished()
+    if distributed.is_primary():
         _print_next_steps(folder, first_step, total_steps, time.monotonic() - started)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Saver:
+    """Saves the state of a run, with all that has to be known of it.
+
+    Attributes:
+        checkpointer: of the run's folder.
+        lock: the run's hold on the folder.
+        describe: returns the description of a checkpoint, given its step.
+        health: of the memory, whose ages go into the description; None: there is no memory.
+    """
+
+    checkpointer: Checkpointer
+    lock: RunLock
+    describe: Callable[[int], dict[str, Any]]
+    health: MemoryHealth | None
+
+    def save(self, state: TrainState) -> None:
+        """Starts to save a state, unless its step is on disk."""
+        self.lock.check()
+        meta = self.describe(int(state.step))
+        if self.health:
+            meta["memory_ages"] = self.health.ages
+        self.checkpointer.save(state, meta)
+
+    def snapshot(self, state: TrainState, folder: pathlib.Path) -> None:
+        """Saves a state as the only checkpoint of a workdir of its own."""
+        with Checkpointer(folder, keep=1) as other:
+            other.save(state, self.describe(int(state.step)))
+
+
+@dataclasses.dataclass(frozen=True)
+class _Evaluation:
+    """Evaluates a state that was saved, and records what it is worth."""
+
+    evaluator: evaluate.Evaluator
+    saver: _Saver
+    progress: TrainingLog
+    watchdog: Watchdog
+    stops: StopRequests
+    folder: pathlib.Path
+    split: str
+    total_steps: int
+
+    def run(self, state: TrainState) -> None:
+        """Evaluates.
+
+        Raises:
+            Stopped: the run was asked to stop; whoever goes on makes up for the evaluation.
+        """
+        step = int(state.step)
+
+        def stop() -> bool:  # is asked after every image
+            self.watchdog.beat(f"the evaluation after step {step}")
+            return self.stops.wanted()
+
+        result = self.evaluator.evaluate(state.variables, stop=stop)
+        if result is None:
+            self.saver.checkpointer.wait_until_finished()
+            raise self.stops.stopped(step, self.total_steps)
+        self.saver.lock.check()
+        means = {k: v for k, v in result.scores.items() if isinstance(v, float)}
+        if distributed.is_primary():
+            self.evaluator.report(result, self.folder, {"step": step, "split": self.split})
+        self.progress.write_scores(step, means)
+        log.info("step %d: mIoU %.4f in %s", step, means["mIoU"], format_duration(result.seconds))
+        self.saver.checkpointer.record_scores(step, means)
+
+
+def _tell_others(kind: Any, error: BaseException | None, traceback: Any) -> bool:
+    if error is not None:
+        distributed.failed(error)
+    return False
 
 
 def _check(config: ml_collections.ConfigDict) -> None:
@@ -302,23 +311,14 @@ def _check(config: ml_collections.ConfigDict) -> None:
     guards.check_policy(config.train)
 
 
-def _mean(steps: list[dict[str, np.ndarray]]) -> dict[str, float]:
-    """Mean of the metrics over good steps; of the last step the learning rate; the bad steps."""
-    good = [step for step in steps if not step[guards.FLAG]]
-    values = {
-        name: float(np.mean([x[name] for x in good])) if good else math.nan for name in steps[0]
-    }
-    return values | {"lr": float(steps[-1]["lr"]), guards.FLAG: len(steps) - len(good)}
-
-
-def _go_back(
-    checkpointer: checkpoint.Checkpointer,
-    shapes: TrainState,
-    check: Callable[[dict], None],
+def _state_after(
     bad_step: int,
+    checkpointer: Checkpointer,
+    shapes: TrainState,
+    check: Callable[[Mapping[str, Any]], None],
     state: TrainState,
 ) -> TrainState:
-    """The last checkpoint's state with the clocks of after a bad step; `state` is given up."""
+    """The last checkpoint's state with the clocks set after a bad step; `state` is given up."""
     jax.tree.map(lambda x: x.delete(), state)  # two would not fit into some devices
     resumed = checkpointer.resume(shapes, check)
     if resumed is None:

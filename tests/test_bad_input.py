@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from memseg_jax import checkpoint, train
+from memseg_jax import checkpoint
+from memseg_jax.runtime import compilation
 from tests import tiny
 
 pytestmark = [
@@ -119,7 +120,7 @@ def counting_step(monkeypatch):
 
         return step
 
-    monkeypatch.setattr(train, "compile_with_notice", compile_nothing)
+    tiny.replace_training_step(monkeypatch, compile_nothing)
 
 
 @pytest.fixture(scope="module")
@@ -228,7 +229,7 @@ def test_one_pixel_wide_images_are_used(tmp_path, workdir, capsys, counting_step
 
 def test_one_pixel_wide_images_are_trained_on(tmp_path, capsys, counting_step, monkeypatch):
     root = tiny.write_folder(tmp_path / "data", {"train": [(32, 1)] * 8, "val": [(32, 1)]})
-    monkeypatch.setattr("memseg_jax.inference.predictor.compile_with_notice", tiny.compile_quickly)
+    monkeypatch.setattr(compilation, "compile_with_notice", tiny.compile_quickly)
     status = tiny.run(f"--config.data.root={root}", "--workdir", tmp_path / "run")
     assert status == 0, capsys.readouterr().err
 
@@ -331,8 +332,8 @@ def test_an_image_that_turns_unreadable_in_the_middle_of_a_run(root, tmp_path, c
 
         return step
 
-    monkeypatch.setattr(train, "compile_with_notice", compile_nothing)
-    monkeypatch.setattr("memseg_jax.inference.predictor.compile_with_notice", tiny.compile_quickly)
+    tiny.replace_training_step(monkeypatch, compile_nothing)
+    monkeypatch.setattr(compilation, "compile_with_notice", tiny.compile_quickly)
     run = (f"--config.data.root={root}", "--workdir", tmp_path / "run")
     assert tiny.run(*run) == 1
     assert_explained(capsys.readouterr().err, [str(path), "replace or remove it"])

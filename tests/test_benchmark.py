@@ -11,8 +11,8 @@ import pytest
 from memseg_jax import benchmark
 from memseg_jax.data import IGNORE_LABEL
 from memseg_jax.hlo.flops import count_flops
-from memseg_jax.inference import predictor
 from memseg_jax.models.segmentor import build_segmentor
+from memseg_jax.runtime import compilation
 from tests import tiny
 
 # How ml_collections loads config files.
@@ -32,8 +32,7 @@ def quick(monkeypatch, compilations):
             COMPILED[what] = tiny.compile_quickly(function, what, *args)
         return COMPILED[what]
 
-    monkeypatch.setattr(benchmark, "compile_with_notice", compile_and_count)
-    monkeypatch.setattr(predictor, "compile_with_notice", compile_and_count)
+    monkeypatch.setattr(compilation, "compile_with_notice", compile_and_count)
     monkeypatch.setattr(benchmark, "_SECONDS", 0.0)
     return compilations
 
@@ -84,7 +83,7 @@ def test_a_batch_that_does_not_fit_is_explained(quick, quiet_entry, capsys, monk
     def compile_for_nothing(function, what, *args):
         raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory")
 
-    monkeypatch.setattr(benchmark, "compile_with_notice", compile_for_nothing)
+    tiny.replace_training_step(monkeypatch, compile_for_nothing)
     assert tiny.run("--mode", "benchmark") == 1
     message = capsys.readouterr().err
     assert "batches of 8 crops of 32x32 do not fit" in message

@@ -7,7 +7,7 @@ import jax
 import numpy as np
 import pytest
 
-from memseg_jax import evaluate, inference
+from memseg_jax import evaluate
 from memseg_jax.data import open_split
 from memseg_jax.models.segmentor import build_segmentor
 from memseg_jax.runtime import sharding
@@ -35,7 +35,7 @@ def workdir():
 
 
 @pytest.fixture
-def matrix(root, compilations):
+def matrix(root, compilations, monkeypatch):
     """Returns the confusion matrix of the split of many sizes with fields of config.eval."""
     config = tiny.get_config()
     config.data.root = str(root)
@@ -46,8 +46,8 @@ def matrix(root, compilations):
     def compute(mesh=None, **fields):
         config.eval.update(fields)
         mesh = mesh or sharding.make_mesh()
-        predictor = inference.Predictor(model, variables, config.eval, mesh)
-        return evaluate.evaluate_source(predictor, source, 3).matrix
+        monkeypatch.setattr(sharding, "make_mesh", lambda *args, **kw: mesh)
+        return evaluate.Evaluator(config, model, source).evaluate(variables).matrix
 
     return compute
 

@@ -17,11 +17,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from memseg_jax import evaluate, main, train
+from memseg_jax import main
 from memseg_jax.data import open_split
-from memseg_jax.inference import predictor
 from memseg_jax.main import parse_flags
-from memseg_jax.runtime import sharding
+from memseg_jax.runtime import compilation, sharding
 from tests import tiny
 from tests.official_trees import SPLITS, write_tree
 from tests.small_models import FAST_COMPILE
@@ -169,10 +168,8 @@ def walks(tmp_path_factory):
         return made[name]
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(train, "compile_with_notice", compile_once)
-        patch.setattr(predictor, "compile_with_notice", compile_once)
+        patch.setattr(compilation, "compile_with_notice", compile_once)
         patch.setattr(sharding, "make_mesh", make_mesh)
-        patch.setattr(evaluate, "make_mesh", make_mesh)
         patch.setattr(main, "set_up_logging", lambda: None)
         patch.setattr(main, "enable_compilation_cache", lambda: None)
         yield walk_of

@@ -12,9 +12,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from memseg_jax import checkpoint, train
+from memseg_jax import checkpoint
 from memseg_jax.data import open_split
 from memseg_jax.models.segmentor import build_segmentor
+from memseg_jax.runtime import compilation
 from memseg_jax.training import optimizer
 from memseg_jax.training.state import abstract_state
 from tests import tiny
@@ -104,14 +105,14 @@ def test_what_is_written():
         assert min(picture.size) > 200
     assert checkpoint.all_steps(workdir) == [15, 16]  # checkpoint.keep = 2
     step, meta = checkpoint.read_meta(workdir, "best")
-    assert (step, meta["miou"], meta["data_position"]) == (STEPS, scores["mIoU"], STEPS)
+    assert (step, meta["data_position"]) == (STEPS, STEPS)
+    assert checkpoint.read_scores(workdir)[STEPS]["mIoU"] == scores["mIoU"]
     assert meta["class_names"] == list(config.data.class_names)
     assert [tuple(colour) for colour in meta["palette"]] == list(config.data.palette)
 
 
 def test_baseline_on_generated_images_with_eight_devices(tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(train, "compile_with_notice", tiny.compile_quickly)
-    monkeypatch.setattr("memseg_jax.inference.predictor.compile_with_notice", tiny.compile_quickly)
+    monkeypatch.setattr(compilation, "compile_with_notice", tiny.compile_quickly)
     status = tiny.run(
         "--workdir", tmp_path, "--config.data.name=shapes", "--config.data.image_size=(32,32)",
         "--config.data.num_train=16", "--config.data.num_val=9", "--config.train.epochs=2",
@@ -269,7 +270,7 @@ def fake_step(values):
     ],
 )
 def test_impossible_values_are_refused_at_once(tmp_path, capsys, monkeypatch, change, answer):
-    monkeypatch.setattr(train, "compile_with_notice", None)
+    tiny.replace_training_step(monkeypatch, None)
     root = f"--config.data.root={tiny.data_root()}"
     assert tiny.run(root, "--workdir", tmp_path, f"--config.{change}") == 1
     assert answer in capsys.readouterr().err
@@ -283,7 +284,7 @@ def test_impossible_values_are_refused_at_once(tmp_path, capsys, monkeypatch, ch
     ],
 )  # fmt: skip
 def test_values_that_would_fail_later_are_refused_at_once(tmp_path, capsys, monkeypatch, change):
-    monkeypatch.setattr(train, "compile_with_notice", None)
+    tiny.replace_training_step(monkeypatch, None)
     root = f"--config.data.root={tiny.data_root()}"
     assert tiny.run(root, "--workdir", tmp_path, f"--config.{change}") == 1
     assert f"config.{change.partition('=')[0]}" in capsys.readouterr().err
@@ -293,7 +294,7 @@ def test_work_survives_an_evaluation_that_fails(tmp_path, capsys, monkeypatch):
     root = shutil.copytree(tiny.data_root(), tmp_path / "data")
     (root / "images" / "val" / "03.png").write_bytes(b"")
     values = {"loss": 1.0, "loss_stage2": 1.0, "lr": 0.1}
-    monkeypatch.setattr(train, "compile_with_notice", fake_step(values))
+    tiny.replace_training_step(monkeypatch, fake_step(values))
     run = (f"--config.data.root={root}", "--workdir", tmp_path / "run")
     assert tiny.run(*run, "--config.checkpoint.every=1000", "--config.train.eval_every=1") == 1
     assert "images/val/03.png" in capsys.readouterr().err
@@ -306,10 +307,10 @@ def test_the_last_evaluation_is_made_up_for(tmp_path, capsys, monkeypatch, compi
     content = bad.read_bytes()
     bad.write_bytes(b"")
     values = {"loss": 1.0, "loss_stage2": 1.0, "lr": 0.1}
-    monkeypatch.setattr(train, "compile_with_notice", fake_step(values))
+    tiny.replace_training_step(monkeypatch, fake_step(values))
     run = (f"--config.data.root={root}", "--workdir", tmp_path / "run")
     assert tiny.run(*run) == 1
     bad.write_bytes(content)
     assert tiny.run(*run) == 0, capsys.readouterr().err
     assert json.loads((tmp_path / "run" / "metrics.json").read_text())["step"] == STEPS
-    assert checkpoint.read_meta(tmp_path / "run", "best")[1]["miou"] is not None
+    assert checkpoint.read_scores(tmp_path / "run")[STEPS]["mIoU"] > 0

@@ -16,10 +16,9 @@ import pytest
 from jax.sharding import Mesh
 from PIL import Image
 
-from memseg_jax import checkpoint, evaluate, main, predict, train
-from memseg_jax.inference import predictor
+from memseg_jax import checkpoint, main
 from memseg_jax.models.segmentor import build_segmentor
-from memseg_jax.runtime import sharding
+from memseg_jax.runtime import compilation, sharding
 from memseg_jax.scoring import visualize
 from memseg_jax.training import optimizer
 from memseg_jax.training.state import init_state
@@ -153,6 +152,17 @@ def compile_quickly(function, what, *args):
     return function.lower(*args).compile(compiler_options=FAST_COMPILE)
 
 
+def replace_training_step(monkeypatch, make_step):
+    """Lets `make_step(function, what, *args)` take the place of the training step's compilation."""
+    compile_others = compilation.compile_with_notice
+
+    def compile_any(function, what, *args):
+        make = make_step if what == "the training step" else compile_others
+        return make(function, what, *args)
+
+    monkeypatch.setattr(compilation, "compile_with_notice", compile_any)
+
+
 @pytest.fixture
 def compilations(monkeypatch):
     """Compiles quickly, on one device; returns the list of what was compiled."""
@@ -165,11 +175,8 @@ def compilations(monkeypatch):
     def one_device(devices=None, layout=None):
         return Mesh(np.array(jax.devices()[:1]), ("data",))
 
-    monkeypatch.setattr(train, "compile_with_notice", compile_and_count)
-    monkeypatch.setattr(predictor, "compile_with_notice", compile_and_count)
+    monkeypatch.setattr(compilation, "compile_with_notice", compile_and_count)
     monkeypatch.setattr(sharding, "make_mesh", one_device)
-    monkeypatch.setattr(evaluate, "make_mesh", one_device)
-    monkeypatch.setattr(predict, "make_mesh", one_device)
     return made
 
 

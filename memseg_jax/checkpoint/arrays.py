@@ -14,9 +14,10 @@ from flax.traverse_util import unflatten_dict
 from memseg_jax.checkpoint.checksums import checksums, describe
 from memseg_jax.checkpoint.meta import read_meta
 from memseg_jax.checkpoint.steps import FOLDER, DamagedCheckpoint, brief, damaged
-from memseg_jax.errors import UserError, first_few
+from memseg_jax.errors import UserError
 from memseg_jax.runtime import distributed
 from memseg_jax.runtime.plain import flatten, show
+from memseg_jax.runtime.text import first_few
 
 # Fields that decide the shapes of the arrays: named when a checkpoint does not fit.
 _SHAPE_FIELDS = (

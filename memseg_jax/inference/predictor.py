@@ -26,7 +26,7 @@ from memseg_jax.inference.score_maps import Resize
 from memseg_jax.inference.sizes import Size
 from memseg_jax.models.layers import ValidSize
 from memseg_jax.models.segmentor import Segmentor
-from memseg_jax.runtime.compilation import compile_with_notice
+from memseg_jax.runtime.compilation import Programs
 from memseg_jax.runtime.sharding import replicated, split_batch
 
 Array = jax.Array
@@ -39,12 +39,12 @@ class Prediction:
     Attributes:
         key: what the caller gave with the image.
         label: uint8 [height, width], the class of every pixel of the original image.
-        confidence: float32 [height, width], the probability of that class.
+        confidence: float32 [height, width], the probability of that class, if it was asked for.
     """
 
     key: Any
     label: np.ndarray
-    confidence: np.ndarray
+    confidence: np.ndarray | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -57,17 +57,42 @@ class _Item:
     mirrored: bool = False
 
 
-class Predictor:
-    """Segments images with fixed weights on the devices of one mesh.
+@dataclasses.dataclass(frozen=True)
+class _Pending:
+    """Results that the devices still compute.
 
-    Compiled programs are kept, so one predictor should serve all images.
+    Attributes:
+        items: whose they are.
+        labels: uint8 [items or more, pixels].
+        confidence: float32, the same shape, or None.
+    """
+
+    items: list[_Item]
+    labels: Array
+    confidence: Array | None
+
+    def fetch(self) -> Iterator[Prediction]:
+        """Waits for the results."""
+        arrays = [None if x is None else np.asarray(x) for x in (self.labels, self.confidence)]
+        for index, item in enumerate(self.items):
+            valid = np.s_[index, : math.prod(item.output)]
+            yield Prediction(
+                item.key,
+                *(None if x is None else x[valid].reshape(item.output).copy() for x in arrays),
+            )
+
+
+class Predictor:
+    """Segments images on the devices of one mesh. It keeps programs, no weights.
+
+    One predictor should serve all images, and all weights of one model.
 
     Args:
         model: the segmentor.
-        variables: params, batch_stats and memory; put onto the mesh here.
         evaluation: `config.eval`.
         mesh: devices of this process; a batch is split over them.
         flip_pairs: `config.augment.flip_pairs`, the classes that a mirror exchanges.
+        confidence: whether the probability of the predicted class is asked for.
 
     Raises:
         UserError: a field of `config.eval` or a pair of classes has an impossible value.
@@ -76,19 +101,18 @@ class Predictor:
     def __init__(
         self,
         model: Segmentor,
-        variables: dict[str, Any],
         evaluation: ml_collections.ConfigDict,
         mesh: Mesh,
         flip_pairs: Sequence[Sequence[int]] = (),
+        confidence: bool = False,
     ):
         check_evaluation(evaluation, model, flip_pairs)
         self._model = model
-        self._variables = jax.device_put(variables, replicated(mesh))
         self._evaluation = evaluation
         self._mesh = mesh
         self._batch = evaluation.batch_size * mesh.size
         self._sizes = sizes.size_policy(evaluation, model.coarsest_stride)
-        self._programs: dict[Any, Any] = {}
+        self._run = Programs()
         self._passes = len(evaluation.scales) * (2 if evaluation.flip else 1)
         self._averages = self._passes > 1 or evaluation.scales[0] != 1
         self._mirrored_classes = None
@@ -103,61 +127,87 @@ class Predictor:
         )
         self._window_scores = jax.jit(functools.partial(score_maps.window_scores, softmax=softmax))
         self._accumulate = jax.jit(windows.accumulate, donate_argnums=0)
-        self._label_maps = functools.partial(score_maps.label_maps, probabilities=softmax)
         self._add_resized = jax.jit(score_maps.add_resized, donate_argnums=0)
-        self._mean_label_map = jax.jit(
-            functools.partial(score_maps.mean_label_map, passes=self._passes, probabilities=softmax)
-        )
+        asked = {"probabilities": softmax, "confidence": confidence}
 
-    def replace_variables(self, variables: dict[str, Any]) -> None:
-        """Goes on with other weights of the same model; no program is compiled again.
+        @functools.cache
+        def label_maps(pixels: int) -> Any:
+            return jax.jit(functools.partial(score_maps.label_maps, pixels=pixels, **asked))
 
-        Arrays that lie on the mesh already are used as they are, without a copy.
-        """
-        self._variables = jax.device_put(variables, replicated(self._mesh))
+        @functools.cache
+        def mean_label_map(pixels: int) -> Any:
+            of_mean = functools.partial(score_maps.mean_label_map, passes=self._passes, **asked)
+            return jax.jit(functools.partial(of_mean, pixels=pixels))
 
-    def predict(self, images: Iterable[tuple[Any, np.ndarray]]) -> Iterator[Prediction]:
+        self._label_maps, self._mean_label_map = label_maps, mean_label_map
+
+    def predict(
+        self, variables: dict[str, Any], images: Iterable[tuple[Any, np.ndarray]]
+    ) -> Iterator[Prediction]:
         """Segments images; a few are held back to fill batches, so the order may change.
 
         Args:
+            variables: params, batch_stats and memory; put onto the mesh for as long as this takes.
+                Arrays that are there as a whole already are used without a copy.
             images: pairs of any key and an RGB image uint8 [height, width, 3].
 
         Yields:
-            One `Prediction` an image, at the original size.
+            One `Prediction` per image, at the original size.
         """
         yield from self.segment(
-            (key, evaluation_transform(image, self._evaluation), image.shape[:2])
-            for key, image in images
+            variables,
+            (
+                (key, evaluation_transform(image, self._evaluation), image.shape[:2])
+                for key, image in images
+            ),
         )
 
-    def segment(self, inputs: Iterable[tuple[Any, np.ndarray, Size]]) -> Iterator[Prediction]:
+    def segment(
+        self, variables: dict[str, Any], inputs: Iterable[tuple[Any, np.ndarray, Size]]
+    ) -> Iterator[Prediction]:
         """The same for images that are normalised already.
 
+        The devices compute one batch while the results of the one before are used.
+
         Args:
+            variables: as in `predict`.
             inputs: any key, the network's input float32 [h, w, 3], and the size of the result.
 
         Yields:
-            One `Prediction` an input.
+            One `Prediction` per input.
         """
-        items = (_Item(*x) for x in inputs)
+        variables = jax.device_put(variables, replicated(self._mesh))
+        before = None
+        for pending in self._dispatched(variables, (_Item(*x) for x in inputs)):
+            for array in (pending.labels, pending.confidence):
+                if array is not None:
+                    array.copy_to_host_async()
+            if before:
+                yield from before.fetch()
+            before = pending
+        if before:
+            yield from before.fetch()
+
+    def _dispatched(self, variables: Any, items: Iterable[_Item]) -> Iterator[_Pending]:
         slide = self._evaluation.mode == "slide"
         if self._averages:
-            yield from (self._average_windows if slide else self._average_whole)(items)
+            average = self._average_windows if slide else self._average_whole
+            yield from average(variables, items)
         elif slide:
             for item in items:
-                canvas, plan = self._slide(item)
-                yield from self._labels([item], canvas, [plan])
+                canvas, plan = self._slide(variables, item)
+                yield self._labels([item], canvas, [plan])
         else:
             for group, padded, exact in self._batches(items):
-                scores = self._forward(group, padded, exact)
-                yield from self._labels(group, scores, [self._resize(x, padded) for x in group])
+                scores = self._forward(variables, group, padded, exact)
+                yield self._labels(group, scores, [self._resize(x, padded) for x in group])
 
     def _passes_over(self, item: _Item, key: Any) -> Iterator[_Item]:
         evaluation = self._evaluation
         for image, mirrored in passes.passes(item.image, evaluation.scales, evaluation.flip):
             yield _Item(key, image, item.output, mirrored)
 
-    def _average_whole(self, items: Iterable[_Item]) -> Iterator[Prediction]:
+    def _average_whole(self, variables: Any, items: Iterable[_Item]) -> Iterator[_Pending]:
         """Batches are of passes of one size over any images; an image is done with its last pass.
 
         Until then its scores are kept at the network's stride, so that the array at full size is
@@ -170,7 +220,7 @@ class Predictor:
         )
         waiting = collections.defaultdict(list)
         for group, padded, exact in self._batches(parts):
-            scores = self._on_one_device(self._forward(group, padded, exact))
+            scores = self._on_one_device(self._forward(variables, group, padded, exact))
             for index, part in enumerate(group):
                 number, key = part.key
                 waiting[number].append((scores, index, self._resize(part, padded), part))
@@ -178,16 +228,16 @@ class Predictor:
                     total = None
                     for done in waiting.pop(number):
                         total = self._add(total, *done)
-                    yield self._mean(key, total, part.output)
+                    yield self._mean(dataclasses.replace(part, key=key), total)
 
-    def _average_windows(self, items: Iterable[_Item]) -> Iterator[Prediction]:
+    def _average_windows(self, variables: Any, items: Iterable[_Item]) -> Iterator[_Pending]:
         """One image after the other, one pass after the other."""
         for item in items:
             total = None
             for part in self._passes_over(item, item.key):
-                canvas, plan = self._slide(part)
+                canvas, plan = self._slide(variables, part)
                 total = self._add(total, canvas, 0, plan, part)
-            yield self._mean(item.key, total, item.output)
+            yield self._mean(item, total)
 
     def _add(
         self, total: Array | None, scores: Array, index: int, plan: Resize, part: _Item
@@ -197,8 +247,7 @@ class Predictor:
         if total is None:
             shape = (score_maps.capacity(pixels, score_maps.PIXELS), scores.shape[-1])
             total = jnp.zeros(shape, jnp.float32)
-        return self._compiled(
-            "sum",
+        return self._run(
             self._add_resized,
             f"the sum of passes for results of up to {total.shape[0]} pixels",
             total,
@@ -209,14 +258,17 @@ class Predictor:
             self._mirrored_classes if part.mirrored else None,
         )
 
-    def _mean(self, key: Any, total: Array, output: Size) -> Prediction:
+    def _mean(self, item: _Item, total: Array) -> _Pending:
         """The result of an image, given the sum of all its passes."""
-        pixels = math.prod(output)
-        what = f"label maps of up to {total.shape[0]} pixels"
-        blocks = score_maps.blocks_of(pixels)
-        found = self._compiled("mean", self._mean_label_map, what, total, blocks)
-        label, confidence = (np.asarray(x)[:pixels].reshape(output).copy() for x in found)
-        return Prediction(key, label, confidence)
+        pixels = math.prod(item.output)
+        length = score_maps.label_capacity(pixels)
+        labels, confidence = self._run(
+            self._mean_label_map(length),
+            f"label maps of up to {length} pixels",
+            total,
+            score_maps.blocks_of(pixels),
+        )
+        return _Pending([item], labels[None], None if confidence is None else confidence[None])
 
     def _batches(self, items: Iterable[_Item]) -> Iterator[tuple[list[_Item], Size, bool]]:
         """Groups items by input size into batches; what is left over comes at the end."""
@@ -229,20 +281,11 @@ class Predictor:
         for key, group in waiting.items():
             yield group, *key
 
-    def _compiled(self, name: str, function: Any, what: str, *args: Any) -> Any:
-        """Runs a program, compiling it first when the shapes are new."""
-        key = (name, *(x.shape for x in jax.tree.leaves(args) if hasattr(x, "shape")))
-        if name == "network":  # the weights' shapes never change
-            key = (name, args[1].shape, args[2] is None)
-        if key not in self._programs:
-            self._programs[key] = compile_with_notice(function, what, *args)
-        return self._programs[key](*args)
-
     def _place(self, array: np.ndarray) -> Array:
         """Splits the first axis of a full batch over the devices."""
         return jax.device_put(array, split_batch(self._mesh))
 
-    def _forward(self, group: list[_Item], padded: Size, exact: bool) -> Array:
+    def _forward(self, variables: Any, group: list[_Item], padded: Size, exact: bool) -> Array:
         """Scores at the network's stride, flat if images are whole; missing items are blank."""
         images = np.zeros((self._batch, *padded, 3), np.float32)
         valid = np.tile(np.array(padded, np.int32), (self._batch, 1))
@@ -254,9 +297,7 @@ class Predictor:
         what = f"the network for {padded[0]}x{padded[1]} inputs" + (
             "" if exact else " (padded; shared by all sizes up to it)"
         )
-        return self._compiled(
-            "network", self._network, what, self._variables, self._place(images), valid_size
-        )
+        return self._run(self._network, what, variables, self._place(images), valid_size)
 
     def _on_one_device(self, array: Array) -> Array:
         return jax.device_put(array, jax.local_devices()[0])
@@ -267,31 +308,21 @@ class Predictor:
         valid = tuple(-(-side // stride) for side in item.image.shape[:2])
         return score_maps.resize(valid, -(-padded[1] // stride), item.output, item.mirrored)
 
-    def _labels(
-        self, group: list[_Item], scores: Array, plans: list[Resize]
-    ) -> Iterator[Prediction]:
+    def _labels(self, group: list[_Item], scores: Array, plans: list[Resize]) -> _Pending:
         """The results of a batch of one pass."""
         largest = max(math.prod(item.output) for item in group)
-        pixels = score_maps.capacity(largest, score_maps.PIXELS)
+        pixels = score_maps.label_capacity(largest)
         plans = score_maps.stack(plans, len(scores))
-        labels, confidence = self._compiled(
-            f"labels {pixels}",
-            jax.jit(functools.partial(self._label_maps, pixels=pixels)),
+        labels, confidence = self._run(
+            self._label_maps(pixels),
             f"label maps of up to {pixels} pixels",
             scores,
             jax.tree.map(self._place, plans) if len(scores) == self._batch else plans,
             score_maps.blocks_of(largest),
         )
-        labels, confidence = np.asarray(labels), np.asarray(confidence)
-        for index, item in enumerate(group):
-            valid = np.s_[index, : math.prod(item.output)]
-            yield Prediction(
-                item.key,
-                labels[valid].reshape(item.output).copy(),
-                confidence[valid].reshape(item.output).copy(),
-            )
+        return _Pending(group, labels, confidence)
 
-    def _slide(self, item: _Item) -> tuple[Array, Resize]:
+    def _slide(self, variables: Any, item: _Item) -> tuple[Array, Resize]:
         """Adds up the windows' scores at the size of the network's input.
 
         Returns:
@@ -309,7 +340,7 @@ class Predictor:
                 _Item(place, item.image[place], window)
                 for place in places[first : first + self._batch]
             ]
-            scores = self._forward(group, padded, exact)
+            scores = self._forward(variables, group, padded, exact)
             matrices = []
             for axis in (0, 1):
                 positions = -(-window[axis] // self._model.output_stride)
@@ -318,17 +349,14 @@ class Predictor:
                         positions, window[axis], full[axis], scores.shape[1 + axis]
                     )
                 )
-            scores = self._compiled(
-                "windows", self._window_scores, "window scores", scores, *matrices
-            )
+            scores = self._run(self._window_scores, "window scores", scores, *matrices)
             if canvas is None:  # the last row of a window may reach beyond the image
                 pixels = score_maps.capacity(math.prod(size) + full[1], score_maps.PIXELS)
                 canvas = jnp.zeros((pixels, scores.shape[-1]), jnp.float32)
             starts = np.zeros((self._batch, 2), np.int32)
             for index, (y, x) in enumerate(w.key for w in group):
                 starts[index] = y.start, x.start
-            canvas = self._compiled(
-                "canvas",
+            canvas = self._run(
                 self._accumulate,
                 f"the sum of windows for images of up to {len(canvas)} pixels",
                 canvas,

@@ -21,7 +21,11 @@ Array = jax.Array
 
 BLOCK = 8192  # pixels at a time
 POSITIONS = 2**14  # flat arrays at the network's stride hold this many positions, or 4, 16, ... x
-PIXELS = 2**20  # flat arrays at the size of images hold this many pixels, or 2, 4, ... times
+PIXELS = 2**20  # flat sums at the size of images hold this many pixels, or 2, 4, ... times
+# Label maps, which leave the device, hold as many pixels as sums, or a quarter, a sixteenth, ... of
+# that where it suffices, but not fewer than these: small images move few bytes, and all sizes
+# together need few programs.
+LEAST_LABELS = 2**14
 SIDE = 2**12  # sides of results have up to this many pixels, or 2, 4, ... times
 
 
@@ -30,6 +34,11 @@ def capacity(count: int, smallest: int, factor: int = 2) -> int:
     while smallest < count:
         smallest *= factor
     return smallest
+
+
+def label_capacity(pixels: int) -> int:
+    """Length of the array for label maps of up to so many pixels."""
+    return min(capacity(pixels, LEAST_LABELS, 4), capacity(pixels, PIXELS))
 
 
 def flatten(scores: Array) -> Array:
@@ -132,8 +141,14 @@ def blocks_of(pixels: int) -> np.int32:
 
 
 def label_maps(
-    scores: Array, plans: Resize, blocks: Array, *, pixels: int, probabilities: bool
-) -> tuple[Array, Array]:
+    scores: Array,
+    plans: Resize,
+    blocks: Array,
+    *,
+    pixels: int,
+    probabilities: bool,
+    confidence: bool = True,
+) -> tuple[Array, Array | None]:
     """Resizes scores and takes the best class, a few pixels at a time.
 
     Args:
@@ -143,39 +158,51 @@ def label_maps(
         pixels: length of the results, a multiple of `BLOCK`.
         probabilities: whether the scores are probabilities; logits go through a softmax to give
             the confidence.
+        confidence: whether the probabilities are asked for.
 
     Returns:
-        The best class, uint8 [batch, pixels], and its probability, float32 [batch, pixels].
+        The best class, uint8 [batch, pixels], and its probability, float32 [batch, pixels], or
+        None.
     """
 
-    def best(first: Array) -> tuple[Array, Array]:
+    def best(first: Array) -> tuple[Array, Array | None]:
         x = jax.vmap(resized, in_axes=(0, 0, None))(scores, plans, first)
-        return best_class(x, probabilities=probabilities)
+        return best_class(x, probabilities=probabilities, confidence=confidence)
 
-    return _in_blocks(best, blocks, (scores.shape[0], pixels))
+    return _in_blocks(best, blocks, (scores.shape[0], pixels), confidence)
 
 
 def _in_blocks(
-    best: Callable[[Array], tuple[Array, Array]], blocks: Array, shape: tuple[int, ...]
-) -> tuple[Array, Array]:
+    best: Callable[[Array], tuple[Array, Array | None]],
+    blocks: Array,
+    shape: tuple[int, ...],
+    confidence: bool,
+) -> tuple[Array, Array | None]:
     """Classes and probabilities of `shape`, made along the last axis."""
 
-    def add(block: Array, made: tuple[Array, Array]) -> tuple[Array, Array]:
+    def add(block: Array, made: tuple[Array, Array | None]) -> tuple[Array, Array | None]:
         first = block * BLOCK
-        return tuple(
-            jax.lax.dynamic_update_slice_in_dim(x, new, first, len(shape) - 1)
-            for x, new in zip(made, best(first))
+        return jax.tree.map(
+            lambda x, new: jax.lax.dynamic_update_slice_in_dim(x, new, first, len(shape) - 1),
+            made,
+            best(first),
         )
 
-    return jax.lax.fori_loop(0, blocks, add, (jnp.zeros(shape, jnp.uint8), jnp.zeros(shape)))
+    empty = (jnp.zeros(shape, jnp.uint8), jnp.zeros(shape) if confidence else None)
+    return jax.lax.fori_loop(0, blocks, add, empty)
 
 
-def best_class(scores: Array, *, probabilities: bool) -> tuple[Array, Array]:
+def best_class(
+    scores: Array, *, probabilities: bool, confidence: bool = True
+) -> tuple[Array, Array | None]:
     """Returns the class of the best score, uint8, and its probability; the last axis is gone."""
+    label = jnp.argmax(scores, axis=-1).astype(jnp.uint8)
+    if not confidence:
+        return label, None
     best = jnp.max(scores, axis=-1)
     if not probabilities:
         best = jnp.exp(best - jax.nn.logsumexp(scores, axis=-1))
-    return jnp.argmax(scores, axis=-1).astype(jnp.uint8), best
+    return label, best
 
 
 def add_resized(
@@ -207,25 +234,33 @@ def add_resized(
 
 
 def mean_label_map(
-    total: Array, blocks: Array, *, passes: int, probabilities: bool
-) -> tuple[Array, Array]:
+    total: Array,
+    blocks: Array,
+    *,
+    pixels: int,
+    passes: int,
+    probabilities: bool,
+    confidence: bool = True,
+) -> tuple[Array, Array | None]:
     """The label map of a mean, given the sum over the passes.
 
     Args:
-        total: [pixels, classes].
+        total: [at least pixels, classes].
         blocks: from `blocks_of`.
+        pixels: length of the results, a multiple of `BLOCK`.
         passes: how many scores were added up.
         probabilities: as for `label_maps`.
+        confidence: as for `label_maps`.
 
     Returns:
-        The best class, uint8 [pixels], and its probability, float32 [pixels].
+        The best class, uint8 [pixels], and its probability, float32 [pixels], or None.
     """
 
-    def best(first: Array) -> tuple[Array, Array]:
+    def best(first: Array) -> tuple[Array, Array | None]:
         mean = jax.lax.dynamic_slice_in_dim(total, first, BLOCK) / passes
-        return best_class(mean, probabilities=probabilities)
+        return best_class(mean, probabilities=probabilities, confidence=confidence)
 
-    return _in_blocks(best, blocks, total.shape[:1])
+    return _in_blocks(best, blocks, (pixels,), confidence)
 
 
 # ---- Windows ------------------------------------------------------------------------------------

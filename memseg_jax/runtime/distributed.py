@@ -8,11 +8,9 @@ training.
 """
 
 import contextlib
-import ctypes
 import json
 import logging
 import os
-import signal
 import sys
 import threading
 import time
@@ -29,6 +27,7 @@ CHOICES = ("auto", "on", "off")
 # processes are suspended at times, as under a debugger.
 HEARTBEAT_SECONDS = int(os.environ.get("MEMSEG_HEARTBEAT_SECONDS") or 30)
 _LOOK_EVERY = 1.0  # seconds between two looks for notes
+_LOOK_AT_LEAST_EVERY = 10.0  # the same where looking failed
 # How long a process that ends with the others waits for them: they may be finishing a save.
 _FAREWELL_SECONDS = 40
 _GOES_LAST_SECONDS = 1  # enough for the others to exit after the farewell
@@ -50,7 +49,6 @@ class _Run:
         self.finished = threading.Event()
         self.leaving = threading.Lock()
         self.stop_requested = threading.Event()
-        self.notice_preemption: Callable[[int], None] | None = None
         self.calls: Counter[str] = Counter()
 
 
@@ -90,8 +88,11 @@ def start(
     if choice == "off" or not (explicit or _cluster_found(choice == "on")):
         return
     import jax
-    from jax._src import distributed as runtime
+    from jax._src import distributed as runtime  # the key-value store has no public name
 
+    # JAX would take SIGTERM for itself, in all modes: `stopping` does that for training alone.
+    with contextlib.suppress(AttributeError):  # a JAX without the service
+        jax.config.update("jax_enable_preemption_service", False)
     arguments = explicit and explicit | {"cluster_detection_method": "deactivate"}
     try:
         jax.distributed.initialize(
@@ -108,7 +109,6 @@ def start(
     _run.client = runtime.global_state.client
     _run.index = runtime.global_state.process_id
     _run.count = runtime.global_state.num_processes
-    _run.notice_preemption = _take_over_sigterm()
     threading.Thread(target=_look_for_notes, name="notes", daemon=True).start()
     log.info("process %d of %d", _run.index, _run.count)
 
@@ -153,21 +153,6 @@ def _cluster_found(required: bool) -> bool:
             "GKE). Give --coordinator_address, --num_processes and --process_id."
         )
     return False
-
-
-def _take_over_sigterm() -> Callable[[int], None] | None:
-    """Gives SIGTERM its usual meaning back; returns what JAX does with it: note a preemption.
-
-    Only training makes use of the note; in all other modes SIGTERM must end the process.
-    """
-    if threading.current_thread() is not threading.main_thread():
-        return None
-    get_handler = ctypes.pythonapi.PyOS_getsig
-    get_handler.restype = ctypes.c_void_p
-    address = get_handler(signal.SIGTERM)
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)
-    defaults = (None, 0, 1)  # SIG_DFL and SIG_IGN: there is no preemption service
-    return None if address in defaults else ctypes.CFUNCTYPE(None, ctypes.c_int)(address)
 
 
 # ---- Who is who, and exchanging bytes -----------------------------------------------------------
@@ -345,7 +330,7 @@ def _words(error: BaseException) -> str:
 
 
 def request_stop(number: int) -> None:
-    """Tells all processes, and JAX's preemption service, that the run is to stop.
+    """Tells all processes that the run is to stop.
 
     Args:
         number: of the signal.
@@ -353,8 +338,6 @@ def request_stop(number: int) -> None:
     _run.stop_requested.set()
     if _run.client is None:
         return
-    if _run.notice_preemption:
-        _run.notice_preemption(number)
     _run.client.key_value_set(f"{_STOP}{_run.index}", str(number), allow_overwrite=True)
 
 
@@ -398,13 +381,18 @@ def leave(status: int, seconds: float = _FAREWELL_SECONDS) -> NoReturn:
 
 
 def _look_for_notes() -> None:
-    while not _run.finished.wait(_LOOK_EVERY):
+    """Looks for notes until the run is finished, whatever goes wrong in between."""
+    pause = _LOOK_EVERY
+    while not _run.finished.wait(pause):
         try:
             notes = _run.client.key_value_dir_get(_NOTES)
             if not _run.stop_requested.is_set() and _run.client.key_value_dir_get(_STOP):
                 _run.stop_requested.set()
         except Exception:
-            return  # process 0 is gone; the runtime ends this process
+            # A moment's trouble, or process 0 is gone: then the runtime ends this process.
+            pause = min(2 * pause, _LOOK_AT_LEAST_EVERY)
+            continue
+        pause = _LOOK_EVERY
         for key, text in notes:
             index, note = int(key.rpartition("/")[2]), json.loads(text)
             if index != _run.index:

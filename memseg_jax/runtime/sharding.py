@@ -16,6 +16,7 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from memseg_jax.errors import UserError
+from memseg_jax.runtime.text import format_bytes
 
 AXES = ("data", "fsdp")
 # Arrays of fewer elements are replicated: splitting them saves nothing and costs a message each.
@@ -237,7 +238,7 @@ def memory_report(compiled: Any, state: Any) -> str | None:
     sizes = analyse() if analyse else None
     if sizes is None:
         return None
-    held = bytes_a_device(state)
+    held = bytes_per_device(state)
     arguments, temporary = sizes.argument_size_in_bytes, sizes.temp_size_in_bytes
     results = max(sizes.output_size_in_bytes - sizes.alias_size_in_bytes, 0)
     total = arguments + temporary + results
@@ -248,16 +249,8 @@ def memory_report(compiled: Any, state: Any) -> str | None:
     )
 
 
-def bytes_a_device(tree: Any) -> int:
+def bytes_per_device(tree: Any) -> int:
     """Bytes that every device holds of a tree of shapes with shardings."""
     return sum(
         math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize for x in jax.tree.leaves(tree)
     )
-
-
-def format_bytes(count: float) -> str:
-    """Returns "512 B", "3.2 KiB", "4.0 GiB"."""
-    if count < 1024:
-        return f"{count:.0f} B"
-    power = min(int(math.log(count, 1024)), 4)
-    return f"{count / 1024**power:.1f} {' KMGT'[power]}iB"

@@ -1,9 +1,12 @@
 """Stopping a training when it is asked to, without losing a step.
 
 SIGTERM (clusters that take a machine back), SIGUSR1 (Slurm's `--signal`) and SIGINT (Ctrl-C) ask
-for a stop: the step that is under way is finished, the state saved, and the program exits with
-`Stopped.EXIT_STATUS`. A second Ctrl-C ends it at once. Several processes stop at the same step,
-whichever of them got the signal.
+for a stop: the steps that are under way are finished, the state saved, and the program exits with
+`Stopped.EXIT_STATUS`. A second Ctrl-C ends it at once.
+
+Several processes stop at the same step, whichever of them got the signal: each gives its flag to
+the training step along with its part of the batch, the step returns the largest of all flags, and
+every process sees it when it looks at that step.
 """
 
 import os
@@ -12,7 +15,7 @@ import sys
 import threading
 from typing import Any
 
-from jax.experimental import multihost_utils
+import numpy as np
 
 from memseg_jax.errors import Stopped
 from memseg_jax.runtime import distributed
@@ -89,15 +92,17 @@ class StopRequests:
                 )
             distributed.request_stop(number)
 
-    def reached(self, step: int) -> bool:
+    def flags(self, devices: int) -> np.ndarray:
+        """This process's part of the training step's `batch["stop"]`, int32 [devices]."""
+        return np.full(devices, self.wanted(), np.int32)
+
+    def reached(self, seen: bool) -> bool:
         """Whether to save and stop after this step; all processes get the same answer.
 
         Args:
-            step: number of completed steps; it has to be called after every one.
+            seen: whether a step has returned a flag. A process that is alone need not wait for it.
         """
-        if distributed.process_count() == 1:
-            return distributed.stop_requested().is_set()
-        return multihost_utils.reached_preemption_sync_point(step)
+        return self.wanted() if distributed.process_count() == 1 else seen
 
     def wanted(self) -> bool:
         """Whether some process was asked to stop; the answers differ between processes."""

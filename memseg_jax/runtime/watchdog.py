@@ -7,7 +7,7 @@ import threading
 import time
 from typing import Any
 
-from memseg_jax.training.progress import format_duration
+from memseg_jax.runtime.text import format_duration
 
 log = logging.getLogger(__name__)
 

@@ -24,6 +24,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 
 from memseg_jax.errors import UserError
 from memseg_jax.runtime import distributed
@@ -33,6 +34,11 @@ log = logging.getLogger(__name__)
 
 POLICIES = ("raise", "skip", "rollback")
 FLAG = "nonfinite"  # the metric: 1 for a bad step
+# States of an optimiser whose `count` is a position in a schedule, which follows the data. All
+# other counters count updates that were made, and stay with the numbers that were made by them.
+_SCHEDULES = (optax.ScaleByScheduleState, optax.InjectStatefulHyperparamsState)
+# Counts its own steps, and so do the schedules inside.
+_OWN_TIME = (optax.MultiStepsState,)
 
 
 # ---- On the device ------------------------------------------------------------------------------
@@ -58,9 +64,9 @@ def keep_finite(
         before: the step's argument.
         after: its result.
         checked: tree of what has to be finite for the step to be good.
-        halts: what happens after a bad step. False: only the clocks (`step`, and the optimiser's
-            own count) move on. True: nothing does, and nothing will: `step` becomes negative, from
-            which `before_halt` makes the state of before again.
+        halts: what happens after a bad step. False: only the clocks (`step` and the positions in
+            schedules) move on. True: nothing does, and nothing will: `step` becomes negative, from
+            which `before_halt` makes the state before the step again.
 
     Returns:
         The state, and 1 if the step was bad, otherwise 0 (int32).
@@ -69,31 +75,39 @@ def keep_finite(
     running = before.step >= 0
     good = finite & running if halts else finite
 
-    def choose(old: jax.Array, new: jax.Array) -> jax.Array:
-        is_clock = not jnp.issubdtype(new.dtype, jnp.inexact)
-        return new if is_clock and not halts else jnp.where(good, new, old)
-
-    chosen = jax.tree.map(choose, before, after)
+    chosen = jax.tree.map(lambda old, new: jnp.where(good, new, old), before, after)
     if halts:
-        step = jnp.where(running & ~finite, ~before.step, chosen.step)
-        chosen = chosen.replace(step=step)
+        chosen = chosen.replace(step=jnp.where(running & ~finite, ~before.step, chosen.step))
+    else:
+        opt_state = _set_positions(chosen.opt_state, after.opt_state, lambda node: node.count)
+        chosen = chosen.replace(step=after.step, opt_state=opt_state)
     return chosen, (~finite).astype(jnp.int32)
 
 
 def before_halt(state: TrainState) -> TrainState:
-    """The state of before the bad step, from that of a run that has halted."""
+    """The state before the bad step, from that of a run that has halted."""
     return state.replace(step=jax.jit(jnp.invert)(state.step))
 
 
 def at_step(state: TrainState, step: int) -> TrainState:
     """Sets all clocks of a state: the data before `step` count as passed over."""
 
-    def set_clock(x: jax.Array) -> jax.Array:
-        if jnp.issubdtype(x.dtype, jnp.inexact):
-            return x
+    def full(x: jax.Array) -> jax.Array:
         return jax.jit(lambda: jnp.full(x.shape, step, x.dtype), out_shardings=x.sharding)()
 
-    return jax.tree.map(set_clock, state)
+    opt_state = _set_positions(state.opt_state, state.opt_state, lambda node: full(node.count))
+    return state.replace(step=full(state.step), opt_state=opt_state)
+
+
+def _set_positions(opt_state: Any, source: Any, count: Callable[[Any], jax.Array]) -> Any:
+    """Sets every position in a schedule to what `count` makes of the same node of `source`."""
+
+    def moved(node: Any, other: Any) -> Any:
+        return node._replace(count=count(other)) if isinstance(node, _SCHEDULES) else node
+
+    return jax.tree.map(
+        moved, opt_state, source, is_leaf=lambda x: isinstance(x, _SCHEDULES + _OWN_TIME)
+    )
 
 
 # ---- On the host --------------------------------------------------------------------------------
@@ -129,8 +143,23 @@ class BadStep:
         return f"step {self.step}: {what} not finite. Its batch:\n  {files}"
 
 
+class GoBack(Exception):
+    """The policy asks to go back to the state of the last checkpoint.
+
+    Attributes:
+        step: the bad step, after which the run goes on; the steps after it are forgotten.
+    """
+
+    def __init__(self, step: int):
+        super().__init__(step)
+        self.step = step
+
+
 class Guard:
     """Looks at the steps when they are over, in their order, and applies the policy.
+
+    Attributes:
+        stop_seen: whether a step that is over has returned a request to stop.
 
     Args:
         train: `config.train`.
@@ -145,6 +174,7 @@ class Guard:
         self._describe = describe
         self._in_flight = in_flight
         self._steps: collections.deque = collections.deque()
+        self.stop_seen = False
         self._row = 0  # bad steps, or rollbacks, in a row
         self._last_bad = 0
 
@@ -154,7 +184,7 @@ class Guard:
 
     def check(
         self, state: TrainState, snapshot: Callable[[TrainState, Path], None], wait: bool
-    ) -> int | None:
+    ) -> None:
         """Waits until no more steps than `in_flight` are under way, or none, and looks at them.
 
         Args:
@@ -162,17 +192,16 @@ class Guard:
             snapshot: writes a state into a folder.
             wait: for all steps.
 
-        Returns:
-            The bad step after which to go on with the state of the last checkpoint (the steps
-            after it are forgotten), or None.
-
         Raises:
+            GoBack: there was a bad step, and the policy is to go back.
             UserError: the policy, or too many bad steps in a row, end the run. The message names
                 the step and its files.
         """
         while len(self._steps) > (0 if wait else self._in_flight):
             step, batch, metrics = self._steps.popleft()
-            if not jax.device_get(metrics[FLAG]):
+            is_bad, stop = jax.device_get((metrics[FLAG], metrics.get("stop", 0)))
+            self.stop_seen |= bool(stop)
+            if not is_bad:
                 continue
             bad = BadStep(step, jax.device_get(metrics), batch)
             if self._policy == "raise":
@@ -180,8 +209,7 @@ class Guard:
             self._count(bad)
             if self._policy == "rollback":
                 self._steps.clear()
-                return step
-        return None
+                raise GoBack(step)
 
     def saved(self) -> None:
         """To be called when a checkpoint of the run was saved: a rollback goes back to it."""

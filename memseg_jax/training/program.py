@@ -26,7 +26,8 @@ class TrainingProgram:
         schedule: learning rate by step.
         step: the jitted step, see `train_step.make_train_step`; the state is donated to it.
         state: shapes, types and shardings of the state.
-        batch: the same of "image" [batch, height, width, 3] and "label" [batch, height, width].
+        batch: the same of "image" [batch, height, width, 3], "label" [batch, height, width] and
+            "stop" [devices].
     """
 
     tx: optax.GradientTransformation
@@ -56,5 +57,6 @@ def training_program(
     batch = {
         "image": jax.ShapeDtypeStruct((*size, 3), np.float32, sharding=split),
         "label": jax.ShapeDtypeStruct(size, np.uint8, sharding=split),
+        "stop": jax.ShapeDtypeStruct((mesh.size,), np.int32, sharding=split),
     }
     return TrainingProgram(tx, schedule, sharding.jit_step(step, state, mesh), state, batch)

@@ -1,4 +1,7 @@
-"""What one sees while a run goes on: the progress line, metrics.csv and TensorBoard files."""
+"""What one sees while a run goes on: the progress line, metrics.csv and TensorBoard files.
+
+`TrainingLog` decides what is told about the steps of a run; the rest of this file is how.
+"""
 
 import contextlib
 import csv
@@ -8,11 +11,112 @@ import math
 import os
 import pathlib
 import time
-from collections.abc import Callable, Iterator, Mapping
-from typing import NamedTuple
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import ml_collections
+import numpy as np
 
 from memseg_jax.errors import UserError
-from memseg_jax.runtime import files
+from memseg_jax.runtime import distributed, files
+from memseg_jax.runtime.text import format_duration
+from memseg_jax.scoring.memory_health import MemoryHealth
+from memseg_jax.training.guards import FLAG
+
+log = logging.getLogger(__name__)
+
+
+class TrainingLog:
+    """Tells about the steps of a run: a line, a row of metrics.csv, the health of the memory.
+
+    Process 0 alone prints and writes.
+
+    Args:
+        folder: of the run.
+        config: the whole config.
+        total_steps: of the run.
+        epoch_steps: of an epoch.
+        first_step: steps already done.
+        health: of the memory; None: the model has none.
+    """
+
+    def __init__(
+        self,
+        folder: pathlib.Path,
+        config: ml_collections.ConfigDict,
+        total_steps: int,
+        epoch_steps: int,
+        first_step: int,
+        health: MemoryHealth | None,
+    ):
+        self._epochs = config.train.epochs
+        self._total_steps = total_steps
+        self._health = health
+        self._writer = MetricWriter(folder, first_step) if distributed.is_primary() else None
+        self._line = ProgressLine(total_steps, epoch_steps, config.train.batch_size, first_step)
+        self.waiting_for_data = self._line.waiting_for_data
+        self._pending: list[dict[str, Any]] = []
+
+    def add(self, metrics: Mapping[str, Any]) -> None:
+        """Remembers the metrics of a step, which may still be on their way."""
+        self._pending.append({name: x for name, x in metrics.items() if name != "stop"})
+
+    def write(self, step: int, memory: Any, saving: bool) -> None:
+        """Tells the means since the last time.
+
+        Args:
+            step: number of completed steps.
+            memory: after this step.
+            saving: whether the state is saved now: then the log also has a line on the memory.
+        """
+        values = _mean(jax.device_get(self._pending))
+        self._pending = []
+        rates = self._line.measure(step)
+        if self._health:
+            of_memory, line = self._health.look(step, memory)
+            values |= of_memory
+            if saving:
+                log.info("%s", line)
+        if not self._writer:
+            return
+        terms = {
+            name.removeprefix("loss_"): value
+            for name, value in values.items()
+            if name.startswith("loss_")
+        }
+        print(
+            format_progress(
+                step, self._total_steps, self._epochs, values["loss"], terms, values["lr"], rates
+            ),
+            flush=True,
+        )
+        speed = {"images_per_second": rates.images_per_second, "data_wait": rates.data_wait}
+        self._writer.write(step, values | {"epoch": rates.epoch} | speed)
+
+    def write_scores(self, step: int, scores: Mapping[str, float]) -> None:
+        """Adds the scores of an evaluation to metrics.csv."""
+        if self._writer:
+            self._writer.write(step, {f"eval_{name}": value for name, value in scores.items()})
+
+    def restart(self, step: int) -> None:
+        """Forgets the time since the last line, and metrics that were not told yet."""
+        self._pending = []
+        self._line.restart(step)
+
+    def close(self) -> None:
+        """Closes the files."""
+        if self._writer:
+            self._writer.close()
+
+
+def _mean(steps: Sequence[Mapping[str, np.ndarray]]) -> dict[str, float]:
+    """Mean of the metrics over good steps; of the last step the learning rate; the bad steps."""
+    good = [step for step in steps if not step[FLAG]]
+    values = {
+        name: float(np.mean([x[name] for x in good])) if good else math.nan for name in steps[0]
+    }
+    return values | {"lr": float(steps[-1]["lr"]), FLAG: len(steps) - len(good)}
 
 
 class MetricWriter:
@@ -195,22 +299,6 @@ class ProgressLine:
         )
         self.restart(step)
         return rates
-
-
-def format_duration(seconds: float) -> str:
-    """Returns a time in two units at most: "45s", "4m10s", "3h05m", "2d04h"; "?" for NaN."""
-    if not math.isfinite(seconds):
-        return "?"
-    seconds = max(round(seconds), 0)
-    if seconds < 60:
-        return f"{seconds}s"
-    if seconds < 3600:
-        return f"{seconds // 60}m{seconds % 60:02d}s"
-    minutes = seconds // 60
-    if minutes < 24 * 60:
-        return f"{minutes // 60}h{minutes % 60:02d}m"
-    hours = minutes // 60
-    return f"{hours // 24}d{hours % 24:02d}h"
 
 
 def format_progress(

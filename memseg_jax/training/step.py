@@ -53,15 +53,18 @@ def make_train_step(
 
     Returns:
         step(state, batch) -> (state, metrics), where batch has "image" float32
-        [batch, height, width, 3] and "label" integer [batch, height, width]; metrics are scalars:
-        the losses by name (weighted), "loss" their sum, "lr", "grad_norm", and "nonfinite": 1 if
-        the step was bad and its result thrown away (see `guards`), otherwise 0.
+        [batch, height, width, 3], "label" integer [batch, height, width], and in a run "stop" int32
+        [devices]; metrics are scalars: the losses by name (weighted), "loss" their sum, "lr",
+        "grad_norm", "nonfinite": 1 if the step was bad and its result thrown away (see `guards`),
+        otherwise 0, and "stop": the largest of the flags (see `runtime.stopping`).
     """
     losses = Losses(model, config, (config.loss.consistency_from_epoch - 1) * steps_per_epoch)
     parts = config.train.accumulate
     halts = config.train.on_nonfinite == "raise"
 
     def step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
+        batch = dict(batch)
+        requests = {"stop": jnp.max(batch.pop("stop"))} if "stop" in batch else {}
         lr = schedule(state.step)
         rng = jax.random.fold_in(jax.random.key(config.seed), state.step)
         if parts == 1:
@@ -80,7 +83,7 @@ def make_train_step(
         grad_norm = optax.tree.norm(grads)
         checked = (metrics["loss"], grad_norm, updates, batch_stats, memory)
         new_state, bad = keep_finite(state, new_state, checked, halts)
-        return new_state, metrics | {"lr": lr, "grad_norm": grad_norm, FLAG: bad}
+        return new_state, metrics | {"lr": lr, "grad_norm": grad_norm, FLAG: bad} | requests
 
     return step
 
@@ -256,7 +259,7 @@ def accumulate_gradients(
 
     Args:
         losses: the pieces.
-        state: of before the step.
+        state: the state before the step.
         batch: as in `make_train_step`.
         lr: learning rate.
         rng: key of the step.

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from converters import names, torch_files
-from memseg_jax import checkpoint, train
+from memseg_jax import checkpoint
 from memseg_jax.errors import UserError
 from memseg_jax.models.segmentor import build_segmentor
 from memseg_jax.training import optimizer
@@ -81,7 +81,7 @@ def test_training_starts_from_the_file_and_goes_on_without_it(
         for name in after.keys() - backbone.keys():
             np.testing.assert_array_equal(after[name], fresh[name], name)
 
-    monkeypatch.setattr(train, "compile_with_notice", counting_step(fails_at=4))
+    tiny.replace_training_step(monkeypatch, counting_step(fails_at=4))
     with caplog.at_level("INFO"):
         assert tiny.run(*run) == 1
     assert "stopped at step 4" in capsys.readouterr().err
@@ -91,7 +91,7 @@ def test_training_starts_from_the_file_and_goes_on_without_it(
 
     path.unlink()
     caplog.clear()
-    monkeypatch.setattr(train, "compile_with_notice", counting_step(fails_at=7))
+    tiny.replace_training_step(monkeypatch, counting_step(fails_at=7))
     with caplog.at_level("INFO"):
         assert tiny.run(*run) == 1
     assert "stopped at step 7" in capsys.readouterr().err

@@ -47,9 +47,9 @@ def compare(workdir: Path, images: list[np.ndarray], scratch: Path) -> float:
     variables, _ = checkpoint.restore_for_inference(
         scratch / "back", abstract_variables(model), "last"
     )
-    predictor = Predictor(model, variables, config.eval, make_mesh())
+    predictor = Predictor(model, config.eval, make_mesh(), confidence=True)
     different = total = 0
-    for prediction in predictor.predict(enumerate(images)):
+    for prediction in predictor.predict(variables, enumerate(images)):
         labels, confidence = torch_labels(twin, images[prediction.key], config.eval)
         # So short a training may have found one class only; its probability differs all the same.
         assert np.ptp(confidence) > 1e-3

@@ -98,7 +98,8 @@ def test_inference_equals_the_reference(name, monkeypatch):
     elif len(scales) > 1:  # one program for the small scales and one for the large
         config.exact_sizes, config.batch_size = 0, 2
     pairs = flip_pairs(case, num_classes)
-    predictor = Predictor(model, variables, config, make_mesh(make_mesh().devices.flat[:1]), pairs)
+    mesh = make_mesh(make_mesh().devices.flat[:1])
+    predictor = Predictor(model, config, mesh, pairs, confidence=True)
     recorder = Recorder(monkeypatch)
 
     height, width = golden["input_hw"].tolist()
@@ -106,7 +107,7 @@ def test_inference_equals_the_reference(name, monkeypatch):
     image = rule_image(f"infer-image:{case}", (1, 3, height, width))
     np.testing.assert_array_equal(image.reshape(-1)[:8], golden["image_check"])
     image = image[0].transpose(1, 2, 0)
-    (prediction,) = predictor.segment([("image", image, output)])
+    (prediction,) = predictor.segment(variables, [("image", image, output)])
 
     # The inputs, and what comes out of each pass.
     count = len(scales) * (1 + flip)

@@ -49,9 +49,11 @@ def predict(images, model=None, pairs=(), devices=1, **fields):
     weights = 0.7 * np.random.default_rng(5).standard_normal((3, model.num_classes))
     variables = {"params": weights.astype(np.float32), "batch_stats": {}, "memory": np.zeros(1)}
     mesh = Mesh(np.array(jax.devices()[:devices]), ("data",))
-    predictor = inference.Predictor(model, variables, evaluation, mesh, pairs)
+    predictor = inference.Predictor(model, evaluation, mesh, pairs, confidence=True)
     found = {}
-    for prediction in predictor.segment((n, x, (50, 70)) for n, x in enumerate(images)):
+    for prediction in predictor.segment(
+        variables, ((n, x, (50, 70)) for n, x in enumerate(images))
+    ):
         label, best = prediction.label, prediction.confidence
         assert label.shape == best.shape == (50, 70)
         found[prediction.key] = label, np.where(label == 1, best, 1 - best)

@@ -8,9 +8,9 @@ import jax
 import numpy as np
 import pytest
 
-from memseg_jax import checkpoint, train
+from memseg_jax import checkpoint
 from memseg_jax.errors import UserError
-from memseg_jax.runtime import sharding
+from memseg_jax.runtime import compilation, sharding
 from memseg_jax.training.step import make_train_step
 from tests import tiny
 from tests.small_models import FAST_COMPILE
@@ -215,8 +215,7 @@ def test_a_checkpoint_of_one_layout_is_restored_on_any_other(double, tmp_path):
 def test_a_run_with_split_parameters_goes_on_with_others(
     quiet_entry, tmp_path, capsys, monkeypatch
 ):
-    monkeypatch.setattr(train, "compile_with_notice", tiny.compile_quickly)
-    monkeypatch.setattr("memseg_jax.inference.predictor.compile_with_notice", tiny.compile_quickly)
+    monkeypatch.setattr(compilation, "compile_with_notice", tiny.compile_quickly)
     common = (f"--config.data.root={tiny.data_root()}", "--workdir", tmp_path)
     common += ("--config.train.epochs=1", "--config.model.memory.enabled=false")
     assert tiny.run(*common, "--config.sharding.fsdp=8") == 0, capsys.readouterr().err

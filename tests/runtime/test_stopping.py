@@ -15,7 +15,7 @@ import jax
 import numpy as np
 import pytest
 
-from memseg_jax import checkpoint, train
+from memseg_jax import checkpoint, evaluate
 from memseg_jax.errors import Stopped
 from memseg_jax.inference import Prediction
 from memseg_jax.runtime import distributed
@@ -76,13 +76,13 @@ class FakePredictor:
     def __init__(self, *args):
         pass
 
-    def predict(self, images):
+    def predict(self, variables, images):
         for index, image in images:
             if index == 3 and self.signal_at_last:
                 os.kill(os.getpid(), signal.SIGTERM)
                 assert distributed.stop_requested().wait(LIMIT)
             size = image.shape[:2]
-            yield Prediction(index, np.zeros(size, np.uint8), np.ones(size, np.float32))
+            yield Prediction(index, np.zeros(size, np.uint8))
 
 
 # ---- In this process ----------------------------------------------------------------------------
@@ -90,8 +90,8 @@ class FakePredictor:
 
 @pytest.mark.parametrize("number", SIGNALS)
 def test_a_signal_saves_at_the_end_of_the_step(tmp_path, capsys, monkeypatch, number):
-    monkeypatch.setattr(train, "compile_with_notice", fake_step(5, number))
-    monkeypatch.setattr(train, "Predictor", FakePredictor)
+    tiny.replace_training_step(monkeypatch, fake_step(5, number))
+    monkeypatch.setattr(evaluate, "Predictor", FakePredictor)
     monkeypatch.setattr(FakePredictor, "signal_at_last", False)
     arguments = (f"--config.data.root={tiny.data_root()}", "--workdir", tmp_path)
     arguments += ("--config.checkpoint.every=1000",)
@@ -107,8 +107,8 @@ def test_a_signal_saves_at_the_end_of_the_step(tmp_path, capsys, monkeypatch, nu
 
 
 def test_a_signal_during_an_evaluation_does_not_wait_for_its_end(tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(train, "compile_with_notice", fake_step(0, 0))
-    monkeypatch.setattr(train, "Predictor", FakePredictor)
+    tiny.replace_training_step(monkeypatch, fake_step(0, 0))
+    monkeypatch.setattr(evaluate, "Predictor", FakePredictor)
     arguments = (f"--config.data.root={tiny.data_root()}", "--workdir", tmp_path)
     assert tiny.run(*arguments) == Stopped.EXIT_STATUS
     assert f"stopped by SIGTERM after step {STEPS} of {STEPS}" in capsys.readouterr().err
@@ -124,7 +124,7 @@ def test_signals_are_left_alone_in_other_threads():
 
     def listen():
         with StopRequests() as stops:
-            found.append((signal.getsignal(signal.SIGTERM), stops.wanted(), stops.reached(1)))
+            found.append((signal.getsignal(signal.SIGTERM), stops.wanted(), stops.reached(False)))
 
     thread = threading.Thread(target=listen)
     thread.start()

@@ -8,11 +8,13 @@ import shutil
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 from PIL import Image
 
 from memseg_jax import checkpoint, train
 from memseg_jax.models.segmentor import build_segmentor
+from memseg_jax.runtime import compilation
 from memseg_jax.training import guards, optimizer
 from memseg_jax.training.state import TrainState, abstract_state
 from memseg_jax.training.step import make_train_step
@@ -36,7 +38,10 @@ def make_state(step, value):
     def full(*shape):
         return jnp.full(shape, value, jnp.float32)
 
-    opt_state = {"trace": full(3), "count": jnp.int32(step)}
+    opt_state = {
+        "trace": full(3),
+        "schedule": optax.ScaleByScheduleState(jnp.int32(step)),
+    }
     return TrainState(
         jnp.int32(step), {"w": full(2, 2)}, {"mean": full(2)}, full(2, 1, 2), opt_state
     )
@@ -243,8 +248,7 @@ def run(tmp_path, monkeypatch, compilations):
 
         monkeypatch.setattr(train, "build_segmentor", small_model)
         monkeypatch.setattr(train, "train_batches", spoiled)
-        monkeypatch.setattr(train, "compile_with_notice", compile_once)
-        monkeypatch.setattr("memseg_jax.inference.predictor.compile_with_notice", compile_once)
+        monkeypatch.setattr(compilation, "compile_with_notice", compile_once)
         flags = (f"--config.data.root={root or tiny.data_root()}", "--workdir", tmp_path, *flags)
         return tiny.run(*flags)
 
@@ -384,3 +388,56 @@ def test_a_class_that_is_absent_for_a_whole_epoch(run, tmp_path, capsys, caplog)
 def test_values_that_mean_nothing(run, capsys, flag, answer):
     assert run(set(), f"--config.{flag}") == 1
     assert answer in capsys.readouterr().err
+
+
+# ---- Other optimisers ---------------------------------------------------------------------------
+
+
+def schedules(state):
+    """The positions of all schedules of an optimiser's state."""
+    nodes = jax.tree.leaves(state, is_leaf=lambda x: isinstance(x, optax.ScaleByScheduleState))
+    return [int(x.count) for x in nodes if isinstance(x, optax.ScaleByScheduleState)]
+
+
+def state_of(tx, step, updates):
+    """A state after some updates, all by the same gradient."""
+    params = {"w": jnp.ones((2, 2))}
+    opt_state = tx.init(params)
+    for _ in range(updates):
+        _, opt_state = tx.update({"w": jnp.full((2, 2), 0.5)}, opt_state, params)
+    return TrainState(jnp.int32(step), params, {}, jnp.ones((2, 1, 2)), opt_state)
+
+
+RATE = optax.linear_schedule(0.1, 0.0, 100)
+OPTIMISERS = {
+    "adamw": optax.adamw(RATE),
+    "sgd": optax.sgd(RATE, momentum=0.9),
+    "finite": optax.apply_if_finite(optax.adamw(RATE), 3),
+}
+
+
+@pytest.mark.parametrize("name", OPTIMISERS)
+def test_clocks_are_positions_in_schedules_and_nothing_else(name):
+    tx = OPTIMISERS[name]
+    before, after = state_of(tx, 5, 3), state_of(tx, 6, 4)
+    skipped, _ = choose(before, after, jnp.float32(np.nan), halts=False)
+    assert int(skipped.step) == 6
+    assert schedules(skipped.opt_state) == [4]
+    moved = guards.at_step(before, 9)
+    assert int(moved.step) == 9
+    assert schedules(moved.opt_state) == [9]
+    # What counts updates, such as Adam's correction of its means, stays with the updates.
+    for state in (skipped, moved):
+        assert_same(guards.at_step(state, 0).opt_state, guards.at_step(before, 0).opt_state)
+
+
+def test_steps_of_several_batches_keep_their_own_time():
+    tx = optax.MultiSteps(optax.adamw(RATE), every_k_schedule=2)
+    before, after = state_of(tx, 5, 3), state_of(tx, 6, 4)
+    assert int(before.opt_state.mini_step) == 1
+    skipped, _ = choose(before, after, jnp.float32(np.nan), halts=False)
+    assert int(skipped.step) == 6
+    assert_same(skipped.opt_state, before.opt_state)
+    assert_same(guards.at_step(before, 9).opt_state, before.opt_state)
+    good, _ = choose(before, after, jnp.float32(1), halts=False)
+    assert_same(good.opt_state, after.opt_state)

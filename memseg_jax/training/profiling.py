@@ -1,0 +1,69 @@
+"""A trace of some steps of a run, for TensorBoard or Perfetto: `config.train.profile_steps`."""
+
+import contextlib
+import logging
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import jax
+
+from memseg_jax.runtime import distributed, files
+
+log = logging.getLogger(__name__)
+
+_PASSED_OVER = 3  # steps of a start that are not traced: they are slower than the others
+_NAME = "train"
+
+
+class StepProfiler:
+    """Traces some steps, as a context manager; with 0 steps it does nothing.
+
+    Args:
+        folder: of the run; the trace goes into its folder `profile`, by process if there are some.
+        first_step: completed steps when the run starts.
+        count: steps to trace.
+    """
+
+    def __init__(self, folder: Path, first_step: int, count: int):
+        self._folder = folder / "profile"
+        if distributed.process_count() > 1:
+            self._folder /= f"process_{distributed.process_index()}"
+        self._first = first_step + _PASSED_OVER + 1
+        self._last = self._first + count - 1
+        self._running = False
+
+    def __enter__(self) -> "StepProfiler":
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self._stop()
+
+    @contextlib.contextmanager
+    def step(self, number: int) -> Iterator[None]:
+        """The block is step `number`, counted from 1.
+
+        Raises:
+            UserError: the folder cannot be made.
+        """
+        if not self._first <= number <= self._last:
+            yield
+            return
+        if not self._running:
+            files.make_folder(self._folder)
+            jax.profiler.start_trace(self._folder)
+            self._running = True
+        with jax.profiler.StepTraceAnnotation(_NAME, step_num=number):
+            yield
+
+    def end_of_step(self, number: int, results: Any) -> None:
+        """Ends the trace after its last step, when `results` of the step are there."""
+        if self._running and number >= self._last:
+            jax.block_until_ready(results)
+            self._stop()
+            log.info("wrote the trace of steps %d to %d to %s", self._first, number, self._folder)
+
+    def _stop(self) -> None:
+        if self._running:
+            self._running = False
+            jax.profiler.stop_trace()
