@@ -15,7 +15,18 @@ import pytest
 
 jax.config.update("jax_default_matmul_precision", "highest")
 
+from tests import session  # noqa: E402
 from tests.tiny import compilations, quiet_entry  # noqa: E402, F401
+
+
+def pytest_configure():
+    """Opens the session's folder before workers start, which inherit the environment."""
+    session.folder()
+    # Many tests compile the same small programs, in several processes: most compile each once.
+    # Two that write the same one at the same time at worst make a third compile it again.
+    jax.config.update("jax_compilation_cache_dir", session.cache())
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
+    jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
 
 
 @pytest.fixture

@@ -124,8 +124,8 @@ def counting_step(monkeypatch):
 
 
 @pytest.fixture(scope="module")
-def workdir():
-    return tiny.save_random_model(tiny.scratch() / "random_for_bad_input")
+def workdir(tmp_path_factory):
+    return tiny.save_random_model(tmp_path_factory.mktemp("random_model"))
 
 
 def assert_explained(text, parts):
