@@ -1,4 +1,4 @@
-"""What the processes of one run of the tests share: a folder, compiled programs, things made once."""
+"""What the processes of one run of the tests share: a folder, programs, what is made once."""
 
 import atexit
 import fcntl
