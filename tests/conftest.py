@@ -29,6 +29,28 @@ def pytest_configure():
     jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
 
 
+# These take longest, and a file is not divided: begun last, one would leave the others idle.
+LONGEST_FIRST = (
+    "test_train.py",
+    "test_guards.py",
+    "test_accumulation.py",
+    "test_step.py",
+    "test_predict.py",
+    "test_bad_input.py",
+    "test_benchmark.py",
+    "test_torch_to_orbax.py",
+    "test_resnest.py",
+    "test_segmentor.py",
+    "test_benchmarks.py",
+)
+
+
+def pytest_collection_modifyitems(items):
+    """Puts the files that take longest first; a file's tests keep their order."""
+    rank = {name: number for number, name in enumerate(LONGEST_FIRST)}
+    items.sort(key=lambda item: rank.get(item.path.name, len(rank)))
+
+
 @pytest.fixture
 def double_precision():
     """float64 in JAX for one test."""
