@@ -16,7 +16,7 @@ import pytest
 jax.config.update("jax_default_matmul_precision", "highest")
 
 from tests import session  # noqa: E402
-from tests.tiny import compilations, quiet_entry  # noqa: E402, F401
+from tests.tiny import compilations, quiet_entry, three_convolutions  # noqa: E402, F401
 
 
 def pytest_configure():

@@ -227,9 +227,8 @@ def test_one_pixel_wide_images_are_used(tmp_path, workdir, capsys, counting_step
     assert "Traceback" not in capsys.readouterr().err
 
 
-def test_one_pixel_wide_images_are_trained_on(tmp_path, capsys, counting_step, monkeypatch):
+def test_one_pixel_wide_images_are_trained_on(tmp_path, capsys, compilations, counting_step):
     root = tiny.write_folder(tmp_path / "data", {"train": [(32, 1)] * 8, "val": [(32, 1)]})
-    monkeypatch.setattr(compilation, "compile_with_notice", tiny.compile_quickly)
     status = tiny.run(f"--config.data.root={root}", "--workdir", tmp_path / "run")
     assert status == 0, capsys.readouterr().err
 

@@ -15,13 +15,13 @@ from jax.sharding import Mesh
 from PIL import Image
 
 from memseg_jax import checkpoint, main
-from memseg_jax.models.segmentor import build_segmentor
+from memseg_jax.models import segmentor
 from memseg_jax.runtime import compilation, sharding
 from memseg_jax.scoring import visualize
 from memseg_jax.training import optimizer
 from memseg_jax.training.state import init_state
 from tests import session
-from tests.small_models import FAST_COMPILE, random_variables
+from tests.small_models import FAST_COMPILE, ThreeConvolutions, random_variables
 from tests.tiny_config import COLOURS, SIDE, get_config
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -123,7 +123,7 @@ def save_random_model(
 ) -> Path:
     """Writes a checkpoint whose model predicts all classes but `never`, in no sensible way."""
     config = config or get_config()
-    model = build_segmentor(config)
+    model = segmentor.build_segmentor(config)
     tx = optimizer.sgd(config, optimizer.schedule_from_config(config, 1))
     state = init_state(random_variables(model, 3), tx)
     if never is not None:
@@ -170,6 +170,12 @@ def compilations(monkeypatch):
     monkeypatch.setattr(compilation, "compile_with_notice", compile_and_count)
     monkeypatch.setattr(sharding, "make_mesh", one_device)
     return made
+
+
+@pytest.fixture
+def three_convolutions(monkeypatch):
+    """In every mode, three convolutions take the place of the backbone: quicker to compile."""
+    monkeypatch.setattr(segmentor, "build_backbone", lambda *args: ThreeConvolutions())
 
 
 @pytest.fixture
