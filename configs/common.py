@@ -37,7 +37,7 @@ def get_config() -> ml_collections.ConfigDict:
     data.train_split = "train"
     data.eval_split = "val"
     data.class_names = ("",)  # a tuple of strings; its length is the number of classes
-    data.palette = ()  # one (red, green, blue) a class; empty: generated colours
+    data.palette = ()  # one (red, green, blue) per class; empty: generated colours
     data.ignore_label = 255  # the value in label files that means "not labelled"; -1: there is none
     data.image_dir = "images/{split}"
     data.label_dir = "labels/{split}"
@@ -100,7 +100,7 @@ def get_config() -> ml_collections.ConfigDict:
     model.memory = memory = ml_collections.ConfigDict()
     memory.enabled = True  # False: the plain DeepLabV3 baseline
     memory.attention_dim = 256
-    memory.slots = 1  # rows a class
+    memory.slots = 1  # rows per class
     memory.hard = False  # read by the arg-max class instead of the class probabilities
     memory.within_image_context = True
     memory.strategy = "cosine"  # weights of a class's pixels: 1 - cosine; or "mean"
@@ -113,7 +113,7 @@ def get_config() -> ml_collections.ConfigDict:
     loss.auxiliary = 0.4
     loss.consistency = 0.0  # representation-consistency loss on the memory rows
     loss.consistency_from_epoch = 2  # epochs count from 1
-    loss.class_weights = ()  # one a class; empty: all 1
+    loss.class_weights = ()  # one per class; empty: all 1
 
     config.optimizer = optimizer = ml_collections.ConfigDict()
     optimizer.lr = 0.01

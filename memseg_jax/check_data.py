@@ -294,7 +294,7 @@ def _sizes_line(sizes: collections.Counter) -> str:
 
 
 def _class_table(report: SplitReport, class_names) -> list[str]:
-    """One line a class: id, name, share of the labelled pixels, images, bar."""
+    """One line per class: id, name, share of the labelled pixels, images, bar."""
     num_classes = len(class_names)
     labelled = max(int(report.pixels[:num_classes].sum()), 1)
     shares = report.pixels[:num_classes] / labelled

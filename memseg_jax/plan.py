@@ -203,7 +203,7 @@ def _compile(
         alone: number of the devices that take part; None: all.
 
     Returns:
-        Memory in bytes a device, FLOP a device, collectives, and estimated seconds.
+        Memory in bytes per device, FLOP per device, collectives, and estimated seconds.
     """
     count = alone or len(devices.devices)
     log.info("compiling %s for %d x %s ...", what, count, devices.devices[0].device_kind)

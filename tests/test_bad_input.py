@@ -337,7 +337,7 @@ def test_an_image_that_turns_unreadable_in_the_middle_of_a_run(root, tmp_path, c
     run = (f"--config.data.root={root}", "--workdir", tmp_path / "run")
     assert tiny.run(*run) == 1
     assert_explained(capsys.readouterr().err, [str(path), "replace or remove it"])
-    assert checkpoint.all_steps(tmp_path / "run")[-1] in (3, 6)  # that of before it
+    assert checkpoint.all_steps(tmp_path / "run")[-1] in (3, 6)  # the one before it
     path.write_bytes(content)
     assert tiny.run(*run) == 0, capsys.readouterr().err
     assert checkpoint.all_steps(tmp_path / "run")[-1] == 16

@@ -1,11 +1,13 @@
 """Evaluating: what is written, and numbers that do not depend on how images are batched."""
 
 import csv
+import gc
 import json
 
 import jax
 import numpy as np
 import pytest
+from jax.sharding import Mesh
 
 from memseg_jax import evaluate
 from memseg_jax.data import open_split
@@ -13,7 +15,7 @@ from memseg_jax.models.segmentor import build_segmentor
 from memseg_jax.runtime import sharding
 from memseg_jax.scoring.metrics import confusion_matrix
 from tests import tiny
-from tests.small_models import random_variables
+from tests.small_models import ThreeConvolutions, random_variables
 
 pytestmark = [
     pytest.mark.usefixtures("quiet_entry"),
@@ -181,3 +183,22 @@ def test_sliding_windows(matrix, compilations):
     assert moved(windows, matrix(exact_sizes=9)) < 1e-3
     # A window as large as every image is the whole image.
     assert moved(matrix(window=(64, 64)), matrix(mode="whole")) < 1e-3
+
+
+def test_copies_of_split_weights_are_gone_after_the_evaluation(root, compilations):
+    config = tiny.get_config()
+    config.data.root = str(root)
+    model = build_segmentor(config).clone(backbone=ThreeConvolutions())
+    mesh = Mesh(np.array(jax.devices()).reshape(1, 8), ("data", "fsdp"))
+    variables = sharding.place(random_variables(model, 3), mesh)
+    assert not all(x.is_fully_replicated for x in jax.tree.leaves(variables))
+    evaluator = evaluate.Evaluator(config, model, open_split(config.data, "val"))
+    before = held()
+    assert evaluator.evaluate(variables).matrix.sum() > 0
+    assert held() == before
+
+
+def held():
+    """Bytes of all arrays on devices."""
+    gc.collect()
+    return sum(shard.data.nbytes for x in jax.live_arrays() for shard in x.addressable_shards)

@@ -311,7 +311,7 @@ def read_list(path: Path, where: str, advice: str) -> list[tuple[int, str]]:
     samples = [(number, line.strip()) for number, line in enumerate(lines, 1)]
     samples = [(number, line) for number, line in samples if line and line[0] != "#"]
     if not samples:
-        raise UserError(f"{path}: the list file names no samples ({where}). Expected one a line.")
+        raise UserError(f"{path}: the list file names no samples ({where}). Expected one per line.")
     return samples
 
 

@@ -9,13 +9,13 @@ import numpy as np
 
 
 class MemoryHealth:
-    """Looks at the memory now and then, and keeps one number a class: when its rows last changed.
+    """Looks at the memory now and then, and keeps one number per class: when its rows last changed.
 
     That is known to the step at which the memory was looked at: a row that changed since the time
     before counts as changed now.
 
     Args:
-        class_names: one a class.
+        class_names: one per class.
         step: number of completed steps.
         memory: at this step, [classes, slots, channels].
         ages: what `ages` returned at this step, if it was kept; None: counting starts now.

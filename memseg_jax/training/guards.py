@@ -237,9 +237,9 @@ class Guard:
         kept = self._save_batch(bad)
         try:
             snapshot(state, self._folder_of(bad))
-            kept += f" The state of before the step is a --workdir: {self._folder_of(bad)}."
+            kept += f" The state before the step is a --workdir: {self._folder_of(bad)}."
         except UserError as error:
-            kept += f" The state of before the step could not be kept: {error}"
+            kept += f" The state before the step could not be kept: {error}"
         raise UserError(f"{bad.explain(self._describe)}\n{kept}\n{_ADVICE}")
 
     def _folder_of(self, bad: BadStep) -> Path:

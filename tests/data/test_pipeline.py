@@ -100,7 +100,7 @@ def test_threads_do_not_change_the_samples(threads, prefetch):
 
 @pytest.mark.parametrize("start", [1, 2, 3, 7])
 def test_resumed_stream_equals_the_uninterrupted_one(start):
-    source = Shapes("train", 10, (40, 48))  # 2 steps an epoch: crosses epochs
+    source = Shapes("train", 10, (40, 48))  # 2 steps per epoch: crosses epochs
     assert_same(
         read(source, make_config(), start, 8 - start), read(source, make_config(), 0, 8)[start:]
     )

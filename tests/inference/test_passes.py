@@ -41,15 +41,19 @@ class Toy:
         return {"logits": x @ variables["params"]}
 
 
-def predict(images, model=None, pairs=(), devices=1, **fields):
-    """{number: (labels, probability of class 1)} of images that are normalised already."""
-    model = model or Toy()
+def make_predictor(model, pairs=(), devices=1, **fields):
+    """A predictor and weights for it."""
     evaluation = common.get_config().eval
     evaluation.update({"exact_sizes": 0, "size_multiple": 64} | fields)
     weights = 0.7 * np.random.default_rng(5).standard_normal((3, model.num_classes))
     variables = {"params": weights.astype(np.float32), "batch_stats": {}, "memory": np.zeros(1)}
     mesh = Mesh(np.array(jax.devices()[:devices]), ("data",))
-    predictor = inference.Predictor(model, evaluation, mesh, pairs, confidence=True)
+    return inference.Predictor(model, evaluation, mesh, pairs, confidence=True), variables
+
+
+def predict(images, model=None, pairs=(), devices=1, **fields):
+    """{number: (labels, probability of class 1)} of images that are normalised already."""
+    predictor, variables = make_predictor(model or Toy(), pairs, devices, **fields)
     found = {}
     for prediction in predictor.segment(
         variables, ((n, x, (50, 70)) for n, x in enumerate(images))
@@ -125,6 +129,20 @@ def test_batches_devices_and_padding_change_nothing(images, mode):
     expected = predict(images, exact_sizes=99, **kw)
     for other in ({"batch_size": 3}, {"devices": 8, "size_multiple": 32}):
         assert_same(predict(images, **kw, **other), expected)
+
+
+@MODES
+def test_the_devices_have_the_next_batch_before_results_are_used(images, mode):
+    predictor, variables = make_predictor(Toy(), **mode)
+    taken = []
+
+    def inputs():
+        for number, image in enumerate(images):
+            taken.append(number)
+            yield number, image, (50, 70)
+
+    for prediction in predictor.segment(variables, inputs()):
+        assert len(taken) >= min(prediction.key + 2, len(images))
 
 
 def test_images_of_many_sizes_share_programs(compilations):

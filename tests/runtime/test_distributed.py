@@ -12,6 +12,7 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 
 import numpy as np
@@ -80,6 +81,34 @@ def test_alone_everything_is_its_own():
     distributed.check_same("any", {"a": 1})
     distributed.failed(ValueError("not told to anybody"))
     distributed.finish(1)
+
+
+class Unreliable:
+    """In the place of the runtime's key-value store: answers after some failures only."""
+
+    def __init__(self, failures, answers):
+        self.failures, self.answers = failures, answers
+
+    def key_value_dir_get(self, folder):
+        self.failures -= 1
+        if self.failures >= 0:
+            raise RuntimeError("UNAVAILABLE: failed to connect to all addresses")
+        return self.answers.get(folder, [])
+
+
+def test_notes_are_looked_for_after_failures_too(monkeypatch):
+    run = distributed._Run()
+    run.client = Unreliable(5, {distributed._STOP: [("memseg_jax/stop/1", "15")]})
+    monkeypatch.setattr(distributed, "_run", run)
+    monkeypatch.setattr(distributed, "_LOOK_EVERY", 0.001)
+    monkeypatch.setattr(distributed, "_LOOK_AT_LEAST_EVERY", 0.01)
+    looking = threading.Thread(target=distributed._look_for_notes, daemon=True)
+    looking.start()
+    assert distributed.stop_requested().wait(60)
+    run.finished.set()
+    looking.join(60)
+    assert not looking.is_alive()
+    assert run.client.failures < 0
 
 
 def test_flags_are_only_for_some_modes(capsys):

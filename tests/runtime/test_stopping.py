@@ -42,7 +42,7 @@ HANDLERS = {number: signal.getsignal(number) for number in SIGNALS}
 
 @pytest.fixture(autouse=True)
 def nothing_is_left():
-    """Handlers are those of before, and nobody is asked to stop."""
+    """Handlers are as they were, and nobody is asked to stop."""
     yield
     distributed.stop_requested().clear()
     assert {number: signal.getsignal(number) for number in SIGNALS} == HANDLERS

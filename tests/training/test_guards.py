@@ -87,7 +87,7 @@ def test_a_bad_step_moves_the_clocks_only(place, bad):
     before = make_state(5, 1.0)
     chosen, flag = choose(before, *step_with(bad, place), halts=False)
     assert flag == 1
-    assert_same(chosen, make_state(6, 1.0))  # the clocks of after, the numbers of before
+    assert_same(chosen, make_state(6, 1.0))  # the new clocks, the old numbers
 
 
 @pytest.mark.parametrize("place", PLACES)
@@ -287,7 +287,7 @@ def test_raise(run, tmp_path, capsys, log_every):
     for name in kept["files"]:
         assert f"  {name}\n" in error
         assert "images/train/" in name
-    # The state is that of before the step, though two more steps were under way.
+    # The state is that before the step, though two more steps were under way.
     assert checkpoint.all_steps(tmp_path) == [3, 6]
     assert checkpoint.all_steps(folder) == [7]
     assert run(set(), KEEP, log, "--config.checkpoint.every=7") == 0
