@@ -10,7 +10,6 @@ import pytest
 from PIL import Image
 
 from memseg_jax import checkpoint
-from memseg_jax.runtime import compilation
 from tests import tiny
 
 pytestmark = [
@@ -229,7 +228,6 @@ def test_one_pixel_wide_images_are_used(tmp_path, workdir, capsys, counting_step
 
 def test_one_pixel_wide_images_are_trained_on(tmp_path, capsys, counting_step, monkeypatch):
     root = tiny.write_folder(tmp_path / "data", {"train": [(32, 1)] * 8, "val": [(32, 1)]})
-    monkeypatch.setattr(compilation, "compile_with_notice", tiny.compile_quickly)
     status = tiny.run(f"--config.data.root={root}", "--workdir", tmp_path / "run")
     assert status == 0, capsys.readouterr().err
 
@@ -333,7 +331,6 @@ def test_an_image_that_turns_unreadable_in_the_middle_of_a_run(root, tmp_path, c
         return step
 
     tiny.replace_training_step(monkeypatch, compile_nothing)
-    monkeypatch.setattr(compilation, "compile_with_notice", tiny.compile_quickly)
     run = (f"--config.data.root={root}", "--workdir", tmp_path / "run")
     assert tiny.run(*run) == 1
     assert_explained(capsys.readouterr().err, [str(path), "replace or remove it"])
