@@ -28,6 +28,7 @@ from memseg_jax.data import open_split, packed
 from memseg_jax.data.images import read_image
 from memseg_jax.data.reading import map_ahead
 from memseg_jax.errors import UserError
+from memseg_jax.runtime import files
 
 SHARD_BYTES = 128 << 20  # about, of a file
 _PROBES = 8  # samples whose size tells how many go into a file
@@ -254,13 +255,13 @@ def _write_shard(job: _Job, shard: packed.Shard, indices: Sequence[int]) -> pack
                 writer.close()
             raise
         writer.close()
-        packed.synchronise(temporary)
+        files.flush(temporary)
         size = temporary.stat().st_size
         new = packed.Shard(temporary.name, shard.count, size, tuple(names), tuple(checksums))
         if fault := _damage(job.folder, new):
             raise OSError(f"read back, it is not what was written: {fault}")
         os.replace(temporary, path)
-        packed.synchronise(job.folder)
+        files.flush(job.folder)
         return dataclasses.replace(new, file=shard.file)
     except (OSError, RuntimeError) as error:  # array_record raises RuntimeError
         raise UserError(

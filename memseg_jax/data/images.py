@@ -15,6 +15,7 @@ from PIL import Image, ImageOps
 
 from memseg_jax.data import IGNORE_LABEL
 from memseg_jax.errors import UserError
+from memseg_jax.runtime.text import first_few
 
 MAX_CLASSES = 254  # 255 means "not labelled"; 254 marks values that are not allowed
 _NOT_ALLOWED = 254
@@ -22,7 +23,6 @@ _NOT_ALLOWED = 254
 _FORMATS = ("JPEG", "PNG", "BMP", "WEBP", "TIFF", "GIF", "PPM")
 _ORIENTATION_TAG = 0x0112
 _COLOUR_EXAMPLES = 3
-_SHOWN_VALUES = 5
 _KEPT_VALUES = 1000  # of a label's distinct values in an error
 
 
@@ -308,9 +308,7 @@ def _label_value_error(
     unique, pixels = np.unique(label, return_counts=True)
     values = dict(zip(unique.tolist(), pixels.tolist()))
     bad = _values_not_allowed(list(values), num_classes, ignore_label)
-    found = ", ".join(f"{v} ({values[v]} pixels)" for v in bad[:_SHOWN_VALUES])
-    if len(bad) > _SHOWN_VALUES:
-        found += f" and {len(bad) - _SHOWN_VALUES} more values"
+    found = ", ".join(first_few([f"{v} ({values[v]} pixels)" for v in bad]))
     allowed = f"0..{num_classes - 1} ({num_classes} classes)"
     allowed += f" and {ignore_label} (not labelled)" if ignore_label >= 0 else ", no ignore value"
     return LabelValueError(

@@ -27,7 +27,8 @@ import numpy as np
 
 from memseg_jax.data.images import read_image
 from memseg_jax.errors import UserError
-from memseg_jax.runtime.files import replacing
+from memseg_jax.runtime.files import write_text
+from memseg_jax.runtime.text import first_few
 
 FORMAT = 1
 _KEYS = ("name", "image", "label")
@@ -261,9 +262,9 @@ def open_packed(data_config, split: str) -> PackedSource:
     if problems:
         raise UserError(
             f"{folder}: {len(problems)} of {len(manifest.shards)} shards of split {split!r} are "
-            f"missing or not whole: {'; '.join(problems[:5])}. Copy the folder again from where it "
-            "was packed; or run --mode pack with the same config where the folders of the data set "
-            "are, which writes missing and damaged files again."
+            f"missing or not whole: {'; '.join(first_few(problems))}. Copy the folder again "
+            "from where it was packed; or run --mode pack with the same config where the folders "
+            "of the data set are, which writes missing and damaged files again."
         )
     return PackedSource(str(folder), manifest)
 
@@ -331,19 +332,8 @@ def read_manifest(path: Path) -> Manifest:
 
 def write_manifest(folder: Path, manifest: Manifest) -> None:
     """Writes or replaces the manifest of a split."""
-    with replacing(manifest_path(folder, manifest.split)) as temporary:
-        text = json.dumps({"format": FORMAT} | dataclasses.asdict(manifest))
-        temporary.write_text(text, encoding="utf-8")
-        synchronise(temporary)
-
-
-def synchronise(path: Path) -> None:
-    """Makes the system write a file or a folder to the disk: a power cut loses nothing then."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+    text = json.dumps({"format": FORMAT} | dataclasses.asdict(manifest))
+    write_text(manifest_path(folder, manifest.split), text)
 
 
 def settings_of(data_config) -> dict[str, Any]:

@@ -217,7 +217,7 @@ import sys
 import tensorflow_datasets as tfds
 from memseg_jax import main
 from memseg_jax.data import open_split
-from memseg_jax.suggest import load_config
+from memseg_jax.command_line import load_config
 config = load_config({str(tiny.CONFIG)!r})
 config.data.update(packed={str(tmp_path / "packed")!r}, root={str(files)!r})
 flags = [f"--config.data.{{name}}={{config.data[name]}}" for name in ("root", "packed")]
