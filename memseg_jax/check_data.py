@@ -19,7 +19,7 @@ from memseg_jax.data import IGNORE_LABEL, open_split, transforms
 from memseg_jax.data.images import LabelValueError, value_advice
 from memseg_jax.data.pipeline import TrainSamples
 from memseg_jax.data.reading import map_ahead
-from memseg_jax.errors import UserError
+from memseg_jax.errors import PROCESS_ERRORS, UserError
 from memseg_jax.runtime.files import make_folder
 from memseg_jax.runtime.text import first_few
 from memseg_jax.scoring import visualize
@@ -161,6 +161,8 @@ def _read_one(source, index: int, num_classes: int):
                 f"and {IGNORE_LABEL}."
             )
         return label.shape, pixels
+    except PROCESS_ERRORS:
+        raise
     except Exception as error:
         return error
 

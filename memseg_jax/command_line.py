@@ -54,6 +54,8 @@ def run_main(function: Callable[[list[str]], int], argv: list[str] | None = None
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return 130
+    except SystemExit as end:  # after --help
+        return end.code
 
 
 def parse(
