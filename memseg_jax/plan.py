@@ -151,7 +151,7 @@ def _plan_training(
     result = _compile(
         program.step, (program.state, program.batch), "the training step", config, devices
     )
-    result["state_bytes"] = sharding.bytes_a_device(program.state)
+    result["state_bytes"] = sharding.bytes_per_device(program.state)
     result["images"] = batch_size
     if seconds := result["seconds"]:
         result["images_per_second"] = batch_size / seconds["step"]
