@@ -27,7 +27,7 @@ from memseg_jax.runtime.suggest import did_you_mean
 
 SHIPPED = Path(__file__).absolute().parents[1] / "configs"  # beside this package, also in a wheel
 CONFIG_HELP = "config file (required); FILE.py:ARG passes ARG to its get_config"
-_BASES = ("__init__.py", "common.py", "own_folder.py")  # what config files start from
+_BASES = ("__init__", "common", "own_folder")  # what config files start from
 # name -> help of a flag that takes text, or (default, help); a bool as its default makes a switch.
 Flags = Mapping[str, str | tuple[Any, str]]
 
@@ -212,7 +212,7 @@ def _find_config(name: str) -> Path:
         if (SHIPPED / path.name).is_file():
             return SHIPPED / path.name
         names += _config_names(SHIPPED)
-    hint = did_you_mean(path.name, dict.fromkeys(names), f"{path.parent}/")
+    hint = did_you_mean(path.stem, dict.fromkeys(names), f"{path.parent}/", ".py")
     raise UserError(f"there is no config file {name}. {hint}")
 
 
@@ -236,13 +236,13 @@ def _provide_configs(path: Path) -> None:
 
 
 def _config_names(folder: Path) -> list[str]:
-    """The files of a folder that may be given as --config."""
-    return sorted(path.name for path in folder.glob("*.py") if path.name not in _BASES)
+    """The files of a folder that may be given as --config, without their suffix."""
+    return sorted(path.stem for path in folder.glob("*.py") if path.stem not in _BASES)
 
 
 def _config_required() -> UserError:
     names = _config_names(Path("configs")) or _config_names(SHIPPED)
-    found = ", ".join(f"configs/{name}" for name in names)
+    found = ", ".join(f"configs/{name}.py" for name in names)
     return UserError(f"--config FILE is required. Config files: {found}")
 
 

@@ -30,22 +30,23 @@ def nearest(name: str, candidates: Iterable[str], count: int = 3) -> list[str]:
     return [name for name in ranked if found[name] >= max(0.6, best - 0.15)][:count]
 
 
-def did_you_mean(name: str, candidates: Iterable[str], prefix: str = "") -> str:
+def did_you_mean(name: str, candidates: Iterable[str], prefix: str = "", suffix: str = "") -> str:
     """Returns a sentence such as "Did you mean train or evaluate?", or the valid names.
 
     Args:
         name: what was found.
         candidates: the names that exist.
         prefix: written before every name, such as "--".
+        suffix: written after it, such as ".py".
 
     Returns:
         One sentence; if nothing is similar it lists the valid names (the first 20 of them).
     """
     candidates = list(candidates)
-    names = [prefix + match for match in nearest(name, candidates)]
+    names = [prefix + match + suffix for match in nearest(name, candidates)]
     if names:
         return f"Did you mean {' or '.join(names)}?"
-    names = [prefix + candidate for candidate in candidates]
+    names = [prefix + candidate + suffix for candidate in candidates]
     return f"There are: {', '.join(first_few(names, 20)) or 'none'}."
 
 
