@@ -97,7 +97,7 @@ def test_a_package_of_that_name_hides_nothing(elsewhere):
 def test_names_that_are_not_there(elsewhere):
     with pytest.raises(
         UserError,
-        match=r"no config file configs/quikstart.py\. Did you mean configs/quickstart.py\?",
+        match=r"file configs/quikstart.py\. Did you mean configs/quickstart.py\?",
     ):
         command_line.load_config("configs/quikstart.py")
     with pytest.raises(UserError, match=r"no config file /no/quickstart.py"):
