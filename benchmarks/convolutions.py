@@ -18,7 +18,7 @@ import torch.nn.functional as F
 
 from benchmarks import measure
 from benchmarks.shapes import GROUPED, RESNET50, Shape
-from converters import command_line
+from memseg_jax import command_line
 from memseg_jax.errors import UserError
 from memseg_jax.models import convolution
 

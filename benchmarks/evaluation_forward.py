@@ -14,10 +14,11 @@ import numpy as np
 import torch
 
 from benchmarks import measure, models
-from converters import command_line
 from converters.torch_model.layers import resize
-from memseg_jax.benchmark import network_flops, random_batch
+from memseg_jax import command_line
+from memseg_jax.hlo.flops import network_flops
 from memseg_jax.inference import score_maps
+from memseg_jax.training.program import random_batch
 
 
 def main(argv: Sequence[str]) -> int:

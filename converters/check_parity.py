@@ -29,14 +29,15 @@ import ml_collections
 import numpy as np
 
 import memseg_jax
-from converters import command_line, taps, torch_files, torch_to_orbax
+from converters import taps, torch_files, torch_to_orbax
 from converters.torch_files import TorchFile
+from memseg_jax import command_line
 from memseg_jax.data.images import read_image
 from memseg_jax.data.transforms import evaluation_transform
 from memseg_jax.errors import UserError
-from memseg_jax.main import enable_compilation_cache
 from memseg_jax.models.layers import resize_bilinear
 from memseg_jax.models.segmentor import build_segmentor
+from memseg_jax.runtime import compilation
 from memseg_jax.runtime.files import replacing
 
 EXCEEDED = 2  # exit status
@@ -388,7 +389,7 @@ def main(argv: list[str]) -> int:
         raise UserError(f"--report={report}: expected a file to write, in a folder that exists")
     images, input_text = make_input(arguments.config, arguments.image, size)
     file = torch_files.read(arguments.checkpoint, arguments.sha256)
-    enable_compilation_cache()
+    compilation.keep_programs()
     rows, bfloat16 = check(file, arguments.config, images, arguments.bfloat16)
 
     facts = describe(file, arguments, input_text)

@@ -20,7 +20,6 @@ import jax
 import ml_collections
 import numpy as np
 
-from memseg_jax.benchmark import program_bytes
 from memseg_jax.checkpoint import prepare_workdir
 from memseg_jax.data import open_split
 from memseg_jax.data.pipeline import steps_per_epoch
@@ -34,6 +33,8 @@ from memseg_jax.inference import check_evaluation
 from memseg_jax.inference.predictor import network_scores
 from memseg_jax.models.segmentor import Segmentor, build_segmentor
 from memseg_jax.runtime import sharding
+from memseg_jax.runtime.compilation import program_bytes
+from memseg_jax.runtime.text import format_bytes
 from memseg_jax.training.program import training_program
 from memseg_jax.training.state import abstract_variables
 
@@ -150,7 +151,7 @@ def _plan_training(
     result = _compile(
         program.step, (program.state, program.batch), "the training step", config, devices
     )
-    result["state_bytes"] = sharding.bytes_a_device(program.state)
+    result["state_bytes"] = sharding.bytes_per_device(program.state)
     result["images"] = batch_size
     if seconds := result["seconds"]:
         result["images_per_second"] = batch_size / seconds["step"]
@@ -336,7 +337,7 @@ def advice(config: ml_collections.ConfigDict, devices: int, training: dict[str, 
     if devices > 1 and held > 0.1 * (training["limit"] or math.inf):
         lines.append(
             f"--config.sharding.fsdp={_largest_divisor(devices, 8)}: parameters and optimiser, "
-            f"{sharding.format_bytes(held)}, split over so many devices"
+            f"{format_bytes(held)}, split over so many devices"
         )
     least = math.lcm(devices, config.replica_groups)
     parts = [n for n in range(2, images + 1) if train.batch_size % (least * n) == 0]
@@ -388,7 +389,7 @@ def format_plan(result: dict[str, Any], devices: Devices) -> str:
 
 def _describe(part: dict[str, Any]) -> list[str]:
     """What one program needs."""
-    size = sharding.format_bytes
+    size = format_bytes
     lines = []
     memory, limit = part["memory"], part["limit"]
     total = memory["total"]

@@ -14,7 +14,6 @@ from tests import tiny
 
 pytestmark = [
     pytest.mark.usefixtures("quiet_entry"),
-    pytest.mark.filterwarnings("ignore:the load_module:DeprecationWarning"),
 ]
 CASES = {}
 

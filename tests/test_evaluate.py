@@ -19,7 +19,6 @@ from tests.small_models import ThreeConvolutions, random_variables
 
 pytestmark = [
     pytest.mark.usefixtures("quiet_entry"),
-    pytest.mark.filterwarnings("ignore:the load_module:DeprecationWarning"),
 ]
 # Most of these are padded to 64x64; some sides are no multiples of the stride 8.
 SIZES = [(64, 64), (40, 56), (33, 47), (64, 41), (57, 64), (35, 60), (1, 50), (50, 36)]

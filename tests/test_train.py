@@ -22,7 +22,6 @@ from tests import tiny
 
 pytestmark = [
     pytest.mark.usefixtures("quiet_entry"),
-    pytest.mark.filterwarnings("ignore:the load_module:DeprecationWarning"),
 ]
 STEPS = 16  # of the whole run of tiny_config
 TERMS = ("loss_stage1", "loss_stage2", "loss_aux")

@@ -186,4 +186,4 @@ def compilations(monkeypatch):
 def quiet_entry(monkeypatch):
     """Keeps `main` from changing the logging and the cache of the test session."""
     monkeypatch.setattr(main, "set_up_logging", lambda: None)
-    monkeypatch.setattr(main, "enable_compilation_cache", lambda: None)
+    monkeypatch.setattr(compilation, "keep_programs", lambda: None)

@@ -25,7 +25,7 @@ import pkgutil
 from pathlib import Path
 
 from memseg_jax.errors import UserError
-from memseg_jax.suggest import nearest
+from memseg_jax.runtime.suggest import nearest
 
 IGNORE_LABEL = 255  # the value in memory that means "not labelled", whatever the files use
 

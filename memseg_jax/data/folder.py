@@ -31,10 +31,10 @@ from memseg_jax.data.images import (
     read_label,
 )
 from memseg_jax.errors import UserError
+from memseg_jax.runtime.text import first_few
 
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff")
 LABEL_SUFFIXES = (".png", ".bmp", ".tif", ".tiff")  # those that keep values as they are
-_SHOWN = 5
 
 
 @dataclasses.dataclass(frozen=True, repr=False)
@@ -189,8 +189,7 @@ def holds(folder: Path) -> str:
     entries = sorted(e.name + "/" * e.is_dir() for e in folder.iterdir() if e.name[0] != ".")
     if not entries:
         return f"{folder} is empty."
-    more = f" and {len(entries) - _SHOWN} more" if len(entries) > _SHOWN else ""
-    return f"{folder} holds {', '.join(entries[:_SHOWN])}{more}."
+    return f"{folder} holds {', '.join(first_few(entries))}."
 
 
 def files_by_stem(folder: Path) -> dict[str, list[Path]]:
@@ -279,8 +278,7 @@ def _listed(data_config, split: str, root: Path) -> list[tuple[Path, Path]]:
     if problems:
         raise UserError(
             f"{list_path}: {len(problems)} of {len(wanted)} lines cannot be used. "
-            + "; ".join(problems[:_SHOWN])
-            + ("; ..." if len(problems) > _SHOWN else "")
+            + "; ".join(first_few(problems))
             + ". Expected a stem, or an image path and a label path relative to config.data.root."
         )
     return pairs
@@ -367,11 +365,10 @@ def _name(image: Path, root: Path) -> str:
 def _missing_labels(split, images, missing, label_dir, label_scan) -> str:
     """The message for images without label."""
     first = missing[0]
-    names = ", ".join(images[stem].name for stem in missing[:_SHOWN])
-    more = ", ..." if len(missing) > _SHOWN else ""
+    names = ", ".join(first_few([images[stem].name for stem in missing]))
     message = (
         f"{label_dir}: {len(missing)} of {len(images)} images of split {split!r} have no label: "
-        f"{names}{more}. For {images[first]} the file {label_dir / first}.png was expected. "
+        f"{names}. For {images[first]} the file {label_dir / first}.png was expected. "
     )
     others = [path for stem in missing for path in label_scan.get(stem, ())]
     if others:

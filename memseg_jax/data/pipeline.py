@@ -21,6 +21,7 @@ from absl import flags
 
 from memseg_jax.data import IGNORE_LABEL, transforms
 from memseg_jax.errors import UserError
+from memseg_jax.runtime.text import first_few
 
 # `TrainSamples` has no end; grain wants a length.
 _ENDLESS = 2**50
@@ -289,9 +290,8 @@ def check_batch(
     problems = []
     for position in np.flatnonzero(wrong.any((1, 2))):
         values, counts = np.unique(label[position][wrong[position]], return_counts=True)
-        listed = ", ".join(f"{v} ({n} pixels of the crop)" for v, n in zip(values[:5], counts[:5]))
-        more = f" and {len(values) - 5} more values" if len(values) > 5 else ""
-        problems.append(f"{describe(int(batch['index'][position]))}: {listed}{more}")
+        found = first_few([f"{v} ({n} pixels of the crop)" for v, n in zip(values, counts)])
+        problems.append(f"{describe(int(batch['index'][position]))}: {', '.join(found)}")
     raise UserError(
         f"labels outside the allowed values 0..{num_classes - 1} and {IGNORE_LABEL} (ignored):\n  "
         + "\n  ".join(problems)

@@ -54,3 +54,9 @@ def chip_of(device_kind: str) -> Chip | None:
 def peak(chip: Chip, dtype: str) -> float:
     """FLOP/s that the maker gives for products of the type "bfloat16" or "float32"."""
     return chip.bfloat16 if dtype == "bfloat16" else chip.float32
+
+
+def nominal_peak(device_kind: str, dtype: str) -> float | None:
+    """FLOP/s that the maker gives for a device, or None if it is not in the table."""
+    chip = chip_of(device_kind)
+    return peak(chip, dtype) if chip else None

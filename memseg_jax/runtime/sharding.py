@@ -16,6 +16,7 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from memseg_jax.errors import UserError
+from memseg_jax.runtime.compilation import program_bytes
 from memseg_jax.runtime.text import format_bytes
 
 AXES = ("data", "fsdp")
@@ -234,18 +235,15 @@ def memory_report(compiled: Any, state: Any) -> str | None:
         compiled: the result of `jit_step(...).lower(...).compile()`.
         state: shapes with shardings.
     """
-    analyse = getattr(compiled, "memory_analysis", None)
-    sizes = analyse() if analyse else None
-    if sizes is None:
+    total = program_bytes(compiled)
+    if total is None:
         return None
     held = bytes_per_device(state)
-    arguments, temporary = sizes.argument_size_in_bytes, sizes.temp_size_in_bytes
-    results = max(sizes.output_size_in_bytes - sizes.alias_size_in_bytes, 0)
-    total = arguments + temporary + results
+    arguments = compiled.memory_analysis().argument_size_in_bytes
     return (
         f"memory of a step on each device: {format_bytes(total)} "
         f"(state {format_bytes(held)}, batch {format_bytes(max(arguments - held, 0))}, "
-        f"intermediate {format_bytes(temporary + results)})"
+        f"intermediate {format_bytes(total - arguments)})"
     )
 
 

@@ -243,7 +243,7 @@ def test_missing_labels_are_counted_and_named(root):
         open_split(data_config(root), "train")
     message = str(caught.value)
     assert "7 of 10 images of split 'train' have no label" in message
-    assert "x0.png, x1.png, x2.png, x3.png, x4.png, ..." in message
+    assert "x0.png, x1.png, x2.png, x3.png, x4.png, and" in message
     assert str(root / "labels/train/x0.png") in message
 
 

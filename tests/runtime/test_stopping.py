@@ -35,7 +35,6 @@ from tests.runtime.test_distributed import (
 
 pytestmark = [
     pytest.mark.usefixtures("quiet_entry"),
-    pytest.mark.filterwarnings("ignore:the load_module:DeprecationWarning"),
 ]
 HANDLERS = {number: signal.getsignal(number) for number in SIGNALS}
 

@@ -23,7 +23,6 @@ from tests.small_models import ThreeConvolutions, fast_jit
 
 pytestmark = [
     pytest.mark.usefixtures("quiet_entry"),
-    pytest.mark.filterwarnings("ignore:the load_module:DeprecationWarning"),
 ]
 
 
