@@ -10,7 +10,8 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from memseg_jax.models import convolution
+from memseg_jax.models import convolution_gradients as gradients
+from memseg_jax.models.convolution_forms import ConvParams
 from tests import h200
 from tests.tiny import ROOT
 
@@ -88,8 +89,8 @@ def test_no_unsuitable_convolution_is_lowered():
         return jax.jit(function).trace(*args).lower(lowering_platforms=("cuda",)).as_text()
 
     x = jnp.ones((1, 40, 40, 2))
-    conv_params = convolution.ConvParams(dilation=2)
-    plain = lower(lambda x: convolution.filter_gradient_plainly(x, x, (3, 3), conv_params), x)
+    conv_params = ConvParams(dilation=2)
+    plain = lower(lambda x: gradients.filter_gradient_plainly(x, x, (3, 3), conv_params), x)
     assert len(unsuitable(plain)) == 1
     step = lower(*h200.step_and_arguments(h200.small_config("resnet18", 0.125, 1)))
     assert step.count("stablehlo.convolution") > 100
