@@ -22,7 +22,7 @@ from memseg_jax.checkpoint import prepare_workdir
 from memseg_jax.data import IGNORE_LABEL, open_split
 from memseg_jax.data.pipeline import steps_per_epoch, train_batches
 from memseg_jax.errors import UserError
-from memseg_jax.hlo.chips import chip_of, peak
+from memseg_jax.hlo.chips import arithmetic, chip_of, peak
 from memseg_jax.hlo.flops import count_flops
 from memseg_jax.inference import Predictor, check_evaluation
 from memseg_jax.models.segmentor import Segmentor, build_segmentor
@@ -114,10 +114,10 @@ def random_batch(
     return {"image": image, "label": np.ascontiguousarray(label)}
 
 
-def nominal_peak(device_kind: str, dtype: str) -> float | None:
+def nominal_peak(device_kind: str, dtype: str, precision: str) -> float | None:
     """FLOP/s that the maker gives for a device, or None if it is not in the table."""
     chip = chip_of(device_kind)
-    return peak(chip, dtype) if chip else None
+    return peak(chip, dtype, precision) if chip else None
 
 
 def network_flops(model: Segmentor, size: tuple[int, int], *, train: bool) -> int:
@@ -151,6 +151,7 @@ def _describe(config: ml_collections.ConfigDict, mesh: jax.sharding.Mesh) -> dic
         "devices": mesh.size,
         "backbone": config.model.backbone,
         "compute_dtype": config.model.compute_dtype,
+        "precision": config.model.precision,
         "batch_size": config.train.batch_size,
         "accumulate": config.train.accumulate,
         "crop": list(config.augment.crop),
@@ -323,7 +324,7 @@ def _measure_peak(config: ml_collections.ConfigDict, mesh: jax.sharding.Mesh) ->
     side = 1536 if device.platform == "cpu" else 8192
     x = jax.device_put(np.full((side, side), 0.5, np.float32), device)
     x = x.astype(config.model.compute_dtype)
-    product = jax.jit(lambda x: x @ x)
+    product = jax.jit(lambda x: jnp.matmul(x, x, precision=config.model.precision))
     jax.block_until_ready(product(x))
     times = []
     while len(times) < 20:
@@ -333,7 +334,9 @@ def _measure_peak(config: ml_collections.ConfigDict, mesh: jax.sharding.Mesh) ->
     return {
         # The best time: a peak is what nothing else disturbed.
         "measured_peak": 2 * side**3 / min(times),
-        "nominal_peak": nominal_peak(device.device_kind, config.model.compute_dtype),
+        "nominal_peak": nominal_peak(
+            device.device_kind, config.model.compute_dtype, config.model.precision
+        ),
     }
 
 
@@ -350,7 +353,7 @@ def format_result(result: dict[str, Any]) -> str:
     columns = {
         "model": f"{result['backbone']}, {result['classes']} classes",
         "device": f"{result['devices']} x {result['device']}",
-        "batch": f"{result['batch_size']} x {crop}, {result['compute_dtype']}",
+        "batch": f"{result['batch_size']} x {crop}, {arithmetic(result)}",
         "train img/s": f"{result['images_per_second']:.4g}",
         "train ms/image": f"{1e3 / result['images_per_second']:.4g}",
         "data wait": "-" if wait is None else f"{wait:.0%}",
