@@ -24,8 +24,8 @@ from memseg_jax import command_line
 from memseg_jax.errors import UserError
 from memseg_jax.hlo import gpu
 from memseg_jax.hlo.flops import count_flops
-from memseg_jax.models import convolution
-from memseg_jax.models.convolution import ConvParams
+from memseg_jax.models import convolution_gradients as gradients
+from memseg_jax.models.convolution_forms import ConvParams, convolve_plainly
 
 FLAGS = {
     "batch": "images in the single convolutions (default: 16)",
@@ -90,16 +90,16 @@ def _programs(x: Any, kernel: Any, y: Any, conv_params: ConvParams) -> dict[str,
         return jax.linear_transpose(lambda x: plainly(x, kernel), x)(dy)[0]
 
     def plainly(x: jax.Array, kernel: jax.Array) -> jax.Array:
-        return convolution.convolve_plainly(x, kernel, conv_params)
+        return convolve_plainly(x, kernel, conv_params)
 
     programs = {
         "forward, XLA's own": (plainly, x, kernel),
         "input gradient, XLA's own": (input_gradient, kernel, y),
     }
-    forms = {"XLA's own": convolution.filter_gradient_plainly}
+    forms = {"XLA's own": gradients.filter_gradient_plainly}
     if conv_params.dilation > 1:
-        forms["folding"] = convolution.filter_gradient_by_folding
-        forms["shifts"] = convolution.filter_gradient_by_shifts
+        forms["folding"] = gradients.filter_gradient_by_folding
+        forms["shifts"] = gradients.filter_gradient_by_shifts
     for name, form in forms.items():
         programs[f"filter gradient, {name}"] = (
             lambda x, dy, form=form: form(x, dy, (3, 3), conv_params),

@@ -127,14 +127,18 @@ def numbers(name: str, text: str | None, default: Sequence[int], separator: str)
 # ---- PyTorch ------------------------------------------------------------------------------------
 
 
-def torch_device() -> torch.device | None:
-    """PyTorch's name for JAX's default device; None if PyTorch here cannot use that."""
+def torch_device(precision: str = "default") -> torch.device | None:
+    """PyTorch's name for JAX's default device; None if PyTorch here cannot use that.
+
+    Args:
+        precision: of JAX's convolutions and products of float32; PyTorch gets the same.
+    """
     if jax.default_backend() == "cpu":
         return torch.device("cpu")
     if jax.default_backend() == "gpu" and torch.cuda.is_available():
-        # Convolutions and products of float32 at JAX's default precision there.
-        torch.backends.cuda.matmul.allow_tf32 = True
-        torch.backends.cudnn.allow_tf32 = True
+        tf32 = precision != "highest"
+        torch.backends.cuda.matmul.allow_tf32 = tf32
+        torch.backends.cudnn.allow_tf32 = tf32
         torch.backends.cudnn.benchmark = True
         return torch.device("cuda")
     print(f"PyTorch {torch.__version__} has no {jax.default_backend()} here: JAX alone.")

@@ -31,7 +31,7 @@ def main(argv: Sequence[str]) -> int:
     )
     losses: dict[str, float] = {}
     candidates = [_jax_candidate(config, model, variables, batch, losses)]
-    if (device := measure.torch_device()) and model.memory_enabled:
+    if (device := measure.torch_device(model.precision)) and model.memory_enabled:
         for compiles in (False, True) if values.compile else (False,):
             candidates.append(_torch_candidate(config, variables, batch, device, compiles, losses))
     print("loss of the first step:", ", ".join(f"{k} {v:.7g}" for k, v in losses.items()))

@@ -139,7 +139,7 @@ def run_jax(
     """Our model in evaluation, on JAX's first device.
 
     Args:
-        config: the whole config; its compute type does not count.
+        config: the whole config; its compute type and its precision do not count.
         variables: params, batch_stats and memory.
         images: [batch, 3, height, width].
         compute_dtype: "float32" (in full precision, also where a device has faster ways) or
@@ -147,10 +147,9 @@ def run_jax(
     """
     config = copy.deepcopy(config)
     config.model.compute_dtype = compute_dtype
-    full = compute_dtype == "float32"
-    with jax.default_matmul_precision("highest" if full else "default"):
-        found = taps.taps_of(build_segmentor(config), variables, images)
-        return Outputs(found, _probabilities(found["stage2_logits"], images.shape[2:]))
+    config.model.precision = "highest"
+    found = taps.taps_of(build_segmentor(config), variables, images)
+    return Outputs(found, _probabilities(found["stage2_logits"], images.shape[2:]))
 
 
 def _probabilities(logits: np.ndarray, size: tuple[int, ...]) -> np.ndarray:

@@ -14,6 +14,7 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import ml_collections
 import numpy as np
 
@@ -21,7 +22,7 @@ from memseg_jax.checkpoint import prepare_workdir
 from memseg_jax.data import open_split
 from memseg_jax.data.pipeline import steps_per_epoch, train_batches
 from memseg_jax.errors import UserError
-from memseg_jax.hlo.chips import nominal_peak
+from memseg_jax.hlo.chips import arithmetic, nominal_peak
 from memseg_jax.hlo.flops import network_flops
 from memseg_jax.inference import Predictor, check_evaluation
 from memseg_jax.models.segmentor import Segmentor, build_segmentor
@@ -102,6 +103,7 @@ def _describe(config: ml_collections.ConfigDict, mesh: jax.sharding.Mesh) -> dic
         "devices": mesh.size,
         "backbone": config.model.backbone,
         "compute_dtype": config.model.compute_dtype,
+        "precision": config.model.precision,
         "batch_size": config.train.batch_size,
         "accumulate": config.train.accumulate,
         "crop": list(config.augment.crop),
@@ -261,7 +263,7 @@ def _measure_peak(config: ml_collections.ConfigDict, mesh: jax.sharding.Mesh) ->
     side = 1536 if device.platform == "cpu" else 8192
     x = jax.device_put(np.full((side, side), 0.5, np.float32), device)
     x = x.astype(config.model.compute_dtype)
-    product = jax.jit(lambda x: x @ x)
+    product = jax.jit(lambda x: jnp.matmul(x, x, precision=config.model.precision))
     jax.block_until_ready(product(x))
     times = []
     while len(times) < 20:
@@ -271,7 +273,9 @@ def _measure_peak(config: ml_collections.ConfigDict, mesh: jax.sharding.Mesh) ->
     return {
         # The best time: a peak is what nothing else disturbed.
         "measured_peak": 2 * side**3 / min(times),
-        "nominal_peak": nominal_peak(device.device_kind, config.model.compute_dtype),
+        "nominal_peak": nominal_peak(
+            device.device_kind, config.model.compute_dtype, config.model.precision
+        ),
     }
 
 
@@ -288,7 +292,7 @@ def format_result(result: dict[str, Any]) -> str:
     columns = {
         "model": f"{result['backbone']}, {result['classes']} classes",
         "device": f"{result['devices']} x {result['device']}",
-        "batch": f"{result['batch_size']} x {crop}, {result['compute_dtype']}",
+        "batch": f"{result['batch_size']} x {crop}, {arithmetic(result)}",
         "train img/s": f"{result['images_per_second']:.4g}",
         "train ms/image": f"{1e3 / result['images_per_second']:.4g}",
         "data wait": "-" if wait is None else f"{wait:.0%}",

@@ -25,7 +25,7 @@ from memseg_jax.data import open_split
 from memseg_jax.data.pipeline import steps_per_epoch
 from memseg_jax.errors import UserError
 from memseg_jax.hlo import hlo_text, topologies
-from memseg_jax.hlo.chips import Chip, peak
+from memseg_jax.hlo.chips import Chip, arithmetic, peak
 from memseg_jax.hlo.flops import flops_of_jaxpr
 from memseg_jax.hlo.hlo_text import Collective
 from memseg_jax.hlo.topologies import Devices, Topology
@@ -87,6 +87,7 @@ def run(config: ml_collections.ConfigDict, topology: str, workdir: str | None = 
         "jax": jax.__version__,
         "backbone": config.model.backbone,
         "compute_dtype": config.model.compute_dtype,
+        "precision": config.model.precision,
         "batch_size": train.batch_size,
         "accumulate": train.accumulate,
         "remat": config.model.remat,
@@ -239,9 +240,8 @@ def _compile(
     found = hlo_text.collectives(text, count)
     result["collectives"] = [dataclasses.asdict(c) for c in found]
     if devices.chip:
-        result["seconds"] = estimate(
-            result["flops"], result["traffic"], found, devices, config.model.compute_dtype
-        )
+        rate = peak(devices.chip, config.model.compute_dtype, config.model.precision)
+        result["seconds"] = estimate(result["flops"], result["traffic"], found, devices, rate)
     return result
 
 
@@ -259,7 +259,7 @@ def estimate(
     traffic: float,
     collectives: Sequence[Collective],
     devices: Devices,
-    dtype: str,
+    rate: float,
 ) -> dict[str, float]:
     """Seconds that the parts of a program take, and the program as a whole.
 
@@ -271,14 +271,14 @@ def estimate(
         traffic: bytes between one device and its memory.
         collectives: of one device.
         devices: what runs it; its chip must be known.
-        dtype: compute type.
+        rate: the peak of its arithmetic, FLOP/s.
 
     Returns:
         "compute", "memory", "large_collectives", "small_collectives", and "step".
     """
     chip = devices.chip
     times = {
-        "compute": flops / (peak(chip, dtype) * EFFICIENCY),
+        "compute": flops / (rate * EFFICIENCY),
         "memory": traffic / chip.bandwidth,
         "large_collectives": 0.0,
         "small_collectives": 0.0,
@@ -369,7 +369,7 @@ def format_plan(result: dict[str, Any], devices: Devices) -> str:
     lines.append("")
     lines.append(
         f"Training step: {result['batch_size']} crops of {crop}, "
-        f"{result['batch_size'] / count:g} a device, {result['compute_dtype']}, "
+        f"{result['batch_size'] / count:g} a device, {arithmetic(result)}, "
         f"remat {result['remat']!r}, accumulate {result['accumulate']}"
     )
     lines += _describe(training)
@@ -383,7 +383,7 @@ def format_plan(result: dict[str, Any], devices: Devices) -> str:
     lines.append(f"Evaluation, one process: {evaluation['images']} inputs of {size}")
     lines += _describe(evaluation)
     if devices.chip:
-        lines += ["", *_assumptions(devices, result["compute_dtype"])]
+        lines += ["", *_assumptions(devices, result)]
     return "\n".join(lines)
 
 
@@ -431,12 +431,13 @@ def totals(collectives: Sequence[dict[str, Any]]) -> list[tuple[str, int, int]]:
     return [(name, *row) for name, row in sorted(rows.items())]
 
 
-def _assumptions(devices: Devices, dtype: str) -> list[str]:
+def _assumptions(devices: Devices, result: dict[str, Any]) -> list[str]:
     """What the estimates rest on."""
     chip = devices.chip
+    rate = peak(chip, result["compute_dtype"], result["precision"])
     latency = "1 us for each link" if devices.topology.is_tpu else "20 us between GPUs"
     lines = [
-        f"Estimates assume {peak(chip, dtype) / 1e12:g} TFLOP/s a chip in {dtype}, of which "
+        f"Estimates assume {rate / 1e12:.4g} TFLOP/s a chip in {arithmetic(result)}, of which "
         f"{EFFICIENCY:.0%} are reached; {chip.bandwidth / 1e9:g} GB/s of memory, "
         f"{chip.link / 1e9:g} GB/s a link, by the maker; and {latency}.",
         f"Collectives under {SMALL // 1024} KiB are small: the program waits for each of them.",

@@ -16,7 +16,8 @@ from jax.sharding import Mesh
 
 from configs import common
 from memseg_jax.hlo import gpu
-from memseg_jax.models import convolution
+from memseg_jax.models import convolution_gradients as gradients
+from memseg_jax.models.convolution_forms import ConvParams
 
 
 def small_config(backbone: str, width: float, devices: int) -> ml_collections.ConfigDict:
@@ -40,9 +41,7 @@ def compile_plain_gradient(mesh: Mesh) -> Any:
     x = jax.ShapeDtypeStruct((8, 40, 40, 16), jnp.bfloat16)
 
     def gradient(x: jax.Array, dy: jax.Array) -> jax.Array:
-        return convolution.filter_gradient_plainly(
-            x, dy, (3, 3), convolution.ConvParams(dilation=2)
-        )
+        return gradients.filter_gradient_plainly(x, dy, (3, 3), ConvParams(dilation=2))
 
     return gpu.compile_for(mesh, gradient, x, x, split=(0, 1))
 

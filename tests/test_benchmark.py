@@ -104,17 +104,22 @@ def test_random_batch():
 
 
 @pytest.mark.parametrize(
-    ("device", "dtype", "expected"),
+    ("device", "dtype", "precision", "expected"),
     [
-        ("NVIDIA H200", "bfloat16", 989e12),
-        ("NVIDIA A100-SXM4-80GB", "float32", 156e12),
-        ("TPU v5 lite", "bfloat16", 197e12),
-        ("TPU v5p", "bfloat16", 459e12),
-        ("cpu", "float32", None),
+        ("NVIDIA H200", "bfloat16", "highest", 989e12),
+        ("NVIDIA A100-SXM4-80GB", "float32", "default", 156e12),
+        ("NVIDIA A100-SXM4-80GB", "float32", "high", 156e12),
+        ("NVIDIA A100-SXM4-80GB", "float32", "highest", 19.5e12),
+        ("TPU v5 lite", "bfloat16", "highest", 197e12),
+        ("TPU v5p", "bfloat16", "highest", 459e12),
+        ("TPU v5 lite", "float32", "default", 197e12),
+        ("TPU v5 lite", "float32", "high", 197e12 / 3),
+        ("TPU v5 lite", "float32", "highest", 197e12 / 6),
+        ("cpu", "float32", "highest", None),
     ],
 )
-def test_nominal_peak(device, dtype, expected):
-    assert nominal_peak(device, dtype) == expected
+def test_nominal_peak(device, dtype, precision, expected):
+    assert nominal_peak(device, dtype, precision) == expected
 
 
 def test_the_first_steps_do_not_count(monkeypatch):

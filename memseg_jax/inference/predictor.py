@@ -384,7 +384,8 @@ def network_scores(
 ) -> Array:
     """Class scores at the network's stride, float32 [batch, h, w, classes]."""
     rest = {"params": variables["params"], "batch_stats": variables["batch_stats"]}
-    logits = model.apply(rest, images, variables["memory"], valid_size=valid_size)["logits"]
+    with jax.default_matmul_precision(model.precision):
+        logits = model.apply(rest, images, variables["memory"], valid_size=valid_size)["logits"]
     return jax.nn.softmax(logits, axis=-1) if softmax else logits
 
 

@@ -375,7 +375,7 @@ def _spread(
     """
     (top, down), (left, across) = between
     shares = [jnp.asarray(np.stack([1 - x, x], axis=-1), weight.dtype) for x in (down, across)]
-    windows = jnp.einsum("byx,yi,xj->byxij", weight, *shares)
+    windows = jnp.einsum("byx,yi,xj->byxij", weight, *shares, precision="highest")
     dimensions = lax.ScatterDimensionNumbers(
         update_window_dims=(1, 2),
         inserted_window_dims=(0,),

@@ -26,6 +26,8 @@ from memseg_jax.models.layers import (
 )
 from memseg_jax.models.memory import MemoryModule
 
+PRECISIONS = ("default", "high", "highest")
+
 
 class Decoder(nn.Module):
     """Convolution, normalisation, activation, dropout of channels, 1x1 classifier."""
@@ -83,6 +85,10 @@ class Segmentor(nn.Module):
 
     Without memory it is plain DeepLabV3: ASPP, dropout, classifier, auxiliary head. With `remat`,
     training keeps the inputs of its parts rather than what is inside; the backbone has its own.
+
+    `precision` is that of convolutions and matrix products where none is given: "default", "high"
+    or "highest". A program has it in its gradients, too, if it is traced under
+    `jax.default_matmul_precision(model.precision)`: training and prediction do that as a whole.
     """
 
     backbone: Backbone
@@ -101,6 +107,7 @@ class Segmentor(nn.Module):
     downsample: int = 1
     remat: bool = False
     dtype: Any = jnp.float32
+    precision: str = "highest"
 
     @property
     def output_stride(self) -> int:
@@ -316,6 +323,11 @@ def build_segmentor(config: ml_collections.ConfigDict) -> Segmentor:
     remat = model.get("remat", "none")  # configs of earlier checkpoints lack it
     if remat not in ("none", "blocks"):
         raise UserError(f"config.model.remat is {remat!r}; expected 'none' or 'blocks'")
+    precision = model.get("precision", "highest")  # as above
+    if precision not in PRECISIONS:
+        raise UserError(
+            f"config.model.precision is {precision!r}; expected 'default', 'high' or 'highest'"
+        )
     if memory.slots < 1:
         raise UserError(f"config.model.memory.slots is {memory.slots}; expected 1 or more")
     num_classes = len(config.data.class_names)
@@ -348,4 +360,7 @@ def build_segmentor(config: ml_collections.ConfigDict) -> Segmentor:
         downsample=model.downsample,
         remat=remat == "blocks",
         dtype=dtype,
+        # Factors of bfloat16 are exact as they are; a float32 gradient that is multiplied by one
+        # would take several passes.
+        precision=precision if model.compute_dtype == "float32" else "default",
     )

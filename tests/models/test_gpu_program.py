@@ -11,7 +11,8 @@ import jax.numpy as jnp
 import pytest
 
 from memseg_jax.hlo import gpu
-from memseg_jax.models import convolution
+from memseg_jax.models import convolution_gradients as gradients
+from memseg_jax.models.convolution_forms import ConvParams
 from memseg_jax.runtime import sharding
 from tests import h200
 from tests.tiny import ROOT
@@ -90,9 +91,9 @@ def test_no_unsuitable_convolution_is_lowered():
         return jitted.trace(*args).lower(lowering_platforms=("cuda",)).as_text()
 
     x = jnp.ones((1, 40, 40, 2))
-    conv_params = convolution.ConvParams(dilation=2)
+    conv_params = ConvParams(dilation=2)
     plain = lower(
-        jax.jit(lambda x: convolution.filter_gradient_plainly(x, x, (3, 3), conv_params)), x
+        jax.jit(lambda x: gradients.filter_gradient_plainly(x, x, (3, 3), conv_params)), x
     )
     assert len(unsuitable(plain)) == 1
     program = gpu.step_of(
