@@ -14,7 +14,7 @@ from typing import Any
 from absl import flags, logging
 from ml_collections import config_flags
 
-from memseg_jax import suggest
+from memseg_jax import config_rules, suggest
 from memseg_jax.errors import Stopped, UserError
 from memseg_jax.runtime import distributed
 
@@ -207,7 +207,7 @@ def parse_flags(
         with_config: whether there is --config; it is required then.
 
     Returns:
-        The values; `config` is the config with its overrides.
+        The values; `config` is the config with its overrides, checked by `config_rules`.
 
     Raises:
         UserError: anything that is wrong, with what was probably meant.
@@ -241,6 +241,7 @@ def parse_flags(
         if config is None:
             raise suggest.config_required()
         suggest.check_override_values(config, values["config"].override_values)
+        config_rules.check(values.config)
     return values
 
 

@@ -16,7 +16,6 @@ from PIL import Image, ImageOps
 from memseg_jax.data import IGNORE_LABEL
 from memseg_jax.errors import UserError
 
-MAX_CLASSES = 254  # 255 means "not labelled"; 254 marks values that are not allowed
 _NOT_ALLOWED = 254
 # Only these decoders may run: some others of Pillow's start external programs.
 _FORMATS = ("JPEG", "PNG", "BMP", "WEBP", "TIFF", "GIF", "PPM")
