@@ -37,9 +37,7 @@ def _as_many_as_classes(config: Any) -> Iterator[UserError]:
 def _some_weight(config: Any) -> Iterator[UserError]:
     loss = config.loss
     if loss.class_weights and not any(loss.class_weights):
-        yield refusal(
-            "config.loss.class_weights", loss.class_weights, "a weight above 0 among them"
-        )
+        yield refusal("config.loss.class_weights", loss.class_weights, "some weight above 0")
     stage1 = loss.stage1 if config.model.memory.enabled else 0
     auxiliary = loss.auxiliary if config.model.auxiliary else 0
     if not loss.stage2 + stage1 + auxiliary:
