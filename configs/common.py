@@ -2,7 +2,7 @@
 
 A config file is a Python module with `get_config(arg=None)` that starts from `common.get_config()`,
 sets what is different, and returns it. Every field can be overridden on the command line, for
-example `--config.train.batch_size=8`.
+example `--config.train.batch_size=8`. What each may hold is in `memseg_jax/config_rules/fields.py`.
 """
 
 import ml_collections

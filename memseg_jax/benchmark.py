@@ -18,6 +18,7 @@ import jax.numpy as jnp
 import ml_collections
 import numpy as np
 
+from memseg_jax import config_rules
 from memseg_jax.checkpoint import prepare_workdir
 from memseg_jax.data import open_split
 from memseg_jax.data.pipeline import steps_per_epoch, train_batches
@@ -54,7 +55,8 @@ def run(config: ml_collections.ConfigDict, workdir: str | None = None) -> dict[s
         UserError: the config is wrong, processes differ in it or in their data, or the batch does
             not fit into memory.
     """
-    mesh = sharding.make_mesh(layout=config.get("sharding"))
+    config_rules.check(config)
+    mesh = sharding.make_mesh(layout=config.sharding)
     train = config.train
     sharding.check_batch_size(train.batch_size, mesh, config.replica_groups, train.accumulate)
     config = config.copy_and_resolve_references()

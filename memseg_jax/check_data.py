@@ -15,6 +15,7 @@ import numpy as np
 from PIL import Image
 from tqdm import tqdm
 
+from memseg_jax import config_rules
 from memseg_jax.data import IGNORE_LABEL, open_split, transforms
 from memseg_jax.data.images import LabelValueError, value_advice
 from memseg_jax.data.pipeline import TrainSamples
@@ -75,6 +76,7 @@ def run(config, folder: str | None = None) -> int:
     Returns:
         The exit status: 0, or 1 if a split cannot be opened or holds a bad sample.
     """
+    config_rules.check(config)
     data = config.data
     num_images = num_bad = 0
     unusable = []

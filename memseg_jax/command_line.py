@@ -21,6 +21,7 @@ from typing import Any
 from absl import flags
 from ml_collections import ConfigDict, config_flags
 
+from memseg_jax import config_rules
 from memseg_jax.errors import Stopped, UserError
 from memseg_jax.runtime import distributed
 from memseg_jax.runtime.suggest import did_you_mean
@@ -75,9 +76,9 @@ def parse(
         with_config: whether there is --config; it is required then.
 
     Returns:
-        One attribute a flag, and `given`: the names of those that were typed. With --config also
-        `config`: with its overrides, `config_flag`: FILE.py or FILE.py:ARG, and `overrides`: the
-        fields that were overridden and their new values.
+        One attribute per flag, and `given`: the names of those that were typed. With --config also
+        `config`: with its overrides, which `config_rules` has checked; `config_flag`: FILE.py or
+        FILE.py:ARG; and `overrides`: the fields that were overridden and their new values.
 
     Raises:
         UserError: anything that is wrong, with what was probably meant.
@@ -131,6 +132,7 @@ def parse(
         line.config, line.config_flag = config, config_flag
         line.overrides = dict(values["config"].override_values)
         _check_override_values(fields, line.overrides)
+        config_rules.check(config)
     return line
 
 

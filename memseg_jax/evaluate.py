@@ -16,7 +16,7 @@ import jax
 import ml_collections
 import numpy as np
 
-from memseg_jax import checkpoint
+from memseg_jax import checkpoint, config_rules
 from memseg_jax.data import benchmark_of, open_split
 from memseg_jax.data.reading import map_ahead
 from memseg_jax.inference import Predictor
@@ -225,6 +225,7 @@ def run(config: ml_collections.ConfigDict, workdir: str, which: str | int = "bes
         UserError: there is no such checkpoint, it is of another model, the data are bad, or label
             maps cannot be written.
     """
+    config_rules.check(config)
     _, meta = checkpoint.read_meta(workdir, which)  # first: a misspelt workdir is not to be made
     class_names = tuple(config.data.class_names)
     checkpoint.check_class_names(meta, class_names)

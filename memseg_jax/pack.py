@@ -26,6 +26,7 @@ from array_record.python import array_record_module
 from tensorflow_datasets.proto import tf_example_pb2
 from tqdm import tqdm
 
+from memseg_jax import config_rules
 from memseg_jax.data import folder as folders
 from memseg_jax.data import open_split, packed
 from memseg_jax.data.images import read_image
@@ -53,6 +54,7 @@ def run(config: Any) -> int:
         UserError: a sample cannot be read, the folder cannot be written or holds other data, or a
             packed sample is no longer equal to its files.
     """
+    config_rules.check(config)
     data = config.data.copy_and_resolve_references()
     if not data.packed:
         raise UserError(

@@ -20,6 +20,7 @@ import jax
 import ml_collections
 import numpy as np
 
+from memseg_jax import config_rules
 from memseg_jax.checkpoint import prepare_workdir
 from memseg_jax.data import open_split
 from memseg_jax.data.pipeline import steps_per_epoch
@@ -64,6 +65,7 @@ def run(config: ml_collections.ConfigDict, topology: str, workdir: str | None = 
     Raises:
         UserError: config or topology are wrong, or do not fit each other.
     """
+    config_rules.check(config)
     jax.config.update("jax_platforms", "cpu")  # accelerators of this machine are left alone
     asked = topologies.parse(topology)
     reason = topologies.missing(asked.kind)

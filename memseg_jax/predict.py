@@ -10,7 +10,7 @@ import jax
 import ml_collections
 import numpy as np
 
-from memseg_jax import checkpoint
+from memseg_jax import checkpoint, config_rules
 from memseg_jax.data.folder import IMAGE_SUFFIXES
 from memseg_jax.data.images import read_image
 from memseg_jax.errors import UserError
@@ -151,9 +151,10 @@ def run(
         save_ids: see `save`.
 
     Raises:
-        UserError: nothing to segment, no such checkpoint, or some pictures could not be read
-            (raised at the end; all others are done by then).
+        UserError: the config is wrong, nothing to segment, no such checkpoint, or some pictures
+            could not be read (raised at the end; all others are done by then).
     """
+    config_rules.check(config)
     folder = pathlib.Path(output or pathlib.Path(workdir) / "predictions").expanduser()
     pictures = find_images(pattern, folder)
     _, meta = checkpoint.read_meta(workdir, which)

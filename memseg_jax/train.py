@@ -14,7 +14,7 @@ from typing import Any
 import jax
 import ml_collections
 
-from memseg_jax import checkpoint, evaluate
+from memseg_jax import checkpoint, config_rules, evaluate
 from memseg_jax.checkpoint import Checkpointer, RunLock
 from memseg_jax.data import open_split
 from memseg_jax.data.pipeline import check_batch, steps_per_epoch, train_batches
@@ -56,7 +56,7 @@ def run(config: ml_collections.ConfigDict, workdir: str) -> None:
             training in the workdir.
         Stopped: it was asked to stop, see `memseg_jax.runtime.stopping`; the state is saved.
     """
-    _check(config)
+    config_rules.check(config)
     with contextlib.ExitStack() as stack:
         stops = stack.enter_context(StopRequests())
         watchdog = stack.enter_context(Watchdog(config.train.watchdog_minutes))
@@ -73,7 +73,7 @@ def _run(
     started = time.monotonic()
 
     # ---- Data and folder ------------------------------------------------------------------------
-    mesh = sharding.make_mesh(layout=config.get("sharding"))
+    mesh = sharding.make_mesh(layout=config.sharding)
     train, batch_size = config.train, config.train.batch_size
     sharding.check_batch_size(batch_size, mesh, config.replica_groups, train.accumulate)
     class_names = tuple(config.data.class_names)
@@ -291,24 +291,6 @@ def _tell_others(kind: Any, error: BaseException | None, traceback: Any) -> bool
     if error is not None:
         distributed.failed(error)
     return False
-
-
-def _check(config: ml_collections.ConfigDict) -> None:
-    """Refuses counts that cannot be meant, before they fail in the middle of a run."""
-    least = {
-        "train.epochs": 1,
-        "train.log_every": 1,
-        "train.eval_every": 0,
-        "train.watchdog_minutes": 0,
-        "checkpoint.every": 1,
-        "checkpoint.keep": 1,
-    }
-    for field, minimum in least.items():
-        section, name = field.split(".")
-        value = config[section][name]
-        if value < minimum:
-            raise UserError(f"config.{field} is {value}; expected {minimum} or more")
-    guards.check_policy(config.train)
 
 
 def _state_after(

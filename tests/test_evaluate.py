@@ -128,10 +128,11 @@ def test_classes_of_the_checkpoint_in_another_order_are_refused(workdir, capsys,
 @pytest.mark.parametrize(
     ("change", "answer"),
     [
-        ("mode=slides", "config.eval.mode is 'slides'; expected 'whole' or 'slide'"),
-        ("batch_size=0", "config.eval.batch_size is 0; expected 1 or more"),
-        ("scales=()", "config.eval.scales is (); expected at least one positive number"),
-        ("scales=(1.0,-2)", "config.eval.scales is (1.0, -2); expected"),
+        ("mode=slides", "config.eval.mode is 'slides'; expected one of 'whole', 'slide'. Did you"),
+        ("batch_size=0", "config.eval.batch_size is 0; expected a whole number from 1 to"),
+        ("scales=()", "config.eval.scales is (); expected 1 to 100 factors"),
+        ("scales=(1.0,-2)", "config.eval.scales[1] is -2; expected a number above 0"),
+        ("canvases=((64,64),(64,60))", "config.eval.canvases[1] is (64, 60); expected (height"),
         ("size_multiple=30", "config.eval.size_multiple is 30; expected a multiple of"),
     ],
 )

@@ -18,6 +18,7 @@ from configs import common
 
 def get_config(arg=None):
     config = common.get_config()
+    config.data.class_names = ("background", "road")
     if arg is not None:
         config.seed = int(arg)
     return config

@@ -24,7 +24,6 @@ import numpy as np
 
 from memseg_jax.data import IGNORE_LABEL
 from memseg_jax.data.images import (
-    MAX_CLASSES,
     exif_orientation,
     map_ids,
     read_image,
@@ -130,7 +129,6 @@ def open_split(data_config, split: str) -> FolderSource:
         UserError: a config field is not usable, a folder or file is missing, there are no images,
             or images without label.
     """
-    num_classes = _num_classes(data_config)
     root = _root(data_config)
     if data_config.list_file:
         pairs = _listed(data_config, split, root)
@@ -140,23 +138,9 @@ def open_split(data_config, split: str) -> FolderSource:
         names=tuple(_name(image, root) for image, _ in pairs),
         images=tuple(str(image) for image, _ in pairs),
         labels=tuple(str(label) for _, label in pairs),
-        num_classes=num_classes,
+        num_classes=len(data_config.class_names),
         ignore_label=int(data_config.ignore_label),
     )
-
-
-def _num_classes(data_config) -> int:
-    names = tuple(data_config.class_names)
-    if not names or not all(isinstance(name, str) and name.strip() for name in names):
-        raise UserError(
-            f"config.data.class_names = {names!r}: expected a name for every class id, in the "
-            "order of the ids, for example ('background', 'road', 'car')."
-        )
-    if len(names) > MAX_CLASSES:
-        raise UserError(
-            f"config.data.class_names has {len(names)} names; at most {MAX_CLASSES} are possible."
-        )
-    return len(names)
 
 
 def _root(data_config) -> Path:

@@ -19,7 +19,6 @@ from memseg_jax.data import IGNORE_LABEL
 from memseg_jax.errors import PROCESS_ERRORS, UserError
 from memseg_jax.runtime.text import first_few
 
-MAX_CLASSES = 254  # 255 means "not labelled"; 254 marks values that are not allowed
 _NOT_ALLOWED = 254
 # Only these decoders may run: some others of Pillow's start external programs.
 _FORMATS = ("JPEG", "PNG", "BMP", "WEBP", "TIFF", "GIF", "PPM")

@@ -76,18 +76,14 @@ class TrainSamples:
             process_count: Number of processes that share each global batch.
 
         Raises:
-            UserError: If the batch size does not divide evenly.
+            UserError: If the processes cannot share the batch evenly, or there are no images.
         """
         batch_size = int(config.train.batch_size)
-        for parts, meaning in [
-            (config.replica_groups, "config.replica_groups"),
-            (process_count, "the number of processes"),
-        ]:
-            if batch_size < 1 or batch_size % parts:
-                raise UserError(
-                    f"config.train.batch_size is {batch_size}: expected a positive multiple of "
-                    f"{meaning}, which is {parts}"
-                )
+        if batch_size % process_count:
+            raise UserError(
+                f"config.train.batch_size is {batch_size}; expected a multiple of the number of "
+                f"processes, which is {process_count}"
+            )
         if not len(source):
             raise UserError("the training split is empty: there is nothing to train on")
         self._source = source
@@ -224,11 +220,6 @@ def train_batches(
         UserError: If a config field does not fit.
     """
     data = config.data
-    for field, least in [("workers", 0), ("threads", 0), ("prefetch", 1)]:
-        if data[field] < least:
-            raise UserError(
-                f"config.data.{field} is {data[field]}: expected a number from {least} upwards"
-            )
     samples = TrainSamples(source, config, process_index, process_count)
     if num_steps <= 0:
         return Batches(None)

@@ -106,12 +106,10 @@ def check_batch_size(batch_size: int, mesh: Mesh, groups: int, accumulate: int =
 
     Raises:
         UserError: batch_size is not a multiple of the devices or of the replica groups, times
-            `accumulate`; or one of the numbers is not positive.
+            `accumulate`.
     """
-    if accumulate < 1:
-        raise UserError(f"config.train.accumulate is {accumulate}; expected 1 or more")
     for count, what in ((mesh.size, "devices"), (groups, "config.replica_groups")):
-        if count < 1 or batch_size % count:
+        if batch_size % count:
             raise UserError(
                 f"config.train.batch_size is {batch_size}, which {count} {what} cannot share "
                 f"evenly; use {_multiples(batch_size, count)}"
@@ -133,8 +131,8 @@ def check_batch_size(batch_size: int, mesh: Mesh, groups: int, accumulate: int =
 
 def _multiples(number: int, count: int) -> str:
     """The multiples of `count` on both sides of `number`, for a message."""
-    below = max(number // max(count, 1), 1) * count
-    return " or ".join(map(str, sorted({below, (number // max(count, 1) + 1) * count})))
+    below = max(number // count, 1) * count
+    return " or ".join(map(str, sorted({below, (number // count + 1) * count})))
 
 
 def place_batch(batch: dict[str, np.ndarray], mesh: Mesh) -> dict[str, jax.Array]:

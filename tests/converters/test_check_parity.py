@@ -254,7 +254,14 @@ def test_exit_status_of_a_difference(capsys, monkeypatch):
         (["--checkpoint={file}", "--bfloat16=maybe"], "expected true or false"),
         (["--checkpoint={file}", "--config.model.slots=2"], "Did you mean --config.model.memory."),
         (["--checkpoint={file}", "--config.model.aspp_dim=8"], "does not fit the config"),
-        (["--checkpoint={file}", "--config.data.class_names=('a','b')"], "3 classes"),
+        (
+            [
+                "--checkpoint={file}",
+                "--config.data.class_names=('a','b')",
+                "--config.data.palette=()",
+            ],
+            "3 classes",
+        ),
         (["--checkpoint={file}", "--config.model.memory.enabled=false"], "memory.enabled is False"),
         (["--checkpoint={file}", "more"], "unexpected argument 'more'"),
     ],

@@ -196,18 +196,9 @@ def test_classes_of_a_mirrored_image():
     assert mirrored_classes(((2, 3), (6, 5)), 7).tolist() == [0, 1, 3, 2, 4, 6, 5]
 
 
-@pytest.mark.parametrize(
-    ("pairs", "answer"),
-    [
-        (((1, 2), (2, 3)), "no class twice"),
-        (((1, 1),), "no class twice"),
-        (((0, 1, 2),), "expected pairs of classes"),
-        (((3, 4),), r"the classes are 0\.\.3"),
-        (((-1, 2),), r"the classes are 0\.\.3"),
-    ],
-)
-def test_impossible_pairs(pairs, answer):
-    with pytest.raises(UserError, match=f"config.augment.flip_pairs is .*{answer}"):
+def test_pairs_that_the_model_does_not_have():
+    pairs = ((0, 1), (3, 4))
+    with pytest.raises(UserError, match=r"config.augment.flip_pairs is .*the classes are 0\.\.3"):
         predict([], model=Toy(4), pairs=pairs, flip=True)
     predict([], model=Toy(4), pairs=pairs)  # without mirror images they do not matter
 

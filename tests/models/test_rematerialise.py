@@ -9,7 +9,6 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from memseg_jax.errors import UserError
 from memseg_jax.hlo import gpu
 from memseg_jax.models.segmentor import build_segmentor
 from memseg_jax.training import optimizer
@@ -119,13 +118,6 @@ def test_a_gpu_needs_less_memory():
     assert result.returncode == 0, result.stderr[-4000:]
     none, blocks = map(int, result.stdout.split())
     assert blocks < 0.7 * none
-
-
-def test_another_value_is_refused():
-    with pytest.raises(
-        UserError, match=r"config\.model\.remat is 'all'; expected 'none' or 'blocks'"
-    ):
-        build_segmentor(small("resnet18", "all"))
 
 
 def test_the_config_of_an_earlier_checkpoint_has_no_such_field():

@@ -378,7 +378,7 @@ def test_a_class_that_is_absent_for_a_whole_epoch(run, tmp_path, capsys, caplog)
     [
         (
             "train.on_nonfinite=ignore",
-            "config.train.on_nonfinite is 'ignore'; expected one of raise",
+            "config.train.on_nonfinite is 'ignore'; expected one of 'raise', 'skip', 'rollback'",
         ),
         ("train.max_nonfinite=0", "config.train.max_nonfinite is 0"),
         ("train.watchdog_minutes=-1", "config.train.watchdog_minutes is -1"),
