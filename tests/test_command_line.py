@@ -16,6 +16,7 @@ print("runs")
 def get_config():
     config = common.get_config()
     config.seed = 7
+    config.data.class_names = ("wall", "door")
     return config
 """
 
@@ -57,7 +58,7 @@ def test_every_form_of_an_override(elsewhere):
         "--config.train.epochs", "5", "--noconfig.augment.photometric", "--config.eval.flip",
         "--config.eval.scales=(0.5,1.0)", "--config.eval.canvases=((64,64),(64,128))",
         "--config.data.class_names=('a','b')", "--config.data.root=x=y", "--name=n", "--config",
-        file, "--config.optimizer.lr=1",
+        file, "--config.optimizer.lr=1", "--config.model.memory.base_lr=1",
     )  # fmt: skip
     config = line.config
     assert (config.train.epochs, config.augment.photometric, config.eval.flip) == (5, False, True)

@@ -4,8 +4,7 @@ import importlib
 
 import pytest
 
-from converters import command_line
-from memseg_jax import main
+from memseg_jax import command_line, main
 from memseg_jax.errors import UserError
 from tests import tiny
 
