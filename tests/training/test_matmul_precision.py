@@ -14,7 +14,6 @@ import pytest
 from jax.lax import Precision
 
 from converters.taps import _forward as forward_with_taps
-from memseg_jax.errors import UserError
 from memseg_jax.hlo import topologies
 from memseg_jax.inference.predictor import network_scores
 from memseg_jax.models.layers import ValidSize
@@ -132,18 +131,6 @@ def test_bfloat16_takes_no_precision():
     assert found["default"] == found["highest"]
     highest = {types for types, precision in found["highest"] if Precision.HIGHEST in precision}
     assert highest == {"float32 x float32"}  # memory and resizes
-
-
-def test_other_words_are_refused():
-    with pytest.raises(UserError, match=r"config\.model\.precision is 'full'; expected 'default'"):
-        build_segmentor(config_of("full"))
-
-
-def test_configs_of_earlier_checkpoints():
-    config = config_of()
-    with config.unlocked():
-        del config.model.precision
-    assert build_segmentor(config).precision == "highest"
 
 
 # ---- What the compiler for TPUs makes of it -----------------------------------------------------
