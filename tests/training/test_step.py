@@ -276,7 +276,15 @@ def test_a_batch_without_labels(number):
 
 def test_the_baseline_has_no_memory_and_learns():
     states, metrics = run(memory=False)
-    assert set(metrics[0]) == {"loss", "loss_stage2", "loss_aux", "lr", "grad_norm", "nonfinite"}
+    assert set(metrics[0]) == {
+        "loss",
+        "loss_stage2",
+        "loss_aux",
+        "lr",
+        "grad_norm",
+        "nonfinite",
+        "stop",
+    }
     assert states[-1].memory.size == 0
     assert not {"memory_module", "decoder_stage1", "bottleneck"} & set(states[-1].params)
     state, first = take_step(states[-1], batch(0), memory=False)
