@@ -14,7 +14,7 @@ from typing import Any
 import jax
 import ml_collections
 
-from memseg_jax import checkpoint, config_rules, evaluate
+from memseg_jax import checkpoint, config_rules
 from memseg_jax.checkpoint import Checkpointer, RunLock
 from memseg_jax.data import open_split
 from memseg_jax.data.pipeline import check_batch, steps_per_epoch, train_batches
@@ -25,6 +25,7 @@ from memseg_jax.runtime.stopping import StopRequests
 from memseg_jax.runtime.text import format_duration
 from memseg_jax.runtime.watchdog import Watchdog
 from memseg_jax.scoring import visualize
+from memseg_jax.scoring.evaluator import PICTURE, Evaluator
 from memseg_jax.scoring.memory_health import MemoryHealth
 from memseg_jax.training import guards
 from memseg_jax.training.agreement import check_processes_agree
@@ -82,7 +83,7 @@ def _run(
     fingerprint = train_source.fingerprint()
     eval_source = open_split(config.data, config.data.eval_split)
     model = build_segmentor(config)
-    evaluator = evaluate.Evaluator(config, model, eval_source)
+    evaluator = Evaluator(config, model, eval_source)
     folder = checkpoint.prepare_workdir(workdir)  # not before: a wrong config leaves no folder
     check_processes_agree(config, fingerprint, folder)
     lock = stack.enter_context(RunLock(folder, config.checkpoint.lock_minutes))
@@ -253,7 +254,7 @@ class _Saver:
 class _Evaluation:
     """Evaluates a state that was saved, and records what it is worth."""
 
-    evaluator: evaluate.Evaluator
+    evaluator: Evaluator
     saver: _Saver
     progress: TrainingLog
     watchdog: Watchdog
@@ -327,7 +328,7 @@ def _print_next_steps(
     else:
         print(f"Trained {total_steps - first_step} steps in {format_duration(seconds)}.")
     print(
-        f"  picture      {folder / evaluate.PICTURE}\n"
+        f"  picture      {folder / PICTURE}\n"
         f"  scores       {folder / 'metrics.json'}, {folder / 'per_class.csv'}\n"
         f"  progress     {folder / 'metrics.csv'}\n"
         f"  checkpoints  {folder / checkpoint.FOLDER}\n"

@@ -19,9 +19,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from memseg_jax import checkpoint, evaluate, main
+from memseg_jax import checkpoint, main
 from memseg_jax.errors import UserError
 from memseg_jax.runtime import distributed
+from memseg_jax.scoring import evaluator
 from tests import tiny
 
 PROGRAM = (sys.executable, "-m", "tests.small_program")
@@ -126,10 +127,10 @@ def test_parts_of_an_evaluation_add_up():
     def part(index):
         matrix = rng.integers(0, 2**60, (3, 4))  # more than float64 holds exactly
         triple = tuple(rng.integers(0, 9, (2, 3)).astype(np.uint8) for _ in range(3))
-        return evaluate._Part(matrix, {index: triple}, {f"ä/{index}": (2, 3)})
+        return evaluator._Part(matrix, {index: triple}, {f"ä/{index}": (2, 3)})
 
     parts = [part(index) for index in range(3)]
-    total = evaluate._Part(np.zeros((3, 4), np.int64))
+    total = evaluator._Part(np.zeros((3, 4), np.int64))
     for each in parts:
         total._add(each._packed(with_examples=True))
     np.testing.assert_array_equal(total.matrix, sum(each.matrix for each in parts))
