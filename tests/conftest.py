@@ -17,7 +17,40 @@ import pytest
 jax.config.update("jax_default_matmul_precision", "highest")
 
 from memseg_jax.models import convolution  # noqa: E402
-from tests.tiny import compilations, quiet_entry  # noqa: E402, F401
+from tests import session  # noqa: E402
+from tests.tiny import compilations, quiet_entry, three_convolutions  # noqa: E402, F401
+
+
+def pytest_configure():
+    """Opens the session's folder before workers start, which inherit the environment."""
+    session.folder()
+    # Many tests compile the same small programs, in several processes: most compile each once.
+    # Two that write the same one at the same time at worst make a third compile it again.
+    jax.config.update("jax_compilation_cache_dir", session.cache())
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
+    jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
+
+
+# These take longest, and a file is not divided: begun last, one would leave the others idle.
+LONGEST_FIRST = (
+    "test_train.py",
+    "test_guards.py",
+    "test_accumulation.py",
+    "test_step.py",
+    "test_predict.py",
+    "test_bad_input.py",
+    "test_benchmark.py",
+    "test_torch_to_orbax.py",
+    "test_resnest.py",
+    "test_segmentor.py",
+    "test_benchmarks.py",
+)
+
+
+def pytest_collection_modifyitems(items):
+    """Puts the files that take longest first; a file's tests keep their order."""
+    rank = {name: number for number, name in enumerate(LONGEST_FIRST)}
+    items.sort(key=lambda item: rank.get(item.path.name, len(rank)))
 
 
 @pytest.fixture

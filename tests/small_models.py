@@ -14,8 +14,9 @@ from memseg_jax.models.layers import ConvNorm
 from memseg_jax.models.segmentor import Segmentor
 from memseg_jax.training.state import abstract_variables
 
-# Optimising the machine code takes most of the compile time and gains nothing at these sizes.
-FAST_COMPILE = {"xla_backend_optimization_level": 0}
+# Optimising the machine code takes most of the compile time and gains nothing at these sizes. Of
+# what is left, the newer of XLA's two generators of fused loops takes half.
+FAST_COMPILE = {"xla_backend_optimization_level": 0, "xla_cpu_use_fusion_emitters": False}
 
 
 def small_config():

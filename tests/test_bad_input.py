@@ -122,8 +122,8 @@ def counting_step(monkeypatch):
 
 
 @pytest.fixture(scope="module")
-def workdir():
-    return tiny.save_random_model(tiny.scratch() / "random_for_bad_input")
+def workdir(tmp_path_factory):
+    return tiny.save_random_model(tmp_path_factory.mktemp("random_model"))
 
 
 def assert_explained(text, parts):
@@ -225,7 +225,7 @@ def test_one_pixel_wide_images_are_used(tmp_path, workdir, capsys, counting_step
     assert "Traceback" not in capsys.readouterr().err
 
 
-def test_one_pixel_wide_images_are_trained_on(tmp_path, capsys, counting_step, monkeypatch):
+def test_one_pixel_wide_images_are_trained_on(tmp_path, capsys, compilations, counting_step):
     root = tiny.write_folder(tmp_path / "data", {"train": [(32, 1)] * 8, "val": [(32, 1)]})
     status = tiny.run(f"--config.data.root={root}", "--workdir", tmp_path / "run")
     assert status == 0, capsys.readouterr().err

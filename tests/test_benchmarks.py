@@ -2,6 +2,7 @@
 
 import importlib
 import json
+import sys
 
 import jax
 import numpy as np
@@ -50,12 +51,95 @@ def run(monkeypatch, capsys):
 
 
 def check(results, names):
+    """The candidates in their order, each measured in the three rounds of --seconds=0.
+
+    Whether figures are right is for the tests of `measure`, with a clock of their own.
+    """
     assert [result["name"] for result in results] == names
     assert results[0]["ratio"] == 1
     for result in results:
-        assert result["seconds"] > 0
-        assert result["rounds"] >= 3
-        assert result["memory"] >= 0
+        assert result["rounds"] == 3
+        assert result["name"] == "PyTorch" or result["memory"] > 0
+
+
+class Clock:
+    """Takes the place of `time`: it stands still but for what candidates and pauses take."""
+
+    def __init__(self):
+        self.now, self.cores, self.slowness = 1000.0, 0.0, 1.0
+
+    def perf_counter(self):
+        return self.now
+
+    def process_time(self):
+        return self.cores
+
+    def sleep(self, seconds):
+        self.now += seconds
+
+    def work(self, seconds, cores):
+        self.now += seconds * self.slowness
+        self.cores += seconds * self.slowness * cores
+
+
+@pytest.fixture
+def clock(monkeypatch):
+    from benchmarks import measure
+
+    clock = Clock()
+    monkeypatch.setattr(measure, "time", clock)
+    monkeypatch.setattr(measure, "peak_memory", lambda candidate: (candidate.call(), None))
+    return clock
+
+
+# ---- What all of them measure with --------------------------------------------------------------
+
+
+def test_time_is_that_of_one_call_and_compared_within_a_round(clock):
+    from benchmarks.measure import Candidate, compare
+
+    rounds = []
+
+    def slow():
+        rounds.append(clock.now)
+        clock.slowness = 3.0 if len(rounds) % 3 == 0 else 1.0  # the machine is busy now and then
+        clock.work(2.0, cores=2)
+
+    # 5 ms are too short to measure: ten calls a round.
+    quick = Candidate("quick", lambda: clock.work(0.005, cores=1))
+    first, second = compare([Candidate("slow", slow), quick], seconds=30)
+    assert (first["name"], second["name"]) == ("slow", "quick")
+    assert (first["seconds"], second["seconds"]) == pytest.approx((2.0, 0.005))
+    assert (first["core_seconds"], second["core_seconds"]) == pytest.approx((4.0, 0.005))
+    assert first["ratio"] == 1
+    # Every third round takes three times as long, for both alike.
+    assert second["ratio"] == pytest.approx(0.0025)
+    assert first["rounds"] == second["rounds"] == len(rounds) - 2
+    assert 30 < clock.now - rounds[2] < 30 + 8
+
+
+def test_three_rounds_at_least(clock):
+    from benchmarks.measure import Candidate, compare
+
+    (found,) = compare([Candidate("long", lambda: clock.work(100, cores=1))], seconds=0)
+    assert found["rounds"] == 3
+    assert found["seconds"] == 100
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_memory_that_a_call_takes_is_seen():
+    from benchmarks.measure import Candidate, peak_memory
+
+    kept = []
+    rise = 64 << 20
+    on_torch = Candidate("t", lambda: kept.append(np.ones(rise, np.uint8)), held=5, on_torch=True)
+    peak, grown = peak_memory(on_torch)
+    assert rise <= grown < 2 * rise
+    assert peak == grown + 5  # what was there before the call counts too
+    assert peak_memory(Candidate("j", lambda: None, memory=7))[0] == 7  # the program's own account
+
+
+# ---- The benchmarks -----------------------------------------------------------------------------
 
 
 def test_memory_update(run):

@@ -31,8 +31,8 @@ def root(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def workdir():
-    return tiny.save_random_model(tiny.scratch() / "random_for_evaluation")
+def workdir(tmp_path_factory):
+    return tiny.save_random_model(tmp_path_factory.mktemp("random_model"))
 
 
 @pytest.fixture

@@ -20,7 +20,7 @@ from PIL import Image
 from memseg_jax import command_line, main
 from memseg_jax.data import open_split
 from memseg_jax.runtime import compilation, sharding
-from tests import tiny
+from tests import session, tiny
 from tests.official_trees import SPLITS, write_tree
 from tests.small_models import FAST_COMPILE
 
@@ -268,7 +268,7 @@ def in_two_processes(arguments):
         free.bind(("localhost", 0))
         port = free.getsockname()[1]
     env = os.environ | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": tiny.FLAGS}
-    env |= {"MEMSEG_CACHE": tiny.cache(), "MEMSEG_HEARTBEAT_SECONDS": "120"}
+    env |= {"MEMSEG_CACHE": session.cache(), "MEMSEG_HEARTBEAT_SECONDS": "120"}
     flags = [f"--coordinator_address=localhost:{port}", "--num_processes=2"]
     command = [sys.executable, "-m", "memseg_jax.main", *arguments[1:], *flags]
     both = [

@@ -20,7 +20,7 @@ from memseg_jax.hlo.chips import CHIPS, Chip
 from memseg_jax.hlo.hlo_text import Collective
 from memseg_jax.models.segmentor import build_segmentor
 from memseg_jax.training.state import abstract_variables
-from tests import tiny
+from tests import session, tiny
 
 # ---- Topologies ---------------------------------------------------------------------------------
 
@@ -415,7 +415,7 @@ def test_a_plan_by_the_real_compiler(topology, count, tmp_path):
     command += ["--mode", "plan", "--topology", topology, "--workdir", str(tmp_path)]
     command += [f"--config.{name}={value}" for name, value in PLAIN.items()]
     command += [f"--config.train.batch_size={count}"]
-    env = os.environ | {"MEMSEG_CACHE": tiny.cache(), "XLA_FLAGS": ""}
+    env = os.environ | {"MEMSEG_CACHE": session.cache(), "XLA_FLAGS": ""}
     subprocess.run(command, cwd=tiny.ROOT, env=env, check=True, timeout=1800)
     result = json.loads((tmp_path / "plan.json").read_text())
     assert result["compiled_for_stand_ins"] is False

@@ -21,8 +21,8 @@ OUT = Path("somewhere/else")
 
 
 @pytest.fixture(scope="module")
-def workdir():
-    return tiny.save_random_model(tiny.scratch() / "random_model")
+def workdir(tmp_path_factory):
+    return tiny.save_random_model(tmp_path_factory.mktemp("random_model"))
 
 
 @pytest.fixture

@@ -1,6 +1,7 @@
 """Training end to end: what a run leaves behind, and how it goes on after it was killed."""
 
 import csv
+import functools
 import json
 import os
 import shutil
@@ -34,13 +35,18 @@ def rows(workdir, column="loss"):
         return [row for row in csv.DictReader(file) if row[column]]
 
 
+@functools.cache
+def state_shapes():
+    """The training state of the tiny config."""
+    config = tiny.get_config()
+    tx = optimizer.sgd(config, optimizer.schedule_from_config(config, STEPS))
+    return abstract_state(build_segmentor(config), tx)
+
+
 def load_state(workdir):
     """All arrays of the last checkpoint."""
-    config = tiny.get_config()
-    model = build_segmentor(config)
-    tx = optimizer.sgd(config, optimizer.schedule_from_config(config, STEPS))
     with checkpoint.Checkpointer(workdir, 2) as checkpointer:
-        return checkpointer.restore(abstract_state(model, tx))[0]
+        return checkpointer.restore(state_shapes())[0]
 
 
 def assert_same_run(workdir, other):
@@ -110,7 +116,9 @@ def test_what_is_written():
     assert [tuple(colour) for colour in meta["palette"]] == list(config.data.palette)
 
 
-def test_baseline_on_generated_images_with_eight_devices(tmp_path, capsys, monkeypatch):
+def test_baseline_on_generated_images_with_eight_devices(
+    tmp_path, capsys, monkeypatch, three_convolutions
+):
     monkeypatch.setattr(compilation, "compile_with_notice", tiny.compile_quickly)
     status = tiny.run(
         "--workdir", tmp_path, "--config.data.name=shapes", "--config.data.image_size=(32,32)",

@@ -1,12 +1,10 @@
 """Small data sets, a small run on them, and ways to run the program, for tests."""
 
-import atexit
 import functools
+import json
 import os
-import shutil
 import subprocess
 import sys
-import tempfile
 from pathlib import Path
 
 import jax
@@ -17,17 +15,18 @@ from jax.sharding import Mesh
 from PIL import Image
 
 from memseg_jax import checkpoint, main
-from memseg_jax.models.segmentor import build_segmentor
+from memseg_jax.models import segmentor
 from memseg_jax.runtime import compilation, sharding
 from memseg_jax.scoring import visualize
 from memseg_jax.training import optimizer
 from memseg_jax.training.state import init_state
-from tests.small_models import FAST_COMPILE, random_variables
+from tests import session
+from tests.small_models import FAST_COMPILE, ThreeConvolutions, random_variables
 from tests.tiny_config import COLOURS, SIDE, get_config
 
 ROOT = Path(__file__).resolve().parents[1]
 CONFIG = ROOT / "tests" / "tiny_config.py"
-FLAGS = " ".join(f"--{name}={value}" for name, value in FAST_COMPILE.items())
+FLAGS = " ".join(f"--{name}={int(value)}" for name, value in FAST_COMPILE.items())
 TRAIN_SIZES = [(40, 36)] * 32
 VAL_SIZES = [(SIDE, SIDE)] * 4
 
@@ -80,7 +79,7 @@ def run(*arguments: object) -> int:
 
 def start(*arguments: object, **options) -> subprocess.Popen:
     """Starts the real program in a process of its own that has one CPU device."""
-    env = os.environ | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": FLAGS, "MEMSEG_CACHE": cache()}
+    env = os.environ | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": FLAGS, "MEMSEG_CACHE": session.cache()}
     command = [sys.executable, "-m", "memseg_jax.main", "--config", str(CONFIG)]
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True} | options
     return subprocess.Popen([*command, *map(str, arguments)], cwd=ROOT, env=env, **pipes)
@@ -97,30 +96,23 @@ def program(*arguments: object, timeout: float = 300) -> subprocess.CompletedPro
 
 
 @functools.cache
-def cache() -> str:
-    """The folder of compiled programs, one for all tests of a session."""
-    return os.environ.get("MEMSEG_CACHE") or str(scratch() / "cache")
-
-
-@functools.cache
-def scratch() -> Path:
-    """A folder that lives as long as the tests."""
-    folder = tempfile.mkdtemp(prefix="memseg_jax_tests_")
-    atexit.register(shutil.rmtree, folder, ignore_errors=True)
-    return Path(folder)
-
-
-@functools.cache
 def data_root() -> Path:
     """The data set of the default layout, to be read only."""
-    return write_folder(scratch() / "data")
+    return session.once("data", write_folder)
 
 
 @functools.cache
 def trained() -> tuple[Path, subprocess.CompletedProcess]:
     """A workdir that the real program trained without a stop, to be read only, and its output."""
-    workdir = scratch() / "trained"
-    return workdir, program(f"--config.data.root={data_root()}", "--workdir", workdir)
+
+    def train(folder):
+        folder.mkdir(exist_ok=True)
+        result = program(f"--config.data.root={data_root()}", "--workdir", folder / "run")
+        (folder / "output.json").write_text(json.dumps(vars(result), default=str))
+
+    folder = session.once("trained", train)
+    shown = json.loads((folder / "output.json").read_text())
+    return folder / "run", subprocess.CompletedProcess(**shown)
 
 
 # ---- A checkpoint without training --------------------------------------------------------------
@@ -131,7 +123,7 @@ def save_random_model(
 ) -> Path:
     """Writes a checkpoint whose model predicts all classes but `never`, in no sensible way."""
     config = config or get_config()
-    model = build_segmentor(config)
+    model = segmentor.build_segmentor(config)
     tx = optimizer.sgd(config, optimizer.schedule_from_config(config, 1))
     state = init_state(random_variables(model, 3), tx)
     if never is not None:
@@ -180,6 +172,12 @@ def compilations(monkeypatch):
     monkeypatch.setattr(compilation, "compile_with_notice", compile_and_count)
     monkeypatch.setattr(sharding, "make_mesh", one_device)
     return made
+
+
+@pytest.fixture
+def three_convolutions(monkeypatch):
+    """In every mode, three convolutions take the place of the backbone: quicker to compile."""
+    monkeypatch.setattr(segmentor, "build_backbone", lambda *args: ThreeConvolutions())
 
 
 @pytest.fixture

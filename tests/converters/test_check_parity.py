@@ -17,7 +17,7 @@ from memseg_jax.data.transforms import evaluation_transform
 from memseg_jax.errors import UserError
 from memseg_jax.models.segmentor import build_segmentor
 from memseg_jax.runtime import compilation
-from tests import tiny
+from tests import session, tiny
 from tests.converters import files
 from tests.goldens import golden_files, load
 from tests.small_models import FAST_COMPILE, random_variables
@@ -33,7 +33,9 @@ def variables():
 
 @functools.cache
 def checkpoint() -> Path:
-    return files.save_now(tiny.scratch() / "parity.pth", files.state_dict(variables()))
+    return session.once(
+        "parity.pth", lambda path: files.save_now(path, files.state_dict(variables()))
+    )
 
 
 @functools.cache
@@ -289,7 +291,7 @@ def test_interruption(capsys):
 
 
 def child(*arguments):
-    env = os.environ | {"XLA_FLAGS": tiny.FLAGS, "MEMSEG_CACHE": tiny.cache()}
+    env = os.environ | {"XLA_FLAGS": tiny.FLAGS, "MEMSEG_CACHE": session.cache()}
     command = [sys.executable, "-m", "converters.check_parity", *map(str, arguments)]
     return subprocess.run(command, cwd=tiny.ROOT, env=env, capture_output=True, text=True)
 

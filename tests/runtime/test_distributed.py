@@ -23,7 +23,7 @@ from memseg_jax import checkpoint, main
 from memseg_jax.errors import UserError
 from memseg_jax.runtime import distributed
 from memseg_jax.scoring import evaluator
-from tests import tiny
+from tests import session, tiny
 
 PROGRAM = (sys.executable, "-m", "tests.small_program")
 WITH_RESNET = (sys.executable, "-m", "memseg_jax.main", "--config", tiny.CONFIG)
@@ -161,7 +161,7 @@ def start(
     env = os.environ | {
         "JAX_PLATFORMS": "cpu",
         "XLA_FLAGS": flags,
-        "MEMSEG_CACHE": tiny.cache(),
+        "MEMSEG_CACHE": session.cache(),
         "MEMSEG_HEARTBEAT_SECONDS": str(heartbeat),
     }
     processes = []

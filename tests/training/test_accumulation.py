@@ -109,7 +109,9 @@ def assert_same_step(actual, expected):
 # ---- The same numbers ---------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("groups", "parts"), [(1, 4), (2, 2), (2, 4)])
+@pytest.mark.parametrize(
+    ("groups", "parts"), [(1, 4), (2, 2), pytest.param(2, 4, marks=pytest.mark.slow)]
+)
 def test_parts_of_equal_statistics_are_the_whole_batch(groups, parts):
     whole = run(parts=1, groups=groups, repeated=True)
     actual = run(parts=parts, groups=groups, repeated=True)
