@@ -206,6 +206,7 @@ def split(x, mesh):
 
 
 def held():
-    """Bytes of all arrays on devices."""
+    """Bytes of all arrays on devices; several arrays may be views of one buffer."""
     gc.collect()
-    return sum(shard.data.nbytes for x in jax.live_arrays() for shard in x.addressable_shards)
+    shards = [shard.data for x in jax.live_arrays() for shard in x.addressable_shards]
+    return sum({x.unsafe_buffer_pointer(): x.nbytes for x in shards}.values())
