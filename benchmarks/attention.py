@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 
 from benchmarks import measure
-from converters import command_line
+from memseg_jax import command_line
 from memseg_jax.models.attention import attend, attend_at_once
 
 FLAGS = {

@@ -18,9 +18,18 @@ import torch.nn.functional as F
 
 from benchmarks import measure
 from benchmarks.shapes import GROUPED, RESNET50, Shape
-from converters import command_line
+from memseg_jax import command_line
 from memseg_jax.errors import UserError
-from memseg_jax.models import convolution
+from memseg_jax.models import convolution_gradients as gradients
+from memseg_jax.models.convolution import convolve
+from memseg_jax.models.convolution_forms import (
+    ConvParams,
+    convolve_by_group,
+    convolve_by_shifts,
+    convolve_plainly,
+    convolve_positions,
+)
+from memseg_jax.models.winograd import convolve_by_tiles
 
 FLAGS = {
     "crop": "height x width of the images (default: 512x512)",
@@ -71,23 +80,21 @@ def main(argv: Sequence[str]) -> int:
 def _forms(shape: Shape, size: Sequence[int], every: bool) -> dict[str, Callable]:
     """Functions of (x, kernel, conv_params) by name, for a map of that height and width."""
 
-    def ours(x: jax.Array, kernel: jax.Array, conv_params: convolution.ConvParams) -> jax.Array:
+    def ours(x: jax.Array, kernel: jax.Array, conv_params: ConvParams) -> jax.Array:
         g = conv_params
-        return convolution.convolve(
-            x, kernel, stride=g.stride, dilation=g.dilation, groups=g.groups
-        )
+        return convolve(x, kernel, stride=g.stride, dilation=g.dilation, groups=g.groups)
 
-    forms = {OURS: ours, XLA: convolution.convolve_plainly}
+    forms = {OURS: ours, XLA: convolve_plainly}
     if not every or shape.conv_params.dilation >= min(size):  # `convolve` cuts such kernels first
         return forms
-    by_group = functools.partial(functools.partial, convolution.convolve_by_group)
+    by_group = functools.partial(functools.partial, convolve_by_group)
     if shape.conv_params.groups > 1:
-        forms["group by group"] = by_group(form=convolution.convolve_plainly)
+        forms["group by group"] = by_group(form=convolve_plainly)
     if shape.window == 1:
-        forms["matrix product"] = by_group(form=convolution.convolve_positions)
+        forms["matrix product"] = by_group(form=convolve_positions)
     elif shape.conv_params.stride == 1:
-        forms["shifts"] = by_group(form=convolution.convolve_by_shifts)
-        forms["tiles"] = by_group(form=convolution.convolve_by_tiles)
+        forms["shifts"] = by_group(form=convolve_by_shifts)
+        forms["tiles"] = by_group(form=convolve_by_tiles)
     return forms
 
 
@@ -120,14 +127,14 @@ def _candidates(
     if every and kind == "filter" and conv_params.dilation > 1:
         window = kernel.shape[:2]
         run, held = measure.compiled(
-            lambda x, dy: convolution.filter_gradient_by_folding(x, dy, window, conv_params), x, dy
+            lambda x, dy: gradients.filter_gradient_by_folding(x, dy, window, conv_params), x, dy
         )
         yield measure.Candidate("folding", lambda: jax.block_until_ready(run(x, dy)), held)
     if device:
         yield _on_torch(shape, kind, arrays, getattr(torch, dtype), device)
 
 
-def _program(form: Callable, kind: str, conv_params: convolution.ConvParams) -> Callable:
+def _program(form: Callable, kind: str, conv_params: ConvParams) -> Callable:
     """What is compiled: a function of the input, the kernel and the gradient by the result."""
     if kind == "forward":
         return lambda x, kernel, dy: form(x, kernel, conv_params)

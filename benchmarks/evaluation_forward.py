@@ -14,10 +14,12 @@ import numpy as np
 import torch
 
 from benchmarks import measure, models
-from converters import command_line
 from converters.torch_model.layers import resize
-from memseg_jax.benchmark import network_flops, random_batch
+from memseg_jax import command_line
+from memseg_jax.hlo.flops import network_flops
 from memseg_jax.inference import score_maps
+from memseg_jax.inference.predictor import network_scores
+from memseg_jax.training.program import random_batch
 
 
 def main(argv: Sequence[str]) -> int:
@@ -31,7 +33,7 @@ def main(argv: Sequence[str]) -> int:
     logits = np.asarray(parts["network"][1]())
     network, maps = ([measure.Candidate("JAX", call, held)] for held, call in parts.values())
     facts = {}
-    if (device := measure.torch_device()) and model.memory_enabled:
+    if (device := measure.torch_device(model.precision)) and model.memory_enabled:
         theirs = models.torch_model(config, variables, device).eval()
         found = _add_torch(network, maps, config, theirs, images, device, "PyTorch")
         difference = float(np.abs(logits - found).max() / logits.std())
@@ -54,8 +56,7 @@ def _jax_parts(model, variables, images) -> dict[str, tuple]:
     variables, on_device = jax.device_put((variables, images))
 
     def network(variables, images):
-        rest = {"params": variables["params"], "batch_stats": variables["batch_stats"]}
-        return model.apply(rest, images, variables["memory"])["logits"]
+        return network_scores(model, variables, images, None, softmax=False)
 
     network, held = measure.compiled(network, variables, on_device)
     logits = network(variables, on_device)

@@ -20,12 +20,12 @@ import jax.numpy as jnp
 
 from benchmarks import measure
 from benchmarks.shapes import DILATED, GROUPED, Shape
-from converters import command_line
+from memseg_jax import command_line
 from memseg_jax.errors import UserError
+from memseg_jax.hlo import gpu
 from memseg_jax.hlo.flops import count_flops
-from memseg_jax.models import convolution
-from memseg_jax.models.convolution import ConvParams
-from tests import h200
+from memseg_jax.models import convolution_gradients as gradients
+from memseg_jax.models.convolution_forms import ConvParams, convolve_plainly
 
 FLAGS = {
     "batch": "images in the single convolutions (default: 16)",
@@ -37,9 +37,9 @@ SHAPES = [Shape(512, 512), *DILATED, *GROUPED]
 
 def main(argv: Sequence[str]) -> int:
     """Prints a Markdown table; returns the exit status."""
-    with_config = any(x.split("=")[0].lstrip("-") == "config" for x in argv[1:])
+    with_config = command_line.names_config(argv)
     values = command_line.parse(list(argv), FLAGS, doc=__doc__, with_config=with_config)
-    if reason := h200.missing():
+    if reason := gpu.missing():
         raise UserError(reason)
     if with_config:
         _report_step(values.config, measure.number("devices", values.devices, 1))
@@ -49,7 +49,7 @@ def main(argv: Sequence[str]) -> int:
 
 
 def _report_step(config: Any, devices: int) -> None:
-    found = h200.contents(h200.compile_step(config, h200.make_mesh(devices)))
+    found = gpu.contents(gpu.compile_step(config, gpu.make_mesh(devices)))
     print("| operation | number |\n|---|---|")
     for name, count in found["convolutions"].items():
         print(f"| {name} | {count} |")
@@ -59,7 +59,7 @@ def _report_step(config: Any, devices: int) -> None:
 
 
 def _report_forms(batch: int) -> None:
-    mesh = h200.make_mesh()
+    mesh = gpu.make_mesh()
     print("| channels | dilation | groups | what | type | becomes | temporary | TFLOP |")
     print("|---|---|---|---|---|---|---|---|")
     for dtype in (jnp.bfloat16, jnp.float32):
@@ -69,7 +69,7 @@ def _report_forms(batch: int) -> None:
             y = jax.ShapeDtypeStruct((batch, SIDE, SIDE, outside), dtype)
             kernel = jax.ShapeDtypeStruct((3, 3, inside // conv_params.groups, outside), dtype)
             for name, (function, *args) in _programs(x, kernel, y, conv_params).items():
-                found = h200.contents(compiled := h200.compile_for(mesh, function, *args))
+                found = gpu.contents(compiled := gpu.compile_for(mesh, function, *args))
                 products = _matrix_products(compiled)
                 parts = [f"{count} x {what}" for what, count in found["convolutions"].items()]
                 parts += [f"{products} x matrix product"] if products else []
@@ -90,16 +90,16 @@ def _programs(x: Any, kernel: Any, y: Any, conv_params: ConvParams) -> dict[str,
         return jax.linear_transpose(lambda x: plainly(x, kernel), x)(dy)[0]
 
     def plainly(x: jax.Array, kernel: jax.Array) -> jax.Array:
-        return convolution.convolve_plainly(x, kernel, conv_params)
+        return convolve_plainly(x, kernel, conv_params)
 
     programs = {
         "forward, XLA's own": (plainly, x, kernel),
         "input gradient, XLA's own": (input_gradient, kernel, y),
     }
-    forms = {"XLA's own": convolution.filter_gradient_plainly}
+    forms = {"XLA's own": gradients.filter_gradient_plainly}
     if conv_params.dilation > 1:
-        forms["folding"] = convolution.filter_gradient_by_folding
-        forms["shifts"] = convolution.filter_gradient_by_shifts
+        forms["folding"] = gradients.filter_gradient_by_folding
+        forms["shifts"] = gradients.filter_gradient_by_shifts
     for name, form in forms.items():
         programs[f"filter gradient, {name}"] = (
             lambda x, dy, form=form: form(x, dy, (3, 3), conv_params),

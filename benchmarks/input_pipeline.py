@@ -27,11 +27,10 @@ import cv2
 import numpy as np
 
 from benchmarks import measure
-from converters import command_line
-from memseg_jax import pack
-from memseg_jax.benchmark import random_batch
+from memseg_jax import command_line, pack
 from memseg_jax.data import open_split, transforms
 from memseg_jax.data.pipeline import TrainSamples, train_batches
+from memseg_jax.training.program import random_batch
 
 # A data set's config, and the usual height, width and format of its images.
 CONFIGS = {
@@ -60,9 +59,7 @@ STEPS = {
 def main(argv: Sequence[str]) -> int:
     """Runs the benchmark; returns the exit status."""
     argv = list(argv)
-    if any(argument.startswith(("--config=", "-config=")) for argument in argv) or any(
-        argument in ("--config", "--help", "-h") for argument in argv
-    ):
+    if command_line.names_config(argv) or command_line.asks_for_help(argv):
         return _run(argv)
     for config in CONFIGS:
         _run([argv[0], f"--config={config}", *argv[1:]])

@@ -14,12 +14,12 @@ import torch
 import torch.nn.functional as F
 
 from benchmarks import measure
-from converters import command_line
 from converters.torch_model.layers import resize
-from memseg_jax.benchmark import random_batch
+from memseg_jax import command_line
 from memseg_jax.data import IGNORE_LABEL
 from memseg_jax.models.layers import resize_bilinear
 from memseg_jax.training.losses import cross_entropy
+from memseg_jax.training.program import random_batch
 
 FLAGS = {
     "logits": "batch x height x width x classes (default: 2x64x64x150)",

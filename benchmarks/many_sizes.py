@@ -26,7 +26,7 @@ import ml_collections
 import numpy as np
 
 from benchmarks import measure
-from converters import command_line
+from memseg_jax import command_line
 from memseg_jax.data.transforms import resized_size
 from memseg_jax.inference import Predictor, score_maps, sizes, windows
 from memseg_jax.inference.sizes import Size
@@ -52,7 +52,7 @@ UPRIGHT = 0.25
 def main(argv: Sequence[str]) -> int:
     """Runs the benchmark; returns the exit status."""
     argv = list(argv)
-    if any(x.split("=")[0] in ("--config", "-config", "--help", "-h") for x in argv):
+    if command_line.names_config(argv) or command_line.asks_for_help(argv):
         return _run(argv, header=True)
     header = True
     for data_set, backbone in itertools.product(DATA_SETS, BACKBONES):

@@ -20,13 +20,18 @@ from typing import Any
 os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
 
 import jax
+import ml_collections
 import numpy as np
 import torch
 
-from converters import command_line
-from memseg_jax import main as program
-from memseg_jax.benchmark import format_bytes, program_bytes
+from memseg_jax import command_line
 from memseg_jax.errors import UserError
+from memseg_jax.models.segmentor import Segmentor
+from memseg_jax.runtime import compilation, sharding
+from memseg_jax.runtime.compilation import program_bytes
+from memseg_jax.runtime.text import format_bytes
+from memseg_jax.training.program import training_program
+from memseg_jax.training.state import init_state
 
 CORES = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
 torch.set_num_threads(CORES)
@@ -61,7 +66,11 @@ class Candidate:
 
 
 def parse(
-    argv: Sequence[str], flags: Mapping[str, str | tuple[bool, str]], doc: str, config: bool = False
+    argv: Sequence[str],
+    flags: Mapping[str, str | tuple[bool, str]],
+    doc: str,
+    config: bool = False,
+    default_config: str = DEFAULT_CONFIG,
 ) -> Any:
     """Parses a command line; see `command_line.parse`. --config has a default here.
 
@@ -70,15 +79,15 @@ def parse(
         flags: name -> help, besides --seconds.
         doc: the text above the flags for --help.
         config: whether there is --config.
+        default_config: its value where it is not given.
     """
     flags = dict(flags) | {"seconds": "time for the measurements, compiling aside (default: 60)"}
     argv = list(argv)
-    asks = program.asks_for_help(argv)
-    if config and not asks and not any(x.split("=")[0] in ("--config", "-config") for x in argv):
-        argv.insert(1, f"--config={DEFAULT_CONFIG}")
+    if config and not command_line.names_config(argv):
+        argv.insert(1, f"--config={default_config}")
     values = command_line.parse(argv, flags, doc=doc, with_config=config)
     values.seconds = number("seconds", values.seconds, 60.0)
-    program.enable_compilation_cache()
+    compilation.keep_programs()
     return values
 
 
@@ -118,14 +127,18 @@ def numbers(name: str, text: str | None, default: Sequence[int], separator: str)
 # ---- PyTorch ------------------------------------------------------------------------------------
 
 
-def torch_device() -> torch.device | None:
-    """PyTorch's name for JAX's default device; None if PyTorch here cannot use that."""
+def torch_device(precision: str = "default") -> torch.device | None:
+    """PyTorch's name for JAX's default device; None if PyTorch here cannot use that.
+
+    Args:
+        precision: of JAX's convolutions and products of float32; PyTorch gets the same.
+    """
     if jax.default_backend() == "cpu":
         return torch.device("cpu")
     if jax.default_backend() == "gpu" and torch.cuda.is_available():
-        # Convolutions and products of float32 at JAX's default precision there.
-        torch.backends.cuda.matmul.allow_tf32 = True
-        torch.backends.cudnn.allow_tf32 = True
+        tf32 = precision != "highest"
+        torch.backends.cuda.matmul.allow_tf32 = tf32
+        torch.backends.cudnn.allow_tf32 = tf32
         torch.backends.cudnn.benchmark = True
         return torch.device("cuda")
     print(f"PyTorch {torch.__version__} has no {jax.default_backend()} here: JAX alone.")
@@ -294,7 +307,41 @@ def report(benchmark: str, what: str, results: Sequence[Mapping[str, Any]], **fa
     print(json.dumps(facts | {"results": list(results)}), flush=True)
 
 
-def compiled(function: Callable, *args: Any, **options: Any) -> tuple[Callable, int | None]:
-    """Compiles a function for `args`; returns it and the memory of the program."""
-    function = jax.jit(function, **options).lower(*args).compile()
+def compiled(function: Callable, *args: Any) -> tuple[Callable, int | None]:
+    """Compiles a function, jitted or not, for `args`; returns it and the memory of the program."""
+    jitted = function if hasattr(function, "lower") else jax.jit(function)
+    function = jitted.lower(*args).compile()
     return function, program_bytes(function)
+
+
+def training_step(
+    config: ml_collections.ConfigDict,
+    model: Segmentor,
+    variables: dict[str, Any],
+    batch: dict[str, np.ndarray],
+    epoch_steps: int,
+) -> tuple[Callable[[], dict[str, jax.Array]], int | None]:
+    """Compiles the step that training runs, for one device.
+
+    Args:
+        config: the whole config.
+        model: the segmentor of the config.
+        variables: its parameters, statistics and memory.
+        batch: "image" and "label".
+        epoch_steps: steps of an epoch.
+
+    Returns:
+        A function that takes one step and returns its metrics, and the memory of the program.
+    """
+    mesh = sharding.make_mesh(jax.devices()[:1])
+    program = training_program(config, model, mesh, epoch_steps)
+    state = sharding.place(init_state(variables, program.tx), mesh)
+    batch = sharding.place_batch(batch, mesh)
+    step, held = compiled(program.step, state, batch)
+
+    def take_step() -> dict[str, jax.Array]:
+        nonlocal state
+        state, metrics = step(state, batch)
+        return jax.block_until_ready((state, metrics))[1]
+
+    return take_step, held

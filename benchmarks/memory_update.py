@@ -12,10 +12,10 @@ import numpy as np
 import torch
 
 from benchmarks import measure
-from converters import command_line
 from converters.torch_model import training
-from memseg_jax.benchmark import random_batch
+from memseg_jax import command_line
 from memseg_jax.models.memory import update_memory
+from memseg_jax.training.program import random_batch
 
 FLAGS = {
     "features": "batch x height x width x channels (default: 2x64x64x512)",

@@ -13,17 +13,16 @@ import sys
 from collections.abc import Sequence
 from typing import Any
 
-import jax
 import ml_collections
 import numpy as np
 
 from benchmarks import measure
-from converters import command_line
-from memseg_jax.benchmark import format_bytes, network_flops, random_batch
+from memseg_jax import command_line
+from memseg_jax.hlo.flops import network_flops
 from memseg_jax.models.segmentor import build_segmentor
-from memseg_jax.training import optimizer
-from memseg_jax.training.state import init_state, init_variables
-from memseg_jax.training.step import make_train_step
+from memseg_jax.runtime.text import format_bytes
+from memseg_jax.training.program import random_batch
+from memseg_jax.training.state import init_variables
 
 FLAGS = {
     "batches": "numbers of images, separated by commas (default: 2,4,8)",
@@ -35,10 +34,7 @@ SMALL_CONFIG = "configs/quickstart.py"
 
 def main(argv: Sequence[str]) -> int:
     """Runs the benchmark; returns the exit status."""
-    argv = list(argv)
-    if not any(argument.split("=")[0] in ("--config", "--help", "-h") for argument in argv):
-        argv.insert(1, f"--config={SMALL_CONFIG}")
-    values = measure.parse(argv, FLAGS, __doc__, config=True)
+    values = measure.parse(argv, FLAGS, __doc__, config=True, default_config=SMALL_CONFIG)
     sweeps = {
         "batch": measure.numbers("batches", values.batches, (2, 4, 8), ","),
         "crop": measure.numbers("crops", values.crops, (96, 128, 192), ","),
@@ -78,22 +74,12 @@ def _at(
 
 
 def _candidate(config: ml_collections.ConfigDict) -> measure.Candidate:
-    schedule = optimizer.schedule_from_config(config, 1000)
-    model, tx = build_segmentor(config), optimizer.sgd(config, schedule)
-    state = init_state(init_variables(model, config.seed), tx)
-    state = jax.tree.map(lambda x: jax.numpy.array(x, copy=True), state)
+    model = build_segmentor(config)
+    variables = init_variables(model, config.seed)
     batch = random_batch(
         config.train.batch_size, tuple(config.augment.crop), len(config.data.class_names)
     )
-    batch = jax.device_put(batch)
-    step = make_train_step(model, config, tx, schedule, 1000)
-    step, held = measure.compiled(step, state, batch, donate_argnums=0)
-
-    def call() -> None:
-        nonlocal state
-        state, _ = jax.block_until_ready(step(state, batch))
-
-    return measure.Candidate("step", call, held)
+    return measure.Candidate("step", *measure.training_step(config, model, variables, batch, 1000))
 
 
 def _report(config: str, rows: Sequence[dict[str, Any]]) -> None:

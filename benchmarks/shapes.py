@@ -2,7 +2,7 @@
 
 import dataclasses
 
-from memseg_jax.models.convolution import ConvParams
+from memseg_jax.models.convolution_forms import ConvParams
 
 PLAIN = ConvParams()
 

@@ -7,18 +7,15 @@ python -m benchmarks.training_step --config configs/ade20k_resnet50.py --crop 51
 import sys
 from collections.abc import Sequence
 
-import jax
 import numpy as np
 import torch
 
 from benchmarks import measure, models
-from converters import command_line
 from converters.torch_model import training
-from memseg_jax.benchmark import network_flops, random_batch
+from memseg_jax import command_line
 from memseg_jax.errors import UserError
-from memseg_jax.training import optimizer
-from memseg_jax.training.state import init_state
-from memseg_jax.training.step import make_train_step
+from memseg_jax.hlo.flops import network_flops
+from memseg_jax.training.program import random_batch
 
 EPOCH_STEPS = 1000
 
@@ -34,7 +31,7 @@ def main(argv: Sequence[str]) -> int:
     )
     losses: dict[str, float] = {}
     candidates = [_jax_candidate(config, model, variables, batch, losses)]
-    if (device := measure.torch_device()) and model.memory_enabled:
+    if (device := measure.torch_device(model.precision)) and model.memory_enabled:
         for compiles in (False, True) if values.compile else (False,):
             candidates.append(_torch_candidate(config, variables, batch, device, compiles, losses))
     print("loss of the first step:", ", ".join(f"{k} {v:.7g}" for k, v in losses.items()))
@@ -48,22 +45,9 @@ def main(argv: Sequence[str]) -> int:
 
 
 def _jax_candidate(config, model, variables, batch, losses) -> measure.Candidate:
-    schedule = optimizer.schedule_from_config(config, config.train.epochs * EPOCH_STEPS)
-    tx = optimizer.sgd(config, schedule)
-    step = make_train_step(model, config, tx, schedule, EPOCH_STEPS)
-    # A copy: what is donated must not share memory with NumPy's arrays.
-    state = jax.tree.map(lambda x: jax.numpy.array(x, copy=True), init_state(variables, tx))
-    batch = jax.device_put(batch)
-    step, held = measure.compiled(step, state, batch, donate_argnums=0)
-    state, metrics = step(state, batch)
-    losses["JAX"] = float(metrics["loss"])
-
-    def call() -> None:
-        nonlocal state
-        state, metrics = step(state, batch)
-        jax.block_until_ready((state, metrics))
-
-    return measure.Candidate("JAX", call, held)
+    take_step, held = measure.training_step(config, model, variables, batch, EPOCH_STEPS)
+    losses["JAX"] = float(take_step()["loss"])
+    return measure.Candidate("JAX", take_step, held)
 
 
 def _torch_candidate(config, variables, batch, device, compiles, losses) -> measure.Candidate:

@@ -2,7 +2,7 @@
 
 A config file is a Python module with `get_config(arg=None)` that starts from `common.get_config()`,
 sets what is different, and returns it. Every field can be overridden on the command line, for
-example `--config.train.batch_size=8`.
+example `--config.train.batch_size=8`. What each may hold is in `memseg_jax/config_rules/fields.py`.
 """
 
 import ml_collections
@@ -37,7 +37,7 @@ def get_config() -> ml_collections.ConfigDict:
     data.train_split = "train"
     data.eval_split = "val"
     data.class_names = ("",)  # a tuple of strings; its length is the number of classes
-    data.palette = ()  # one (red, green, blue) a class; empty: generated colours
+    data.palette = ()  # one (red, green, blue) per class; empty: generated colours
     data.ignore_label = 255  # the value in label files that means "not labelled"; -1: there is none
     data.image_dir = "images/{split}"
     data.label_dir = "labels/{split}"
@@ -92,6 +92,10 @@ def get_config() -> ml_collections.ConfigDict:
     model.activation = "relu"  # of the head; or "leaky_relu" (slope 0.01)
     model.auxiliary = True
     model.compute_dtype = "float32"  # or "bfloat16"; parameters and statistics stay float32
+    # Convolutions and matrix products of float32: "highest" computes with all digits. "high" and
+    # "default" are faster: on TPUs with 16 and 8 digits (binary) of every factor, on GPUs both with
+    # 11 (TF32). On CPUs, and with compute_dtype "bfloat16", it makes no difference.
+    model.precision = "highest"
     # What a training step keeps for its backward pass. "none": everything. "blocks": the inputs of
     # residual and transformer blocks, of the attentions and of the layers between them; the inside
     # is computed a second time. The numbers are the same, the memory is a fraction.
@@ -100,7 +104,7 @@ def get_config() -> ml_collections.ConfigDict:
     model.memory = memory = ml_collections.ConfigDict()
     memory.enabled = True  # False: the plain DeepLabV3 baseline
     memory.attention_dim = 256
-    memory.slots = 1  # rows a class
+    memory.slots = 1  # rows per class
     memory.hard = False  # read by the arg-max class instead of the class probabilities
     memory.within_image_context = True
     memory.strategy = "cosine"  # weights of a class's pixels: 1 - cosine; or "mean"
@@ -113,7 +117,7 @@ def get_config() -> ml_collections.ConfigDict:
     loss.auxiliary = 0.4
     loss.consistency = 0.0  # representation-consistency loss on the memory rows
     loss.consistency_from_epoch = 2  # epochs count from 1
-    loss.class_weights = ()  # one a class; empty: all 1
+    loss.class_weights = ()  # one per class; empty: all 1
 
     config.optimizer = optimizer = ml_collections.ConfigDict()
     optimizer.lr = 0.01

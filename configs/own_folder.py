@@ -21,7 +21,7 @@ def get_config(
 
     Args:
         root: the folder that holds `images/` and `labels/`.
-        class_names: one a class, in the order of the ids in the label files.
+        class_names: one per class, in the order of the ids in the label files.
         crop: height and width of the training crops; images are not shrunk before cropping
             except by the random scale.
         backbone: resnet18, resnet50 or resnet101.

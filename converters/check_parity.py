@@ -29,14 +29,15 @@ import ml_collections
 import numpy as np
 
 import memseg_jax
-from converters import command_line, taps, torch_files, torch_to_orbax
+from converters import taps, torch_files, torch_to_orbax
 from converters.torch_files import TorchFile
+from memseg_jax import command_line
 from memseg_jax.data.images import read_image
 from memseg_jax.data.transforms import evaluation_transform
 from memseg_jax.errors import UserError
-from memseg_jax.main import enable_compilation_cache
 from memseg_jax.models.layers import resize_bilinear
 from memseg_jax.models.segmentor import build_segmentor
+from memseg_jax.runtime import compilation
 from memseg_jax.runtime.files import replacing
 
 EXCEEDED = 2  # exit status
@@ -138,7 +139,7 @@ def run_jax(
     """Our model in evaluation, on JAX's first device.
 
     Args:
-        config: the whole config; its compute type does not count.
+        config: the whole config; its compute type and its precision do not count.
         variables: params, batch_stats and memory.
         images: [batch, 3, height, width].
         compute_dtype: "float32" (in full precision, also where a device has faster ways) or
@@ -146,10 +147,9 @@ def run_jax(
     """
     config = copy.deepcopy(config)
     config.model.compute_dtype = compute_dtype
-    full = compute_dtype == "float32"
-    with jax.default_matmul_precision("highest" if full else "default"):
-        found = taps.taps_of(build_segmentor(config), variables, images)
-        return Outputs(found, _probabilities(found["stage2_logits"], images.shape[2:]))
+    config.model.precision = "highest"
+    found = taps.taps_of(build_segmentor(config), variables, images)
+    return Outputs(found, _probabilities(found["stage2_logits"], images.shape[2:]))
 
 
 def _probabilities(logits: np.ndarray, size: tuple[int, ...]) -> np.ndarray:
@@ -388,7 +388,7 @@ def main(argv: list[str]) -> int:
         raise UserError(f"--report={report}: expected a file to write, in a folder that exists")
     images, input_text = make_input(arguments.config, arguments.image, size)
     file = torch_files.read(arguments.checkpoint, arguments.sha256)
-    enable_compilation_cache()
+    compilation.keep_programs()
     rows, bfloat16 = check(file, arguments.config, images, arguments.bfloat16)
 
     facts = describe(file, arguments, input_text)

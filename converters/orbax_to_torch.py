@@ -16,9 +16,9 @@ from typing import Any
 import ml_collections
 import numpy as np
 
-from converters import command_line, names
+from converters import names
 from converters.torch_files import import_safetensors, import_torch
-from memseg_jax import checkpoint
+from memseg_jax import checkpoint, command_line
 from memseg_jax.errors import UserError
 from memseg_jax.models.segmentor import build_segmentor
 from memseg_jax.training.state import abstract_variables

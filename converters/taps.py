@@ -82,4 +82,5 @@ def taps_of(model: Segmentor, variables: dict[str, Any], images: np.ndarray) -> 
 def _forward(model: Segmentor, variables: dict[str, Any], images: jax.Array) -> dict[str, Any]:
     memory = variables["memory"]
     rest = {key: variables[key] for key in ("params", "batch_stats")}
-    return model.apply(rest, images, memory, mutable=["taps"])[1]["taps"]
+    with jax.default_matmul_precision(model.precision):
+        return model.apply(rest, images, memory, mutable=["taps"])[1]["taps"]

@@ -20,10 +20,10 @@ from typing import Any
 import ml_collections
 import numpy as np
 
-from converters import command_line, names, recognise, torch_files
+from converters import names, recognise, torch_files
 from converters.mismatch import mismatches
 from converters.torch_files import TorchFile
-from memseg_jax import checkpoint
+from memseg_jax import checkpoint, command_line
 from memseg_jax.errors import UserError
 from memseg_jax.models.segmentor import Segmentor, build_segmentor
 from memseg_jax.scoring import visualize

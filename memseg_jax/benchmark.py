@@ -18,23 +18,20 @@ import jax.numpy as jnp
 import ml_collections
 import numpy as np
 
+from memseg_jax import config_rules
 from memseg_jax.checkpoint import prepare_workdir
-from memseg_jax.data import IGNORE_LABEL, open_split
+from memseg_jax.data import open_split
 from memseg_jax.data.pipeline import steps_per_epoch, train_batches
 from memseg_jax.errors import UserError
-from memseg_jax.hlo.chips import chip_of, peak
-from memseg_jax.hlo.flops import count_flops
+from memseg_jax.hlo.chips import arithmetic, nominal_peak
+from memseg_jax.hlo.flops import network_flops
 from memseg_jax.inference import Predictor, check_evaluation
 from memseg_jax.models.segmentor import Segmentor, build_segmentor
-from memseg_jax.runtime import compilation, distributed, sharding
+from memseg_jax.runtime import compilation, distributed, files, sharding
+from memseg_jax.runtime.text import format_bytes
 from memseg_jax.training.agreement import check_processes_agree
-from memseg_jax.training.program import training_program
-from memseg_jax.training.state import (
-    TrainState,
-    abstract_variables,
-    init_state,
-    init_variables,
-)
+from memseg_jax.training.program import random_batch, training_program
+from memseg_jax.training.state import TrainState, init_state, init_variables
 
 log = logging.getLogger(__name__)
 
@@ -58,7 +55,8 @@ def run(config: ml_collections.ConfigDict, workdir: str | None = None) -> dict[s
         UserError: the config is wrong, processes differ in it or in their data, or the batch does
             not fit into memory.
     """
-    mesh = sharding.make_mesh(layout=config.get("sharding"))
+    config_rules.check(config)
+    mesh = sharding.make_mesh(layout=config.sharding)
     train = config.train
     sharding.check_batch_size(train.batch_size, mesh, config.replica_groups, train.accumulate)
     config = config.copy_and_resolve_references()
@@ -91,53 +89,9 @@ def run(config: ml_collections.ConfigDict, workdir: str | None = None) -> dict[s
     if distributed.is_primary():
         print(format_result(result), flush=True)
     if folder and distributed.is_primary():
-        (folder / FILE).write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
+        files.write_text(folder / FILE, json.dumps(result, indent=2) + "\n")
         log.info("wrote %s", folder / FILE)
     return result
-
-
-def random_batch(
-    batch_size: int, crop: tuple[int, int], num_classes: int, seed: int = 0
-) -> dict[str, np.ndarray]:
-    """Images of noise, and labels in blocks of 16x16 pixels, about 5 % of them ignored.
-
-    Returns:
-        "image" float32 [batch, height, width, 3] and "label" uint8 [batch, height, width].
-    """
-    rng = np.random.default_rng(seed)
-    height, width = crop
-    cells = (batch_size, -(-height // 16), -(-width // 16))
-    label = rng.integers(0, num_classes, cells).astype(np.uint8)
-    label[rng.random(cells) < 0.05] = IGNORE_LABEL
-    label = label.repeat(16, axis=1).repeat(16, axis=2)[:, :height, :width]
-    image = rng.standard_normal((batch_size, height, width, 3), np.float32)
-    return {"image": image, "label": np.ascontiguousarray(label)}
-
-
-def nominal_peak(device_kind: str, dtype: str) -> float | None:
-    """FLOP/s that the maker gives for a device, or None if it is not in the table."""
-    chip = chip_of(device_kind)
-    return peak(chip, dtype) if chip else None
-
-
-def network_flops(model: Segmentor, size: tuple[int, int], *, train: bool) -> int:
-    """Operations for one image of `size` in the forward pass; three times that in training.
-
-    The gradients for the inputs and for the kernels of a layer cost as much as its forward pass
-    each; what is computed a second time to save memory is not counted.
-    """
-    variables = abstract_variables(model)
-    rest = {"params": variables["params"], "batch_stats": variables["batch_stats"]}
-
-    def forward(variables: Any, image: jax.Array, memory: jax.Array, key: jax.Array) -> Any:
-        kw = {"mutable": ["batch_stats"], "rngs": {"dropout": key}} if train else {}
-        out = model.apply(variables, image, memory, train=train, **kw)
-        return out if train else out["logits"]
-
-    image = jax.ShapeDtypeStruct((1, *size, 3), jnp.float32)
-    key = jax.eval_shape(lambda: jax.random.key(0))
-    count = count_flops(forward, rest, image, variables["memory"], key)
-    return 3 * count if train else count
 
 
 # ---- The measurements ---------------------------------------------------------------------------
@@ -151,6 +105,7 @@ def _describe(config: ml_collections.ConfigDict, mesh: jax.sharding.Mesh) -> dic
         "devices": mesh.size,
         "backbone": config.model.backbone,
         "compute_dtype": config.model.compute_dtype,
+        "precision": config.model.precision,
         "batch_size": config.train.batch_size,
         "accumulate": config.train.accumulate,
         "crop": list(config.augment.crop),
@@ -202,7 +157,7 @@ def _measure_training(
         "images_per_second": batch_size / step_seconds,
         "compile_seconds": compile_seconds,
         "compiled_before": bool(hits),
-        "peak_bytes": program_bytes(compiled),
+        "peak_bytes": compilation.program_bytes(compiled),
         "train_flops_per_image": flops,
         "flops_per_second": flops * batch_size / step_seconds / mesh.size,
         "data_images_per_second": None,
@@ -304,26 +259,13 @@ def _measure_evaluation(
     }
 
 
-def program_bytes(compiled: Any) -> int | None:
-    """What a compiled program holds at its peak on one device, its arguments included."""
-    memory = compiled.memory_analysis()
-    if memory is None:
-        return None
-    return (
-        memory.argument_size_in_bytes
-        + memory.output_size_in_bytes
-        + memory.temp_size_in_bytes
-        - memory.alias_size_in_bytes
-    )
-
-
 def _measure_peak(config: ml_collections.ConfigDict, mesh: jax.sharding.Mesh) -> dict[str, Any]:
     """FLOP/s of one device in a large matrix product of the compute type."""
     device = mesh.local_devices[0]  # the first of all is out of reach of most processes
     side = 1536 if device.platform == "cpu" else 8192
     x = jax.device_put(np.full((side, side), 0.5, np.float32), device)
     x = x.astype(config.model.compute_dtype)
-    product = jax.jit(lambda x: x @ x)
+    product = jax.jit(lambda x: jnp.matmul(x, x, precision=config.model.precision))
     jax.block_until_ready(product(x))
     times = []
     while len(times) < 20:
@@ -333,7 +275,9 @@ def _measure_peak(config: ml_collections.ConfigDict, mesh: jax.sharding.Mesh) ->
     return {
         # The best time: a peak is what nothing else disturbed.
         "measured_peak": 2 * side**3 / min(times),
-        "nominal_peak": nominal_peak(device.device_kind, config.model.compute_dtype),
+        "nominal_peak": nominal_peak(
+            device.device_kind, config.model.compute_dtype, config.model.precision
+        ),
     }
 
 
@@ -350,7 +294,7 @@ def format_result(result: dict[str, Any]) -> str:
     columns = {
         "model": f"{result['backbone']}, {result['classes']} classes",
         "device": f"{result['devices']} x {result['device']}",
-        "batch": f"{result['batch_size']} x {crop}, {result['compute_dtype']}",
+        "batch": f"{result['batch_size']} x {crop}, {arithmetic(result)}",
         "train img/s": f"{result['images_per_second']:.4g}",
         "train ms/image": f"{1e3 / result['images_per_second']:.4g}",
         "data wait": "-" if wait is None else f"{wait:.0%}",
@@ -381,11 +325,3 @@ def format_result(result: dict[str, Any]) -> str:
         f"{result['evaluation_mode']!r}"
     )
     return "\n".join(lines)
-
-
-def format_bytes(count: int | None) -> str:
-    """Returns "812 MB", "14.6 GB", or "?" for None; decimal units."""
-    if count is None:
-        return "?"
-    power = min(int(math.log10(max(count, 1)) // 3), 3)
-    return f"{count / 1000**power:.3g} {('B', 'kB', 'MB', 'GB')[power]}"

@@ -15,11 +15,14 @@ import numpy as np
 from PIL import Image
 from tqdm import tqdm
 
+from memseg_jax import config_rules
 from memseg_jax.data import IGNORE_LABEL, open_split, transforms
 from memseg_jax.data.images import LabelValueError, value_advice
 from memseg_jax.data.pipeline import TrainSamples
 from memseg_jax.data.reading import map_ahead
-from memseg_jax.errors import UserError
+from memseg_jax.errors import PROCESS_ERRORS, UserError
+from memseg_jax.runtime.files import make_folder
+from memseg_jax.runtime.text import first_few
 from memseg_jax.scoring import visualize
 
 _SHOWN_MESSAGES = 20  # bad samples that are reported with their message ...
@@ -73,6 +76,7 @@ def run(config, folder: str | None = None) -> int:
     Returns:
         The exit status: 0, or 1 if a split cannot be opened or holds a bad sample.
     """
+    config_rules.check(config)
     data = config.data
     num_images = num_bad = 0
     unusable = []
@@ -159,6 +163,8 @@ def _read_one(source, index: int, num_classes: int):
                 f"and {IGNORE_LABEL}."
             )
         return label.shape, pixels
+    except PROCESS_ERRORS:
+        raise
     except Exception as error:
         return error
 
@@ -203,23 +209,13 @@ def draw_picture(config, source, split: str, folder: pathlib.Path) -> str:
         else:
             titles, rows, shown = ("image", "label"), _rows(source, None), "some samples"
         sheet = visualize.contact_sheet(rows, titles, class_names, palette)
-        _make_folder(folder)
+        make_folder(folder, "--output")
         visualize.save_png(path, sheet)
     # The numbers of a check that may have taken an hour matter more than a picture.
     except Exception as error:
         text = str(error) if isinstance(error, UserError) else f"{type(error).__name__}: {error}"
         return f"no picture of this split: {text}"
     return f"{path} shows {shown}"
-
-
-def _make_folder(folder: pathlib.Path) -> None:
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(
-            f"cannot make the folder {folder}: {error.strerror or error}. Choose another one with "
-            "--output."
-        ) from error
 
 
 def _rows(source, samples: TrainSamples | None) -> Iterator[tuple[str, list[np.ndarray]]]:
@@ -294,7 +290,7 @@ def _sizes_line(sizes: collections.Counter) -> str:
 
 
 def _class_table(report: SplitReport, class_names) -> list[str]:
-    """One line a class: id, name, share of the labelled pixels, images, bar."""
+    """One line per class: id, name, share of the labelled pixels, images, bar."""
     num_classes = len(class_names)
     labelled = max(int(report.pixels[:num_classes].sum()), 1)
     shares = report.pixels[:num_classes] / labelled
@@ -361,8 +357,7 @@ def _warnings(report: SplitReport, class_names, ignore_label: int) -> list[str]:
     never = [str(class_names[k]) for k in range(num_classes) if k not in seen]
     if good and never:
         collides = [] if not 0 <= ignore_label < num_classes else [str(class_names[ignore_label])]
-        names = ", ".join(_shortened(name) for name in never[:_NEVER_LISTED])
-        names += f", and {len(never) - _NEVER_LISTED} more" if len(never) > _NEVER_LISTED else ""
+        names = ", ".join(first_few([_shortened(name) for name in never], _NEVER_LISTED))
         of_read = f" in the {good} samples that could be read" if report.num_bad else ""
         warnings.append(f"{len(never)} of {num_classes} classes are never seen{of_read}: {names}")
         if collides and never == collides:

@@ -1,5 +1,8 @@
 """Bad input that the user can fix, and a request to stop."""
 
+# What says something about this process, and nothing about the file that it was reading.
+PROCESS_ERRORS = (ImportError, MemoryError, RecursionError)
+
 
 class UserError(ValueError):
     """Bad input of any kind: a file, a folder, a config field, a flag.

@@ -1,209 +1,19 @@
-"""The evaluate mode: segments the evaluation split and scores it.
+"""The evaluate mode: segments the evaluation split with a checkpoint and scores it."""
 
-Several processes share the images: each segments every so many-th one on its own devices, and
-process 0 puts the results together.
-"""
-
-import dataclasses
-import io
 import logging
-import pathlib
-import time
-from collections.abc import Callable, Iterator
-from typing import Any
 
-import jax
 import ml_collections
-import numpy as np
 
-from memseg_jax import checkpoint
+from memseg_jax import checkpoint, config_rules
 from memseg_jax.data import benchmark_of, open_split
-from memseg_jax.data.reading import map_ahead
-from memseg_jax.inference import Predictor
-from memseg_jax.models.segmentor import Segmentor, build_segmentor
-from memseg_jax.runtime import distributed, sharding
-from memseg_jax.scoring import metrics, visualize
+from memseg_jax.models.segmentor import build_segmentor
+from memseg_jax.runtime import distributed
+from memseg_jax.scoring import visualize
+from memseg_jax.scoring.evaluator import Evaluator
 from memseg_jax.scoring.prediction_files import PredictionWriter
 from memseg_jax.training.state import abstract_variables
 
 log = logging.getLogger(__name__)
-
-PICTURE = "examples.png"
-_EXAMPLES = 4  # images in the picture
-_REPORT_EVERY = 30.0  # seconds between lines of progress
-
-
-@dataclasses.dataclass(frozen=True)
-class Evaluation:
-    """The result over a split.
-
-    Attributes:
-        matrix: int64 [classes, classes + 1], see `metrics.confusion_matrix`; of all processes.
-        scores: see `metrics.scores`; of all processes.
-        examples: (image, truth, prediction) of a few images spread over the split; only process 0
-            has those of the others.
-        sizes: height and width of every image by its name; only process 0 has those of the others.
-        seconds: how long it took.
-    """
-
-    matrix: np.ndarray
-    scores: dict
-    examples: list[tuple[np.ndarray, np.ndarray, np.ndarray]]
-    sizes: dict[str, tuple[int, int]]
-    seconds: float
-
-
-class Evaluator:
-    """Segments the evaluation split with given weights, and compares with its labels.
-
-    It keeps compiled programs, but no weights: those are handed to each call, and their copies on
-    this process's devices live no longer than it.
-
-    Args:
-        config: the whole config; `config.eval` decides how images are segmented.
-        model: the segmentor.
-        source: images and labels, see `memseg_jax.data`.
-
-    Raises:
-        UserError: a field of `config.eval` has an impossible value.
-    """
-
-    def __init__(self, config: ml_collections.ConfigDict, model: Segmentor, source: Any):
-        self._source = source
-        self._threads = config.data.threads
-        self._names = tuple(config.data.class_names)
-        self._palette = visualize.resolve_palette(config.data.palette, len(self._names))
-        self._mesh = sharding.make_mesh(jax.local_devices())
-        self._predictor = Predictor(model, config.eval, self._mesh, config.augment.flip_pairs)
-
-    def evaluate(
-        self,
-        variables: dict[str, Any],
-        save: Callable[[str, np.ndarray], None] | None = None,
-        stop: Callable[[], bool] | None = None,
-    ) -> Evaluation | None:
-        """Segments every image of the source and compares with its label.
-
-        One confusion matrix is all that is kept, besides a few examples: memory does not grow with
-        the number of images. All processes have to call it; they share the images.
-
-        Args:
-            variables: params, batch_stats and memory, on any mesh.
-            save: called with the name and the label map of every sample of this process.
-            stop: asked after every image whether to give up.
-
-        Returns:
-            An `Evaluation`, or None if a process gave up.
-        """
-        start = reported = time.monotonic()
-        variables = sharding.on_own_devices(variables, self._mesh)
-        source, classes = self._source, len(self._names)
-        count = len(source)
-        own = range(distributed.process_index(), count, distributed.process_count())
-        shown = set(np.linspace(0, count - 1, min(_EXAMPLES, count)).astype(int).tolist())
-        part = _Part(np.zeros((classes, classes + 1), np.int64))
-        waiting: dict[int, dict[str, np.ndarray]] = {}
-
-        def images() -> Iterator[tuple[int, np.ndarray]]:
-            for index, sample in zip(own, map_ahead(source.__getitem__, own, self._threads)):
-                waiting[index] = sample
-                yield index, sample["image"]
-
-        for done, prediction in enumerate(self._predictor.predict(variables, images()), 1):
-            sample = waiting.pop(prediction.key)
-            part.matrix += metrics.confusion_matrix(prediction.label, sample["label"], classes)
-            if save:
-                save(sample["name"], prediction.label)
-                part.sizes[sample["name"]] = prediction.label.shape
-            if prediction.key in shown:
-                part.examples[prediction.key] = (sample["image"], sample["label"], prediction.label)
-            if time.monotonic() - reported > _REPORT_EVERY:
-                reported = time.monotonic()
-                rate = done / (reported - start)
-                log.info("evaluated %d of %d images, %.2f images/s", done, len(own), rate)
-            if stop and stop():
-                part.complete = False
-                break
-        if not part.merge():
-            return None
-        return Evaluation(
-            part.matrix,
-            metrics.scores(part.matrix),
-            [part.examples[index] for index in sorted(part.examples)],
-            part.sizes,
-            time.monotonic() - start,
-        )
-
-    def report(self, evaluation: Evaluation, workdir: pathlib.Path, extra: dict[str, Any]) -> None:
-        """Prints the table and writes metrics.json, per_class.csv and the picture of examples.
-
-        Args:
-            evaluation: the result.
-            workdir: folder of the run.
-            extra: further entries for metrics.json, such as the step.
-        """
-        scores, names = evaluation.scores, self._names
-        print(metrics.format_table(scores, names), flush=True)
-        extra = {"images": len(self._source)} | extra
-        metrics.write_results(workdir, scores, evaluation.matrix, names, extra)
-        sheet = visualize.comparison_sheet(evaluation.examples, names, self._palette)
-        visualize.save_png(workdir / PICTURE, sheet)
-        log.info("wrote metrics.json, per_class.csv and %s in %s", PICTURE, workdir)
-
-
-@dataclasses.dataclass
-class _Part:
-    """What one process has seen of a split; the attributes are those of `Evaluation`."""
-
-    matrix: np.ndarray
-    examples: dict[int, tuple[np.ndarray, np.ndarray, np.ndarray]] = dataclasses.field(
-        default_factory=dict
-    )
-    sizes: dict[str, tuple[int, int]] = dataclasses.field(default_factory=dict)
-    complete: bool = True
-
-    def merge(self) -> bool:
-        """Adds up the matrices of all processes; returns whether all of them were complete."""
-        if distributed.process_count() == 1:
-            return self.complete
-
-        def add_up(payloads: list[bytes]) -> bytes:
-            for payload in payloads[1:]:
-                self._add(payload)
-            return self._packed(with_examples=False)
-
-        total = distributed.reduce_on_primary(
-            "evaluation", self._packed(with_examples=True), add_up
-        )
-        if not distributed.is_primary():
-            self.matrix[:] = 0
-            self._add(total)
-        return self.complete
-
-    def _packed(self, with_examples: bool) -> bytes:
-        arrays = {"matrix": self.matrix, "complete": self.complete}
-        if with_examples:
-            for index, triple in self.examples.items():
-                for number, array in enumerate(triple):
-                    arrays[f"example/{index}/{number}"] = array
-            arrays["names"] = np.array(list(self.sizes), np.str_)
-            arrays["sizes"] = np.array(list(self.sizes.values()), np.int64).reshape(-1, 2)
-        file = io.BytesIO()
-        np.savez_compressed(file, **arrays)
-        return file.getvalue()
-
-    def _add(self, payload: bytes) -> None:
-        with np.load(io.BytesIO(payload)) as arrays:
-            self.matrix += arrays["matrix"]
-            self.complete &= bool(arrays["complete"])
-            for name in arrays.files:
-                if name.startswith("example/") and name.endswith("/0"):
-                    stem = name.removesuffix("0")
-                    index = int(stem.split("/")[1])
-                    self.examples[index] = tuple(arrays[f"{stem}{n}"] for n in range(3))
-            if "names" in arrays:
-                sizes = map(tuple, arrays["sizes"].tolist())
-                self.sizes |= dict(zip(arrays["names"].tolist(), sizes))
 
 
 def run(config: ml_collections.ConfigDict, workdir: str, which: str | int = "best") -> dict:
@@ -225,6 +35,7 @@ def run(config: ml_collections.ConfigDict, workdir: str, which: str | int = "bes
         UserError: there is no such checkpoint, it is of another model, the data are bad, or label
             maps cannot be written.
     """
+    config_rules.check(config)
     _, meta = checkpoint.read_meta(workdir, which)  # first: a misspelt workdir is not to be made
     class_names = tuple(config.data.class_names)
     checkpoint.check_class_names(meta, class_names)

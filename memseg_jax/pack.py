@@ -21,13 +21,18 @@ from typing import Any, NamedTuple
 
 import cv2
 import numpy as np
+import tensorflow_datasets as tfds
+from array_record.python import array_record_module
+from tensorflow_datasets.proto import tf_example_pb2
 from tqdm import tqdm
 
+from memseg_jax import config_rules
 from memseg_jax.data import folder as folders
 from memseg_jax.data import open_split, packed
 from memseg_jax.data.images import read_image
 from memseg_jax.data.reading import map_ahead
-from memseg_jax.errors import UserError
+from memseg_jax.errors import PROCESS_ERRORS, UserError
+from memseg_jax.runtime import files
 
 SHARD_BYTES = 128 << 20  # about, of a file
 _PROBES = 8  # samples whose size tells how many go into a file
@@ -49,6 +54,7 @@ def run(config: Any) -> int:
         UserError: a sample cannot be read, the folder cannot be written or holds other data, or a
             packed sample is no longer equal to its files.
     """
+    config_rules.check(config)
     data = config.data.copy_and_resolve_references()
     if not data.packed:
         raise UserError(
@@ -215,7 +221,7 @@ def _encode(source: Any, index: int) -> dict[str, bytes]:
             "image": image or _png(cv2.cvtColor(sample["image"], cv2.COLOR_RGB2BGR)),
             "label": _png(sample["label"]),
         }
-    except UserError:
+    except (UserError, *PROCESS_ERRORS):
         raise
     except Exception as error:
         raise UserError(
@@ -236,8 +242,6 @@ def _png(array: np.ndarray) -> bytes:
 
 def _write_shard(job: _Job, shard: packed.Shard, indices: Sequence[int]) -> packed.Shard:
     """Writes some samples into a file, which appears when it is whole."""
-    from array_record.python import array_record_module
-
     path = job.folder / shard.file
     temporary = path.with_name(f".{path.name}.partial")
     names, checksums = [], []
@@ -254,13 +258,13 @@ def _write_shard(job: _Job, shard: packed.Shard, indices: Sequence[int]) -> pack
                 writer.close()
             raise
         writer.close()
-        packed.synchronise(temporary)
+        files.flush(temporary)
         size = temporary.stat().st_size
         new = packed.Shard(temporary.name, shard.count, size, tuple(names), tuple(checksums))
         if fault := _damage(job.folder, new):
             raise OSError(f"read back, it is not what was written: {fault}")
         os.replace(temporary, path)
-        packed.synchronise(job.folder)
+        files.flush(job.folder)
         return dataclasses.replace(new, file=shard.file)
     except (OSError, RuntimeError) as error:  # array_record raises RuntimeError
         raise UserError(
@@ -276,8 +280,7 @@ def _serialised(example: dict[str, bytes]) -> bytes:
 
     Its own serializer leaves the order of the features to chance, and with it the file's bytes.
     """
-    protocol = packed.protocol()
-    message = protocol.Example()
+    message = tf_example_pb2.Example()
     for key, value in example.items():
         message.features.feature[key].bytes_list.value.append(value)
     return message.SerializeToString(deterministic=True)
@@ -290,7 +293,9 @@ def _damage(folder: Path, shard: packed.Shard) -> str:
         try:
             good = packed.checksum(packed.parse(records[position])) == expected
             reason = "its checksum is not the one that was noted"
-        except Exception as error:
+        except PROCESS_ERRORS:
+            raise
+        except packed.RECORD_ERRORS as error:
             good, reason = False, str(error)
         if not good:
             return f"{shard.file}, record {position} is damaged: {reason}"
@@ -329,8 +334,6 @@ def _compare(job: _Job, shard: packed.Shard, indices: Sequence[int]) -> None:
 
 def _describe(folder: Path, data_config: Any, manifest: packed.Manifest) -> None:
     """Writes what tensorflow-datasets wants to know: of this split and of all complete ones."""
-    import tensorflow_datasets as tfds
-
     others = [
         one for one in packed.manifests(folder) if one.complete and one.split != manifest.split
     ]

@@ -20,13 +20,13 @@ import jax
 import ml_collections
 import numpy as np
 
-from memseg_jax.benchmark import program_bytes
+from memseg_jax import config_rules
 from memseg_jax.checkpoint import prepare_workdir
 from memseg_jax.data import open_split
 from memseg_jax.data.pipeline import steps_per_epoch
 from memseg_jax.errors import UserError
 from memseg_jax.hlo import hlo_text, topologies
-from memseg_jax.hlo.chips import Chip, peak
+from memseg_jax.hlo.chips import Chip, arithmetic, peak
 from memseg_jax.hlo.flops import flops_of_jaxpr
 from memseg_jax.hlo.hlo_text import Collective
 from memseg_jax.hlo.topologies import Devices, Topology
@@ -34,6 +34,8 @@ from memseg_jax.inference import check_evaluation
 from memseg_jax.inference.predictor import network_scores
 from memseg_jax.models.segmentor import Segmentor, build_segmentor
 from memseg_jax.runtime import sharding
+from memseg_jax.runtime.compilation import program_bytes
+from memseg_jax.runtime.text import format_bytes
 from memseg_jax.training.program import training_program
 from memseg_jax.training.state import abstract_variables
 
@@ -63,6 +65,7 @@ def run(config: ml_collections.ConfigDict, topology: str, workdir: str | None = 
     Raises:
         UserError: config or topology are wrong, or do not fit each other.
     """
+    config_rules.check(config)
     jax.config.update("jax_platforms", "cpu")  # accelerators of this machine are left alone
     asked = topologies.parse(topology)
     reason = topologies.missing(asked.kind)
@@ -86,6 +89,7 @@ def run(config: ml_collections.ConfigDict, topology: str, workdir: str | None = 
         "jax": jax.__version__,
         "backbone": config.model.backbone,
         "compute_dtype": config.model.compute_dtype,
+        "precision": config.model.precision,
         "batch_size": train.batch_size,
         "accumulate": train.accumulate,
         "remat": config.model.remat,
@@ -150,7 +154,7 @@ def _plan_training(
     result = _compile(
         program.step, (program.state, program.batch), "the training step", config, devices
     )
-    result["state_bytes"] = sharding.bytes_a_device(program.state)
+    result["state_bytes"] = sharding.bytes_per_device(program.state)
     result["images"] = batch_size
     if seconds := result["seconds"]:
         result["images_per_second"] = batch_size / seconds["step"]
@@ -203,7 +207,7 @@ def _compile(
         alone: number of the devices that take part; None: all.
 
     Returns:
-        Memory in bytes a device, FLOP a device, collectives, and estimated seconds.
+        Memory in bytes per device, FLOP per device, collectives, and estimated seconds.
     """
     count = alone or len(devices.devices)
     log.info("compiling %s for %d x %s ...", what, count, devices.devices[0].device_kind)
@@ -238,9 +242,8 @@ def _compile(
     found = hlo_text.collectives(text, count)
     result["collectives"] = [dataclasses.asdict(c) for c in found]
     if devices.chip:
-        result["seconds"] = estimate(
-            result["flops"], result["traffic"], found, devices, config.model.compute_dtype
-        )
+        rate = peak(devices.chip, config.model.compute_dtype, config.model.precision)
+        result["seconds"] = estimate(result["flops"], result["traffic"], found, devices, rate)
     return result
 
 
@@ -258,7 +261,7 @@ def estimate(
     traffic: float,
     collectives: Sequence[Collective],
     devices: Devices,
-    dtype: str,
+    rate: float,
 ) -> dict[str, float]:
     """Seconds that the parts of a program take, and the program as a whole.
 
@@ -270,14 +273,14 @@ def estimate(
         traffic: bytes between one device and its memory.
         collectives: of one device.
         devices: what runs it; its chip must be known.
-        dtype: compute type.
+        rate: the peak of its arithmetic, FLOP/s.
 
     Returns:
         "compute", "memory", "large_collectives", "small_collectives", and "step".
     """
     chip = devices.chip
     times = {
-        "compute": flops / (peak(chip, dtype) * EFFICIENCY),
+        "compute": flops / (rate * EFFICIENCY),
         "memory": traffic / chip.bandwidth,
         "large_collectives": 0.0,
         "small_collectives": 0.0,
@@ -336,7 +339,7 @@ def advice(config: ml_collections.ConfigDict, devices: int, training: dict[str, 
     if devices > 1 and held > 0.1 * (training["limit"] or math.inf):
         lines.append(
             f"--config.sharding.fsdp={_largest_divisor(devices, 8)}: parameters and optimiser, "
-            f"{sharding.format_bytes(held)}, split over so many devices"
+            f"{format_bytes(held)}, split over so many devices"
         )
     least = math.lcm(devices, config.replica_groups)
     parts = [n for n in range(2, images + 1) if train.batch_size % (least * n) == 0]
@@ -368,7 +371,7 @@ def format_plan(result: dict[str, Any], devices: Devices) -> str:
     lines.append("")
     lines.append(
         f"Training step: {result['batch_size']} crops of {crop}, "
-        f"{result['batch_size'] / count:g} a device, {result['compute_dtype']}, "
+        f"{result['batch_size'] / count:g} a device, {arithmetic(result)}, "
         f"remat {result['remat']!r}, accumulate {result['accumulate']}"
     )
     lines += _describe(training)
@@ -382,13 +385,13 @@ def format_plan(result: dict[str, Any], devices: Devices) -> str:
     lines.append(f"Evaluation, one process: {evaluation['images']} inputs of {size}")
     lines += _describe(evaluation)
     if devices.chip:
-        lines += ["", *_assumptions(devices, result["compute_dtype"])]
+        lines += ["", *_assumptions(devices, result)]
     return "\n".join(lines)
 
 
 def _describe(part: dict[str, Any]) -> list[str]:
     """What one program needs."""
-    size = sharding.format_bytes
+    size = format_bytes
     lines = []
     memory, limit = part["memory"], part["limit"]
     total = memory["total"]
@@ -430,12 +433,13 @@ def totals(collectives: Sequence[dict[str, Any]]) -> list[tuple[str, int, int]]:
     return [(name, *row) for name, row in sorted(rows.items())]
 
 
-def _assumptions(devices: Devices, dtype: str) -> list[str]:
+def _assumptions(devices: Devices, result: dict[str, Any]) -> list[str]:
     """What the estimates rest on."""
     chip = devices.chip
+    rate = peak(chip, result["compute_dtype"], result["precision"])
     latency = "1 us for each link" if devices.topology.is_tpu else "20 us between GPUs"
     lines = [
-        f"Estimates assume {peak(chip, dtype) / 1e12:g} TFLOP/s a chip in {dtype}, of which "
+        f"Estimates assume {rate / 1e12:.4g} TFLOP/s a chip in {arithmetic(result)}, of which "
         f"{EFFICIENCY:.0%} are reached; {chip.bandwidth / 1e9:g} GB/s of memory, "
         f"{chip.link / 1e9:g} GB/s a link, by the maker; and {latency}.",
         f"Collectives under {SMALL // 1024} KiB are small: the program waits for each of them.",

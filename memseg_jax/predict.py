@@ -10,13 +10,14 @@ import jax
 import ml_collections
 import numpy as np
 
-from memseg_jax import checkpoint
+from memseg_jax import checkpoint, config_rules
 from memseg_jax.data.folder import IMAGE_SUFFIXES
 from memseg_jax.data.images import read_image
 from memseg_jax.errors import UserError
 from memseg_jax.inference import Prediction, Predictor
 from memseg_jax.models.segmentor import build_segmentor
 from memseg_jax.runtime import sharding
+from memseg_jax.runtime.files import make_folder
 from memseg_jax.scoring import visualize
 from memseg_jax.training.state import abstract_variables
 
@@ -114,7 +115,7 @@ def save(
     Raises:
         UserError: the folder or a file cannot be written.
     """
-    _make_folder(target.parent)
+    make_folder(target.parent, "--output")
     labels, overlay, confidence, ids = (
         target.with_name(ending.format(target.name)) for ending in ENDINGS
     )
@@ -150,9 +151,10 @@ def run(
         save_ids: see `save`.
 
     Raises:
-        UserError: nothing to segment, no such checkpoint, or some pictures could not be read
-            (raised at the end; all others are done by then).
+        UserError: the config is wrong, nothing to segment, no such checkpoint, or some pictures
+            could not be read (raised at the end; all others are done by then).
     """
+    config_rules.check(config)
     folder = pathlib.Path(output or pathlib.Path(workdir) / "predictions").expanduser()
     pictures = find_images(pattern, folder)
     _, meta = checkpoint.read_meta(workdir, which)
@@ -161,7 +163,7 @@ def run(
     model = build_segmentor(config)
     variables, _ = checkpoint.restore_for_inference(workdir, abstract_variables(model), which)
     palette = visualize.resolve_palette(meta["palette"], len(meta["class_names"]))
-    _make_folder(folder)
+    make_folder(folder, "--output")
     mesh = sharding.make_mesh(jax.local_devices())
     pairs = config.augment.flip_pairs
     predictor = Predictor(model, config.eval, mesh, pairs, confidence=save_confidence)
@@ -191,13 +193,6 @@ def run(
         raise UserError(
             f"{len(failed)} of {len(pictures)} pictures could not be read:\n" + "\n".join(failed)
         )
-
-
-def _make_folder(folder: pathlib.Path) -> None:
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"--output: cannot make the folder {folder}: {error}") from error
 
 
 def _summary(label: np.ndarray, class_names: list[str]) -> str:

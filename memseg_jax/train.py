@@ -14,7 +14,7 @@ from typing import Any
 import jax
 import ml_collections
 
-from memseg_jax import checkpoint, evaluate
+from memseg_jax import checkpoint, config_rules
 from memseg_jax.checkpoint import Checkpointer, RunLock
 from memseg_jax.data import open_split
 from memseg_jax.data.pipeline import check_batch, steps_per_epoch, train_batches
@@ -25,6 +25,7 @@ from memseg_jax.runtime.stopping import StopRequests
 from memseg_jax.runtime.text import format_duration
 from memseg_jax.runtime.watchdog import Watchdog
 from memseg_jax.scoring import visualize
+from memseg_jax.scoring.evaluator import PICTURE, Evaluator
 from memseg_jax.scoring.memory_health import MemoryHealth
 from memseg_jax.training import guards
 from memseg_jax.training.agreement import check_processes_agree
@@ -56,7 +57,7 @@ def run(config: ml_collections.ConfigDict, workdir: str) -> None:
             training in the workdir.
         Stopped: it was asked to stop, see `memseg_jax.runtime.stopping`; the state is saved.
     """
-    _check(config)
+    config_rules.check(config)
     with contextlib.ExitStack() as stack:
         stops = stack.enter_context(StopRequests())
         watchdog = stack.enter_context(Watchdog(config.train.watchdog_minutes))
@@ -73,7 +74,7 @@ def _run(
     started = time.monotonic()
 
     # ---- Data and folder ------------------------------------------------------------------------
-    mesh = sharding.make_mesh(layout=config.get("sharding"))
+    mesh = sharding.make_mesh(layout=config.sharding)
     train, batch_size = config.train, config.train.batch_size
     sharding.check_batch_size(batch_size, mesh, config.replica_groups, train.accumulate)
     class_names = tuple(config.data.class_names)
@@ -82,7 +83,7 @@ def _run(
     fingerprint = train_source.fingerprint()
     eval_source = open_split(config.data, config.data.eval_split)
     model = build_segmentor(config)
-    evaluator = evaluate.Evaluator(config, model, eval_source)
+    evaluator = Evaluator(config, model, eval_source)
     folder = checkpoint.prepare_workdir(workdir)  # not before: a wrong config leaves no folder
     check_processes_agree(config, fingerprint, folder)
     lock = stack.enter_context(RunLock(folder, config.checkpoint.lock_minutes))
@@ -253,7 +254,7 @@ class _Saver:
 class _Evaluation:
     """Evaluates a state that was saved, and records what it is worth."""
 
-    evaluator: evaluate.Evaluator
+    evaluator: Evaluator
     saver: _Saver
     progress: TrainingLog
     watchdog: Watchdog
@@ -293,24 +294,6 @@ def _tell_others(kind: Any, error: BaseException | None, traceback: Any) -> bool
     return False
 
 
-def _check(config: ml_collections.ConfigDict) -> None:
-    """Refuses counts that cannot be meant, before they fail in the middle of a run."""
-    least = {
-        "train.epochs": 1,
-        "train.log_every": 1,
-        "train.eval_every": 0,
-        "train.watchdog_minutes": 0,
-        "checkpoint.every": 1,
-        "checkpoint.keep": 1,
-    }
-    for field, minimum in least.items():
-        section, name = field.split(".")
-        value = config[section][name]
-        if value < minimum:
-            raise UserError(f"config.{field} is {value}; expected {minimum} or more")
-    guards.check_policy(config.train)
-
-
 def _state_after(
     bad_step: int,
     checkpointer: Checkpointer,
@@ -345,7 +328,7 @@ def _print_next_steps(
     else:
         print(f"Trained {total_steps - first_step} steps in {format_duration(seconds)}.")
     print(
-        f"  picture      {folder / evaluate.PICTURE}\n"
+        f"  picture      {folder / PICTURE}\n"
         f"  scores       {folder / 'metrics.json'}, {folder / 'per_class.csv'}\n"
         f"  progress     {folder / 'metrics.csv'}\n"
         f"  checkpoints  {folder / checkpoint.FOLDER}\n"

@@ -3,6 +3,7 @@
 import ctypes
 import gc
 import os
+import types
 
 # Before jax is imported: forced devices let one process test what many devices do.
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
@@ -15,6 +16,7 @@ import pytest
 
 jax.config.update("jax_default_matmul_precision", "highest")
 
+from memseg_jax.models import convolution  # noqa: E402
 from tests import session  # noqa: E402
 from tests.tiny import compilations, quiet_entry, three_convolutions  # noqa: E402, F401
 
@@ -57,6 +59,28 @@ def double_precision():
     jax.config.update("jax_enable_x64", True)
     yield
     jax.config.update("jax_enable_x64", False)
+
+
+@pytest.fixture
+def forms_of(monkeypatch):
+    """A function that makes all convolutions take the forms that another platform would have.
+
+    It returns the real `choose`, and the arguments that it gets after the platform.
+    """
+    choose, cases = convolution.choose, []
+
+    def force(platform):
+        def forced(_, *case):
+            cases.append(case)
+            return choose(platform, *case)
+
+        monkeypatch.setattr(convolution, "choose", forced)
+        jax.clear_caches()  # what was traced before has other forms
+        return types.SimpleNamespace(choose=choose, cases=cases)
+
+    yield force
+    monkeypatch.undo()
+    jax.clear_caches()
 
 
 @pytest.fixture(autouse=True)

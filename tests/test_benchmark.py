@@ -10,14 +10,12 @@ import pytest
 
 from memseg_jax import benchmark
 from memseg_jax.data import IGNORE_LABEL
-from memseg_jax.hlo.flops import count_flops
+from memseg_jax.hlo.chips import nominal_peak
+from memseg_jax.hlo.flops import count_flops, network_flops
 from memseg_jax.models.segmentor import build_segmentor
 from memseg_jax.runtime import compilation
+from memseg_jax.training.program import random_batch
 from tests import tiny
-
-# How ml_collections loads config files.
-pytestmark = pytest.mark.filterwarnings("ignore:the load_module:DeprecationWarning")
-
 
 COMPILED = {}  # all tests here use the same programs
 
@@ -94,7 +92,7 @@ def test_a_batch_that_does_not_fit_is_explained(quick, quiet_entry, capsys, monk
 
 
 def test_random_batch():
-    batch = benchmark.random_batch(3, (20, 36), 5, seed=1)
+    batch = random_batch(3, (20, 36), 5, seed=1)
     assert batch["image"].shape == (3, 20, 36, 3)
     assert batch["image"].dtype == np.float32
     label = batch["label"]
@@ -102,28 +100,26 @@ def test_random_batch():
     assert label.dtype == np.uint8
     assert set(np.unique(label)) <= {0, 1, 2, 3, 4, IGNORE_LABEL}
     assert (label[:, :16, :16] == label[:, :1, :1]).all()
-    np.testing.assert_array_equal(label, benchmark.random_batch(3, (20, 36), 5, seed=1)["label"])
+    np.testing.assert_array_equal(label, random_batch(3, (20, 36), 5, seed=1)["label"])
 
 
 @pytest.mark.parametrize(
-    ("device", "dtype", "expected"),
+    ("device", "dtype", "precision", "expected"),
     [
-        ("NVIDIA H200", "bfloat16", 989e12),
-        ("NVIDIA A100-SXM4-80GB", "float32", 156e12),
-        ("TPU v5 lite", "bfloat16", 197e12),
-        ("TPU v5p", "bfloat16", 459e12),
-        ("cpu", "float32", None),
+        ("NVIDIA H200", "bfloat16", "highest", 989e12),
+        ("NVIDIA A100-SXM4-80GB", "float32", "default", 156e12),
+        ("NVIDIA A100-SXM4-80GB", "float32", "high", 156e12),
+        ("NVIDIA A100-SXM4-80GB", "float32", "highest", 19.5e12),
+        ("TPU v5 lite", "bfloat16", "highest", 197e12),
+        ("TPU v5p", "bfloat16", "highest", 459e12),
+        ("TPU v5 lite", "float32", "default", 197e12),
+        ("TPU v5 lite", "float32", "high", 197e12 / 3),
+        ("TPU v5 lite", "float32", "highest", 197e12 / 6),
+        ("cpu", "float32", "highest", None),
     ],
 )
-def test_nominal_peak(device, dtype, expected):
-    assert benchmark.nominal_peak(device, dtype) == expected
-
-
-@pytest.mark.parametrize(
-    ("count", "text"), [(None, "?"), (0, "0 B"), (812e6, "812 MB"), (14.61e9, "14.6 GB")]
-)
-def test_format_bytes(count, text):
-    assert benchmark.format_bytes(count) == text
+def test_nominal_peak(device, dtype, precision, expected):
+    assert nominal_peak(device, dtype, precision) == expected
 
 
 def test_the_first_steps_do_not_count(monkeypatch):
@@ -148,9 +144,9 @@ def test_network_flops_of_training_are_three_times_the_forward_pass():
     config.model.dropout = 0.0
     model = build_segmentor(config)
     size = (tiny.SIDE, tiny.SIDE)
-    forward = benchmark.network_flops(model, size, train=False)
-    assert benchmark.network_flops(model, size, train=True) == 3 * forward
-    assert benchmark.network_flops(model, (64, 32), train=False) > 2 * forward  # the attentions
+    forward = network_flops(model, size, train=False)
+    assert network_flops(model, size, train=True) == 3 * forward
+    assert network_flops(model, (64, 32), train=False) > 2 * forward  # the attentions
 
 
 # ---- Counting -----------------------------------------------------------------------------------

@@ -4,15 +4,16 @@ import importlib
 import json
 import sys
 
+import jax
 import numpy as np
 import pytest
 
-from memseg_jax import main as program
-from tests.small_models import fast_jit
+from memseg_jax.errors import UserError
+from memseg_jax.runtime import compilation
+from tests.small_models import FAST_COMPILE
 from tests.tiny import CONFIG
 
 pytest.importorskip("torch")
-pytestmark = pytest.mark.filterwarnings("ignore:the load_module:DeprecationWarning")
 MODEL = (f"--config={CONFIG}", "--crop=32x32", "--batch=2")
 
 
@@ -31,12 +32,13 @@ def run(monkeypatch, capsys):
     """Runs a benchmark; returns the lines of JSON, and everything that it printed."""
     from benchmarks import measure
 
-    def compile_quickly(function, *args, **options):
-        compiled = fast_jit(function, **options).lower(*args).compile()
+    def compile_quickly(function, *args):
+        jitted = function if hasattr(function, "lower") else jax.jit(function)
+        compiled = jitted.lower(*args).compile(FAST_COMPILE)
         return compiled, measure.program_bytes(compiled)
 
     monkeypatch.setattr(measure, "compiled", compile_quickly)
-    monkeypatch.setattr(program, "enable_compilation_cache", lambda: None)
+    monkeypatch.setattr(compilation, "keep_programs", lambda: None)
 
     def start(name, *arguments):
         module = importlib.import_module(f"benchmarks.{name}")
@@ -235,6 +237,6 @@ def test_scaling(run):
 )
 def test_mistakes(run, arguments, message):
     module = importlib.import_module("benchmarks.memory_update")
-    with pytest.raises(program.UserError) as error:
+    with pytest.raises(UserError) as error:
         module.main(["memory_update", *arguments])
     assert str(error.value) == message

@@ -415,17 +415,8 @@ def test_no_picture_is_no_failure(config, tmp_path, capsys):
     assert out.count("no picture of this split: cannot make the folder") == 2
     assert "Not a directory. Choose another one with --output." in out
     (tmp_path / "pictures" / "train.png").mkdir(parents=True)
-    config.replica_groups = 7
-    assert check_data.run(config, str(tmp_path / "pictures")) == 0
-    assert "no picture of this split: config.train.batch_size" in capsys.readouterr().out
-    config.replica_groups = 1
     assert check_data.run(config, str(tmp_path / "pictures")) == 0
     assert "no picture of this split: cannot write" in capsys.readouterr().out
-    config.augment.crop = (-3, 3)
-    assert check_data.run(config, str(tmp_path / "pictures")) == 0
-    out = capsys.readouterr().out
-    assert "no picture of this split: none of the samples it would show" in out
-    assert "All 7 samples can be read" in out
 
 
 def test_split_without_public_labels(tmp_path, drawn, capsys):

@@ -10,7 +10,7 @@ import jax
 import numpy as np
 import pytest
 
-from memseg_jax import suggest
+from memseg_jax import command_line
 from memseg_jax.data import transforms
 from memseg_jax.data.pipeline import steps_per_epoch
 from memseg_jax.errors import UserError
@@ -339,7 +339,7 @@ def test_docstring_has_the_commands_and_the_weights(name):
 @pytest.mark.parametrize("name", WITH_FORMS)
 def test_the_form_of_2021_is_the_default(name):
     assert load(name) == load(f"{name}:2021")
-    old, new = (suggest.field_values(load(f"{name}:{form}")) for form in ("2021", "2025"))
+    old, new = (command_line.field_values(load(f"{name}:{form}")) for form in ("2021", "2025"))
     groups = {field for field, value in old.items() if hasattr(value, "items")}
     different = {f for f in old if f not in groups and old[f] != new[f]}
     if name == "cocostuff10k_vit":
@@ -360,11 +360,11 @@ def test_form_and_test_settings_combine(name):
 
 def test_unknown_arguments_are_refused_on_the_command_line(capsys):
     with pytest.raises(UserError, match=r"know '2023', but: ms_flip \(.*\), 2021 \(.*\), 2025 \("):
-        suggest.load_config(str(CONFIGS / "lip_hrnet.py") + ":2023")
+        command_line.load_config(str(CONFIGS / "lip_hrnet.py") + ":2023")
     with pytest.raises(UserError, match=r":2025: this config does not know '2025', but: ms_flip"):
-        suggest.load_config(str(CONFIGS / "cityscapes_hrnet.py") + ":2025")
+        command_line.load_config(str(CONFIGS / "cityscapes_hrnet.py") + ":2025")
     with pytest.raises(UserError, match=r"does not know 'flip', but: ms_flip"):
-        suggest.load_config(str(CONFIGS / "ade20k_resnet101.py") + ":ms_flip,flip")
+        command_line.load_config(str(CONFIGS / "ade20k_resnet101.py") + ":ms_flip,flip")
     with pytest.raises(UserError, match=r"choose one of 2021 and 2025"):
-        suggest.load_config(str(CONFIGS / "ade20k_hrnet.py") + ":2021,2025,ms_flip")
+        command_line.load_config(str(CONFIGS / "ade20k_hrnet.py") + ":2021,2025,ms_flip")
     assert capsys.readouterr().err == ""

@@ -1,23 +1,24 @@
 """Evaluating: what is written, and numbers that do not depend on how images are batched."""
 
 import csv
+import gc
 import json
 
 import jax
 import numpy as np
 import pytest
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from memseg_jax import evaluate
 from memseg_jax.data import open_split
 from memseg_jax.models.segmentor import build_segmentor
 from memseg_jax.runtime import sharding
+from memseg_jax.scoring.evaluator import Evaluator
 from memseg_jax.scoring.metrics import confusion_matrix
 from tests import tiny
-from tests.small_models import random_variables
+from tests.small_models import ThreeConvolutions, random_variables
 
 pytestmark = [
     pytest.mark.usefixtures("quiet_entry"),
-    pytest.mark.filterwarnings("ignore:the load_module:DeprecationWarning"),
 ]
 # Most of these are padded to 64x64; some sides are no multiples of the stride 8.
 SIZES = [(64, 64), (40, 56), (33, 47), (64, 41), (57, 64), (35, 60), (1, 50), (50, 36)]
@@ -47,7 +48,7 @@ def matrix(root, compilations, monkeypatch):
         config.eval.update(fields)
         mesh = mesh or sharding.make_mesh()
         monkeypatch.setattr(sharding, "make_mesh", lambda *args, **kw: mesh)
-        return evaluate.Evaluator(config, model, source).evaluate(variables).matrix
+        return Evaluator(config, model, source).evaluate(variables).matrix
 
     return compute
 
@@ -127,10 +128,11 @@ def test_classes_of_the_checkpoint_in_another_order_are_refused(workdir, capsys,
 @pytest.mark.parametrize(
     ("change", "answer"),
     [
-        ("mode=slides", "config.eval.mode is 'slides'; expected 'whole' or 'slide'"),
-        ("batch_size=0", "config.eval.batch_size is 0; expected 1 or more"),
-        ("scales=()", "config.eval.scales is (); expected at least one positive number"),
-        ("scales=(1.0,-2)", "config.eval.scales is (1.0, -2); expected"),
+        ("mode=slides", "config.eval.mode is 'slides'; expected one of 'whole', 'slide'. Did you"),
+        ("batch_size=0", "config.eval.batch_size is 0; expected a whole number from 1 to"),
+        ("scales=()", "config.eval.scales is (); expected 1 to 100 factors"),
+        ("scales=(1.0,-2)", "config.eval.scales[1] is -2; expected a number above 0"),
+        ("canvases=((64,64),(64,60))", "config.eval.canvases[1] is (64, 60); expected (height"),
         ("size_multiple=30", "config.eval.size_multiple is 30; expected a multiple of"),
     ],
 )
@@ -181,3 +183,30 @@ def test_sliding_windows(matrix, compilations):
     assert moved(windows, matrix(exact_sizes=9)) < 1e-3
     # A window as large as every image is the whole image.
     assert moved(matrix(window=(64, 64)), matrix(mode="whole")) < 1e-3
+
+
+def test_copies_of_split_weights_are_gone_after_the_evaluation(root, compilations):
+    config = tiny.get_config()
+    config.data.root = str(root)
+    model = build_segmentor(config).clone(backbone=ThreeConvolutions())
+    mesh = Mesh(np.array(jax.devices()).reshape(1, 8), ("data", "fsdp"))
+    variables = jax.tree.map(
+        lambda x: jax.device_put(x, split(x, mesh)), random_variables(model, 3)
+    )
+    evaluator = Evaluator(config, model, open_split(config.data, "val"))
+    before = held()
+    assert evaluator.evaluate(variables).matrix.sum() > 0
+    assert held() == before
+
+
+def split(x, mesh):
+    """The sharding of an array over all devices by its last axis, if that can be."""
+    splits = x.shape[-1] % mesh.size == 0
+    return NamedSharding(mesh, PartitionSpec(*[None] * (x.ndim - 1), "fsdp" if splits else None))
+
+
+def held():
+    """Bytes of all arrays on devices; several arrays may be views of one buffer."""
+    gc.collect()
+    shards = [shard.data for x in jax.live_arrays() for shard in x.addressable_shards]
+    return sum({x.unsafe_buffer_pointer(): x.nbytes for x in shards}.values())

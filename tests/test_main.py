@@ -6,21 +6,19 @@ import textwrap
 import types
 from pathlib import Path
 
-import jax
 import pytest
 
 from memseg_jax import main as entry
-from memseg_jax import suggest
 from memseg_jax.errors import UserError
+from memseg_jax.runtime import compilation
 
-# How ml_collections loads config files.
-pytestmark = pytest.mark.filterwarnings("ignore:the load_module:DeprecationWarning")
 ROOT = Path(entry.__file__).resolve().parents[1]
 CONFIG = """
 from configs import common
 
 def get_config(arg=None):
     config = common.get_config()
+    config.data.class_names = ("background", "road")
     if arg is not None:
         config.seed = int(arg)
     return config
@@ -48,7 +46,7 @@ def calls(monkeypatch):
     for mode in entry.MODES:
         monkeypatch.setitem(sys.modules, f"memseg_jax.{mode}", fake(mode))
     monkeypatch.setattr(entry, "set_up_logging", lambda: None)
-    monkeypatch.setattr(entry, "enable_compilation_cache", lambda: made.append("cache"))
+    monkeypatch.setattr(compilation, "keep_programs", lambda: made.append("cache"))
     return made
 
 
@@ -216,7 +214,7 @@ def test_help():
     result = program("--help")
     assert result.returncode == 0
     assert result.stderr == ""
-    for name in entry.FLAGS:
+    for name in ("config", *entry.FLAGS):
         assert f"\n  --{name} " in result.stdout
     assert "examples:" in result.stdout
     assert "verbosity" not in result.stdout
@@ -236,30 +234,6 @@ def test_starting_does_not_import_jax():
     assert subprocess.run([sys.executable, "-c", code], cwd=ROOT).returncode == 0
 
 
-# --------------------------------------------------------------------------------- the cache
-
-
-def test_compilation_cache(tmp_path, monkeypatch):
-    names = ("jax_compilation_cache_dir", "jax_persistent_cache_min_compile_time_secs")
-    before = {name: getattr(jax.config, name) for name in names}
-    try:
-        monkeypatch.delenv("JAX_COMPILATION_CACHE_DIR", raising=False)
-        monkeypatch.setenv("MEMSEG_CACHE", str(tmp_path / "a" / "b"))
-        entry.enable_compilation_cache()
-        assert jax.config.jax_compilation_cache_dir == str(tmp_path / "a" / "b")
-        assert jax.config.jax_persistent_cache_min_compile_time_secs == 1.0
-        (tmp_path / "file").write_text("")
-        monkeypatch.setenv("MEMSEG_CACHE", str(tmp_path / "file" / "x"))
-        entry.enable_compilation_cache()  # no folder, no cache, no failure
-        jax.config.update("jax_compilation_cache_dir", "given")
-        monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", "given")
-        entry.enable_compilation_cache()
-        assert jax.config.jax_compilation_cache_dir == "given"
-    finally:
-        for name, value in before.items():
-            jax.config.update(name, value)
-
-
 def test_logging_shows_our_messages_and_not_those_of_libraries():
     # In a process of its own, because logging is global.
     code = """
@@ -276,15 +250,3 @@ def test_logging_shows_our_messages_and_not_those_of_libraries():
     command = [sys.executable, "-c", textwrap.dedent(code)]
     result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert (result.stdout, result.stderr) == ("", "ours 1\nwarned\n")
-
-
-# ------------------------------------------------------------------------------ nearest names
-
-
-def test_nearest():
-    fields = ["train.batch_size", "eval.batch_size", "optimizer.lr", "seed"]
-    assert suggest.nearest("train.batchsize", fields)[0] == "train.batch_size"
-    assert set(suggest.nearest("batch_size", fields)) == {"train.batch_size", "eval.batch_size"}
-    assert suggest.nearest("zzz", fields) == []
-    assert suggest.nearest("x", []) == []
-    assert suggest.did_you_mean("zzz", [str(n) for n in range(30)]).endswith("19 and 10 more.")

@@ -17,15 +17,12 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from memseg_jax import main
+from memseg_jax import command_line, main
 from memseg_jax.data import open_split
-from memseg_jax.main import parse_flags
 from memseg_jax.runtime import compilation, sharding
 from tests import session, tiny
 from tests.official_trees import SPLITS, write_tree
 from tests.small_models import FAST_COMPILE
-
-pytestmark = pytest.mark.filterwarnings("ignore:the load_module:DeprecationWarning")
 
 DATA_SETS = [
     pytest.param(name, marks=() if name == "lip" else pytest.mark.slow, id=name)
@@ -93,7 +90,7 @@ class Walk:
 
     def config(self, **fields):
         arguments = self.arguments("", **fields)
-        return parse_flags(arguments, {"workdir": ("", "")}).config
+        return command_line.parse(arguments, {"workdir": ""}).config
 
     def run(self, workdir, mode="train", words="", **fields):
         assert main.main([*self.arguments(workdir, words, **fields), f"--mode={mode}"]) == 0
@@ -171,7 +168,7 @@ def walks(tmp_path_factory):
         patch.setattr(compilation, "compile_with_notice", compile_once)
         patch.setattr(sharding, "make_mesh", make_mesh)
         patch.setattr(main, "set_up_logging", lambda: None)
-        patch.setattr(main, "enable_compilation_cache", lambda: None)
+        patch.setattr(compilation, "keep_programs", lambda: None)
         yield walk_of
 
 

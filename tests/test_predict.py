@@ -15,7 +15,6 @@ from tests.tiny_config import CLASSES, COLOURS
 
 pytestmark = [
     pytest.mark.usefixtures("quiet_entry", "compilations"),
-    pytest.mark.filterwarnings("ignore:the load_module:DeprecationWarning"),
 ]
 
 OUT = Path("somewhere/else")

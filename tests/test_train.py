@@ -23,7 +23,6 @@ from tests import tiny
 
 pytestmark = [
     pytest.mark.usefixtures("quiet_entry"),
-    pytest.mark.filterwarnings("ignore:the load_module:DeprecationWarning"),
 ]
 STEPS = 16  # of the whole run of tiny_config
 TERMS = ("loss_stage1", "loss_stage2", "loss_aux")
@@ -217,7 +216,7 @@ def test_harmless_changes_are_accepted(finished, capsys, tmp_path):
 @pytest.mark.parametrize(
     ("change", "line"),
     [
-        ("optimizer.lr=0.25", "optimizer.lr: 0.1 in the checkpoint, 0.25 now"),
+        ("optimizer.lr=0.05", "optimizer.lr: 0.1 in the checkpoint, 0.05 now"),
         ("train.batch_size=16", "train.batch_size: 8 in the checkpoint, 16 now"),
         ("augment.crop=(24,32)", "augment.crop: [32, 32] in the checkpoint, [24, 32] now"),
         ("train.epochs=5", "train.epochs: 4 in the checkpoint, 5 now"),
@@ -270,9 +269,9 @@ def fake_step(values):
     ("change", "answer"),
     [
         ("train.batch_size=12", "config.train.batch_size is 12, which 8 devices cannot share"),
-        ("replica_groups=3", "config.train.batch_size is 8, which 3 config.replica_groups cannot"),
+        ("replica_groups=3", "config.train.batch_size is 8; expected a multiple of config.replica"),
         ("model.backbone=resnet9", "config.model.backbone is 'resnet9'; expected one of"),
-        ("data.palette=((1,2,3),)", "config.data.palette has 1 colours, expected 3"),
+        ("data.palette=((1,2,3),)", "config.data.palette is ((1, 2, 3),); expected as many"),
         ("checkpoint.keep=0", "config.checkpoint.keep is 0"),
         ("data.eval_split=test", "'test'"),
     ],

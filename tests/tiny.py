@@ -145,11 +145,13 @@ def compile_quickly(function, what, *args):
 
 
 def replace_training_step(monkeypatch, make_step):
-    """Lets `make_step(function, what, *args)` take the place of the training step's compilation."""
-    compile_others = compilation.compile_with_notice
+    """Lets `make_step(function, what, *args)` take the place of the training step's compilation.
+
+    All other programs are compiled quickly.
+    """
 
     def compile_any(function, what, *args):
-        make = make_step if what == "the training step" else compile_others
+        make = make_step if what == "the training step" else compile_quickly
         return make(function, what, *args)
 
     monkeypatch.setattr(compilation, "compile_with_notice", compile_any)
@@ -182,4 +184,4 @@ def three_convolutions(monkeypatch):
 def quiet_entry(monkeypatch):
     """Keeps `main` from changing the logging and the cache of the test session."""
     monkeypatch.setattr(main, "set_up_logging", lambda: None)
-    monkeypatch.setattr(main, "enable_compilation_cache", lambda: None)
+    monkeypatch.setattr(compilation, "keep_programs", lambda: None)

@@ -95,7 +95,7 @@ class MemoryModule(nn.Module):
 
         Args:
             num_classes: number of classes.
-            slots: rows a class.
+            slots: rows per class.
             features: channels of pixels, of the memory's rows and of the result.
             context_features: channels of the within-image context.
             attention_dim: channels inside the attentions.

@@ -42,6 +42,8 @@ HARMLESS_FIELDS = (
     "checkpoint.*",
     "eval.*",
 )
+# What the fields that came later were before: checkpoints of then lack them.
+_EARLIER = {"model.precision": "default"}
 _PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy")
 
 
@@ -177,7 +179,7 @@ def config_differences(saved: Mapping[str, Any], current: Any) -> list[str]:
         Lines such as "train.batch_size: 16 in the checkpoint, 8 now", sorted by field. Fields in
         `HARMLESS_FIELDS` are left out.
     """
-    before, now = flatten(plain(saved)), flatten(plain(current))
+    before, now = _EARLIER | flatten(plain(saved)), flatten(plain(current))
     lines = []
     for field in sorted(before.keys() | now.keys()):
         old, new = before.get(field, ABSENT), now.get(field, ABSENT)

@@ -20,12 +20,11 @@ the samples are should be such a field.
 The module may have a `BENCHMARK`, an `official.Benchmark`: what the server of its benchmark takes.
 """
 
+import functools
 import importlib
-import pkgutil
 from pathlib import Path
 
 from memseg_jax.errors import UserError
-from memseg_jax.suggest import nearest
 
 IGNORE_LABEL = 255  # the value in memory that means "not labelled", whatever the files use
 
@@ -42,23 +41,15 @@ def open_split(data_config, split: str, *, needs_labels: bool = True):
         The source (see the module's text).
 
     Raises:
-        UserError: there is no such data set, its module cannot open the split, or the split has no
-            labels.
+        UserError: the data set's module cannot open the split, or the split has no labels.
     """
-    name = str(data_config.name)
-    known = {module.name for module in pkgutil.iter_modules(__path__)}
-    open_function = None
-    if name in known:
-        module = importlib.import_module(f"{__name__}.{name}")
-        open_function = getattr(module, "open_split", None)
-    if open_function is None:
-        raise UserError(_unknown_data_set(name))
+    name = data_config.name
     if data_config.packed:
         from memseg_jax.data import packed
 
         source = packed.open_packed(data_config, split)
     else:
-        source = open_function(data_config, split)
+        source = importlib.import_module(f"{__name__}.{name}").open_split(data_config, split)
     if needs_labels and not getattr(source, "has_labels", True):
         raise UserError(
             f"split {split!r} of {name}: its labels are not public, so nothing can be trained or "
@@ -78,18 +69,15 @@ def benchmark_of(data_config):
     return getattr(module, "BENCHMARK", None)
 
 
-def _unknown_data_set(name: str) -> str:
-    """The message for a `config.data.name` that is not a data set."""
+@functools.cache
+def data_sets() -> tuple[str, ...]:
+    """Returns the names of all data sets: the modules of this package with an `open_split`."""
     # The text is searched because importing all modules could fail for reasons of their own.
-    available = sorted(
-        path.stem
-        for folder in __path__
-        for path in Path(folder).glob("*.py")
-        if path.stem != "__init__" and "\ndef open_split(" in path.read_text(encoding="utf-8")
-    )
-    meant = nearest(name, available, count=1)
-    question = f" Did you mean {meant[0]!r}?" if meant else ""
-    return (
-        f"config.data.name = {name!r} is not a data set.{question} "
-        f"Available: {', '.join(available)} (the modules of memseg_jax/data with an open_split)."
+    return tuple(
+        sorted(
+            path.stem
+            for folder in __path__
+            for path in Path(folder).glob("*.py")
+            if path.stem != "__init__" and "\ndef open_split(" in path.read_text(encoding="utf-8")
+        )
     )

@@ -14,7 +14,7 @@ import numpy as np
 import scipy.io
 
 from memseg_jax.data import folder, official
-from memseg_jax.errors import UserError
+from memseg_jax.errors import PROCESS_ERRORS, UserError
 
 # fmt: off
 CLASS_NAMES = (
@@ -98,6 +98,8 @@ def read_mat(path: str) -> np.ndarray:
         fields = scipy.io.loadmat(path, variable_names=[FIELD], appendmat=False)
     except FileNotFoundError:
         raise UserError(f"{path}: there is no such file.") from None
+    except PROCESS_ERRORS:
+        raise
     except Exception as error:
         # scipy's readers raise ValueError, TypeError, zlib.error, MatReadError, OSError and others.
         raise UserError(

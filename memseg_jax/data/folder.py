@@ -24,17 +24,16 @@ import numpy as np
 
 from memseg_jax.data import IGNORE_LABEL
 from memseg_jax.data.images import (
-    MAX_CLASSES,
     exif_orientation,
     map_ids,
     read_image,
     read_label,
 )
 from memseg_jax.errors import UserError
+from memseg_jax.runtime.text import first_few
 
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff")
 LABEL_SUFFIXES = (".png", ".bmp", ".tif", ".tiff")  # those that keep values as they are
-_SHOWN = 5
 
 
 @dataclasses.dataclass(frozen=True, repr=False)
@@ -130,7 +129,6 @@ def open_split(data_config, split: str) -> FolderSource:
         UserError: a config field is not usable, a folder or file is missing, there are no images,
             or images without label.
     """
-    num_classes = _num_classes(data_config)
     root = _root(data_config)
     if data_config.list_file:
         pairs = _listed(data_config, split, root)
@@ -140,23 +138,9 @@ def open_split(data_config, split: str) -> FolderSource:
         names=tuple(_name(image, root) for image, _ in pairs),
         images=tuple(str(image) for image, _ in pairs),
         labels=tuple(str(label) for _, label in pairs),
-        num_classes=num_classes,
+        num_classes=len(data_config.class_names),
         ignore_label=int(data_config.ignore_label),
     )
-
-
-def _num_classes(data_config) -> int:
-    names = tuple(data_config.class_names)
-    if not names or not all(isinstance(name, str) and name.strip() for name in names):
-        raise UserError(
-            f"config.data.class_names = {names!r}: expected a name for every class id, in the "
-            "order of the ids, for example ('background', 'road', 'car')."
-        )
-    if len(names) > MAX_CLASSES:
-        raise UserError(
-            f"config.data.class_names has {len(names)} names; at most {MAX_CLASSES} are possible."
-        )
-    return len(names)
 
 
 def _root(data_config) -> Path:
@@ -189,8 +173,7 @@ def holds(folder: Path) -> str:
     entries = sorted(e.name + "/" * e.is_dir() for e in folder.iterdir() if e.name[0] != ".")
     if not entries:
         return f"{folder} is empty."
-    more = f" and {len(entries) - _SHOWN} more" if len(entries) > _SHOWN else ""
-    return f"{folder} holds {', '.join(entries[:_SHOWN])}{more}."
+    return f"{folder} holds {', '.join(first_few(entries))}."
 
 
 def files_by_stem(folder: Path) -> dict[str, list[Path]]:
@@ -279,8 +262,7 @@ def _listed(data_config, split: str, root: Path) -> list[tuple[Path, Path]]:
     if problems:
         raise UserError(
             f"{list_path}: {len(problems)} of {len(wanted)} lines cannot be used. "
-            + "; ".join(problems[:_SHOWN])
-            + ("; ..." if len(problems) > _SHOWN else "")
+            + "; ".join(first_few(problems))
             + ". Expected a stem, or an image path and a label path relative to config.data.root."
         )
     return pairs
@@ -311,7 +293,7 @@ def read_list(path: Path, where: str, advice: str) -> list[tuple[int, str]]:
     samples = [(number, line.strip()) for number, line in enumerate(lines, 1)]
     samples = [(number, line) for number, line in samples if line and line[0] != "#"]
     if not samples:
-        raise UserError(f"{path}: the list file names no samples ({where}). Expected one a line.")
+        raise UserError(f"{path}: the list file names no samples ({where}). Expected one per line.")
     return samples
 
 
@@ -367,11 +349,10 @@ def _name(image: Path, root: Path) -> str:
 def _missing_labels(split, images, missing, label_dir, label_scan) -> str:
     """The message for images without label."""
     first = missing[0]
-    names = ", ".join(images[stem].name for stem in missing[:_SHOWN])
-    more = ", ..." if len(missing) > _SHOWN else ""
+    names = ", ".join(first_few([images[stem].name for stem in missing]))
     message = (
         f"{label_dir}: {len(missing)} of {len(images)} images of split {split!r} have no label: "
-        f"{names}{more}. For {images[first]} the file {label_dir / first}.png was expected. "
+        f"{names}. For {images[first]} the file {label_dir / first}.png was expected. "
     )
     others = [path for stem in missing for path in label_scan.get(stem, ())]
     if others:

@@ -7,6 +7,8 @@ the indices of palette PNGs where OpenCV turns them into colours.
 import contextlib
 import io
 import os
+import sys
+import traceback
 from collections.abc import Iterator, Mapping
 
 import cv2
@@ -14,15 +16,15 @@ import numpy as np
 from PIL import Image, ImageOps
 
 from memseg_jax.data import IGNORE_LABEL
-from memseg_jax.errors import UserError
+from memseg_jax.errors import PROCESS_ERRORS, UserError
+from memseg_jax.runtime.text import first_few
 
-MAX_CLASSES = 254  # 255 means "not labelled"; 254 marks values that are not allowed
 _NOT_ALLOWED = 254
 # Only these decoders may run: some others of Pillow's start external programs.
 _FORMATS = ("JPEG", "PNG", "BMP", "WEBP", "TIFF", "GIF", "PPM")
+Image.init()  # now, and not in the threads that read: it imports the decoders
 _ORIENTATION_TAG = 0x0112
 _COLOUR_EXAMPLES = 3
-_SHOWN_VALUES = 5
 _KEPT_VALUES = 1000  # of a label's distinct values in an error
 
 
@@ -224,18 +226,20 @@ def value_advice(values: Mapping[int, int], num_classes: int, ignore_label: int)
 
 @contextlib.contextmanager
 def _opened(path: str | os.PathLike, data: bytes | None = None) -> Iterator[Image.Image]:
-    """Opens a file with Pillow and turns everything its decoders raise into a UserError."""
+    """Opens a file with Pillow and turns everything its decoders raise into a UserError.
+
+    Errors that say nothing about the file pass as they are: those of Python's own, and what is
+    raised outside Pillow, such as by a module that another thread is importing.
+    """
     try:
         if data is None and os.path.isfile(path) and os.path.getsize(path) == 0:
             raise UserError(f"{path}: the file is empty (0 bytes). Replace or remove it.")
         with Image.open(path if data is None else io.BytesIO(data), formats=_FORMATS) as image:
             yield image
-    except (UserError, MemoryError):
+    except (UserError, *PROCESS_ERRORS):
         raise
     except FileNotFoundError:
         raise UserError(f"{path}: there is no such file.") from None
-    except (PermissionError, IsADirectoryError) as error:
-        raise UserError(f"{path}: the file cannot be opened ({error.strerror}).") from None
     except Image.UnidentifiedImageError:
         raise UserError(
             f"{path}: not an image file, or damaged at its start. Expected one of "
@@ -245,10 +249,21 @@ def _opened(path: str | os.PathLike, data: bytes | None = None) -> Iterator[Imag
         raise UserError(f"{path}: refused as far too large ({error}). Scale it down.") from None
     except Exception as error:
         # Decoders raise OSError, SyntaxError, ValueError, struct.error, zlib.error and others.
+        if isinstance(error, OSError) and error.errno is not None:  # the system's, not Pillow's
+            raise UserError(f"{path}: the file cannot be read ({error.strerror}).") from None
+        if not _raised_in_decoder(error):
+            raise
         raise UserError(
             f"{path}: the image cannot be decoded ({error}). The file is truncated or damaged: "
             "replace or remove it."
         ) from error
+
+
+def _raised_in_decoder(error: Exception) -> bool:
+    """Whether an error comes from Pillow, what it uses of the standard library, or this module."""
+    *_, (frame, _) = traceback.walk_tb(error.__traceback__)
+    name = frame.f_globals.get("__name__", "")
+    return name == __name__ or name.partition(".")[0] in {"PIL", *sys.stdlib_module_names}
 
 
 def _orientation(image: Image.Image) -> int:
@@ -308,9 +323,7 @@ def _label_value_error(
     unique, pixels = np.unique(label, return_counts=True)
     values = dict(zip(unique.tolist(), pixels.tolist()))
     bad = _values_not_allowed(list(values), num_classes, ignore_label)
-    found = ", ".join(f"{v} ({values[v]} pixels)" for v in bad[:_SHOWN_VALUES])
-    if len(bad) > _SHOWN_VALUES:
-        found += f" and {len(bad) - _SHOWN_VALUES} more values"
+    found = ", ".join(first_few([f"{v} ({values[v]} pixels)" for v in bad]))
     allowed = f"0..{num_classes - 1} ({num_classes} classes)"
     allowed += f" and {ignore_label} (not labelled)" if ignore_label >= 0 else ", no ignore value"
     return LabelValueError(

@@ -16,9 +16,9 @@ import numpy as np
 
 from memseg_jax.data import IGNORE_LABEL, folder
 from memseg_jax.errors import UserError
+from memseg_jax.runtime.text import first_few
 
 _NOT_ALLOWED = 254  # in label tables
-_SHOWN = 5
 
 
 @dataclasses.dataclass(frozen=True)
@@ -90,10 +90,9 @@ class OfficialSource(folder.FileSource):
         bad = label == _NOT_ALLOWED
         if bad.any():
             unique, pixels = np.unique(values[bad], return_counts=True)
-            found = ", ".join(f"{v:g} ({n} pixels)" for v, n in zip(unique[:_SHOWN], pixels))
-            more = f" and {len(unique) - _SHOWN} more values" if len(unique) > _SHOWN else ""
+            found = first_few([f"{v:g} ({n} pixels)" for v, n in zip(unique, pixels)])
             raise UserError(
-                f"{path}: label values that are not allowed: {found}{more}. {self.title} has "
+                f"{path}: label values that are not allowed: {', '.join(found)}. {self.title} has "
                 f"{_ranges(np.flatnonzero(table != _NOT_ALLOWED))}. Replace the file by that of "
                 "the official download; use data set 'folder' for labels of your own."
             )
@@ -230,15 +229,15 @@ def make_source(
         if orphans:
             raise UserError(
                 f"{images.where}: {len(orphans)} of {len(labels.by_id)} labels of split {split!r} "
-                f"have no image here: {_some(orphans)}. The images seem to be downloaded or "
-                f"unpacked in part. {data_set.help()}"
+                f"have no image here: {', '.join(first_few(orphans))}. The images seem to be "
+                f"downloaded or unpacked in part. {data_set.help()}"
             )
     missing = [sample for sample in chosen if sample not in labels.by_id] if labels else []
     if missing:
         raise UserError(
             f"{labels.where}: {len(missing)} of {len(chosen)} images of split {split!r} have no "
-            f"label here: {_some(missing)}. The labels seem to be downloaded or unpacked in part. "
-            f"{data_set.help()}"
+            f"label here: {', '.join(first_few(missing))}. The labels seem to be downloaded or "
+            f"unpacked in part. {data_set.help()}"
         )
     return source_class(
         names=tuple(chosen),
@@ -272,13 +271,9 @@ def _listed(
     if missing:
         raise UserError(
             f"{list_file}: {len(missing)} of {len(lines)} samples of split {split!r} have no image "
-            f"in {images.where}: {_some(missing)}. {data_set.help()}"
+            f"in {images.where}: {', '.join(first_few(missing))}. {data_set.help()}"
         )
     return list(line_of)
-
-
-def _some(names: list[str]) -> str:
-    return ", ".join(names[:_SHOWN]) + (", ..." if len(names) > _SHOWN else "")
 
 
 def _ranges(values: np.ndarray) -> str:

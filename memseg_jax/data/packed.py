@@ -7,6 +7,10 @@
 Mode pack writes the folder; with `config.data.packed` set, `open_split` reads it. A record is a
 tf.train.Example: the bytes of the image file, the class map as a PNG file, and the sample's name.
 The image is decoded as in `images.read_image`, so a sample is the same array either way.
+
+While tensorflow-datasets is imported, no other thread of the process can import anything, and
+Pillow imports as it decodes. So all imports are here, which come before any thread that reads; and
+this module is imported only where there is packed data, because they take a second or two.
 """
 
 import bisect
@@ -16,7 +20,6 @@ import itertools
 import json
 import os
 import re
-import threading
 import zlib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -24,18 +27,23 @@ from typing import Any, NamedTuple
 
 import cv2
 import numpy as np
+from array_record.python.array_record_data_source import ArrayRecordDataSource
+from google.protobuf.message import DecodeError
+from tensorflow_datasets.proto import tf_example_pb2
 
 from memseg_jax.data.images import read_image
-from memseg_jax.errors import UserError
-from memseg_jax.runtime.files import replacing
+from memseg_jax.errors import PROCESS_ERRORS, UserError
+from memseg_jax.runtime.files import write_text
+from memseg_jax.runtime.text import first_few
 
 FORMAT = 1
+# What array_record and protobuf raise for damaged files, and a record without its features.
+RECORD_ERRORS = (RuntimeError, DecodeError, LookupError)
 _KEYS = ("name", "image", "label")
 # The fields of config.data that do not decide what the samples are.
 _NO_MATTER = frozenset(
     ["root", "packed", "train_split", "eval_split", "palette", "workers", "threads", "prefetch"]
 )
-_OPENING = threading.Lock()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -100,7 +108,9 @@ class PackedSource:
         where, shard, position = self._locate(index)
         try:
             example = parse(self._records[where])
-        except Exception as error:  # array_record raises RuntimeError, protobuf DecodeError
+        except PROCESS_ERRORS:
+            raise
+        except RECORD_ERRORS as error:
             raise self._damaged(index, str(error)) from None
         if checksum(example) != shard.checksums[position]:
             raise self._damaged(index, "its checksum is not the one that was noted")
@@ -176,25 +186,13 @@ def open_records(files: Sequence[tuple[Path, int]]) -> Sequence[bytes]:
     Returns:
         The records.
     """
-    with _OPENING:  # the import has parts that are done when they are first used
-        from array_record.python.array_record_data_source import ArrayRecordDataSource
-
-        return ArrayRecordDataSource([_File(str(path), 0, count, count) for path, count in files])
+    return ArrayRecordDataSource([_File(str(path), 0, count, count) for path, count in files])
 
 
 def parse(record: bytes) -> dict[str, bytes]:
     """Returns the `name`, the `image` and the `label` of a record, each as its file's bytes."""
-    features = protocol().Example.FromString(record).features.feature
+    features = tf_example_pb2.Example.FromString(record).features.feature
     return {key: features[key].bytes_list.value[0] for key in _KEYS}
-
-
-@functools.cache
-def protocol() -> Any:
-    """Returns the module with `Example`: tensorflow-datasets takes a second to import."""
-    with _OPENING:
-        from tensorflow_datasets.proto import tf_example_pb2
-
-        return tf_example_pb2
 
 
 def checksum(example: Mapping[str, bytes]) -> int:
@@ -261,9 +259,9 @@ def open_packed(data_config, split: str) -> PackedSource:
     if problems:
         raise UserError(
             f"{folder}: {len(problems)} of {len(manifest.shards)} shards of split {split!r} are "
-            f"missing or not whole: {'; '.join(problems[:5])}. Copy the folder again from where it "
-            "was packed; or run --mode pack with the same config where the folders of the data set "
-            "are, which writes missing and damaged files again."
+            f"missing or not whole: {'; '.join(first_few(problems))}. Copy the folder again "
+            "from where it was packed; or run --mode pack with the same config where the folders "
+            "of the data set are, which writes missing and damaged files again."
         )
     return PackedSource(str(folder), manifest)
 
@@ -331,19 +329,8 @@ def read_manifest(path: Path) -> Manifest:
 
 def write_manifest(folder: Path, manifest: Manifest) -> None:
     """Writes or replaces the manifest of a split."""
-    with replacing(manifest_path(folder, manifest.split)) as temporary:
-        text = json.dumps({"format": FORMAT} | dataclasses.asdict(manifest))
-        temporary.write_text(text, encoding="utf-8")
-        synchronise(temporary)
-
-
-def synchronise(path: Path) -> None:
-    """Makes the system write a file or a folder to the disk: a power cut loses nothing then."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+    text = json.dumps({"format": FORMAT} | dataclasses.asdict(manifest))
+    write_text(manifest_path(folder, manifest.split), text)
 
 
 def settings_of(data_config) -> dict[str, Any]:

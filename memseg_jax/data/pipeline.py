@@ -21,6 +21,7 @@ from absl import flags
 
 from memseg_jax.data import IGNORE_LABEL, transforms
 from memseg_jax.errors import UserError
+from memseg_jax.runtime.text import first_few
 
 # `TrainSamples` has no end; grain wants a length.
 _ENDLESS = 2**50
@@ -75,18 +76,14 @@ class TrainSamples:
             process_count: Number of processes that share each global batch.
 
         Raises:
-            UserError: If the batch size does not divide evenly.
+            UserError: If the processes cannot share the batch evenly, or there are no images.
         """
         batch_size = int(config.train.batch_size)
-        for parts, meaning in [
-            (config.replica_groups, "config.replica_groups"),
-            (process_count, "the number of processes"),
-        ]:
-            if batch_size < 1 or batch_size % parts:
-                raise UserError(
-                    f"config.train.batch_size is {batch_size}: expected a positive multiple of "
-                    f"{meaning}, which is {parts}"
-                )
+        if batch_size % process_count:
+            raise UserError(
+                f"config.train.batch_size is {batch_size}; expected a multiple of the number of "
+                f"processes, which is {process_count}"
+            )
         if not len(source):
             raise UserError("the training split is empty: there is nothing to train on")
         self._source = source
@@ -223,11 +220,6 @@ def train_batches(
         UserError: If a config field does not fit.
     """
     data = config.data
-    for field, least in [("workers", 0), ("threads", 0), ("prefetch", 1)]:
-        if data[field] < least:
-            raise UserError(
-                f"config.data.{field} is {data[field]}: expected a number from {least} upwards"
-            )
     samples = TrainSamples(source, config, process_index, process_count)
     if num_steps <= 0:
         return Batches(None)
@@ -289,9 +281,8 @@ def check_batch(
     problems = []
     for position in np.flatnonzero(wrong.any((1, 2))):
         values, counts = np.unique(label[position][wrong[position]], return_counts=True)
-        listed = ", ".join(f"{v} ({n} pixels of the crop)" for v, n in zip(values[:5], counts[:5]))
-        more = f" and {len(values) - 5} more values" if len(values) > 5 else ""
-        problems.append(f"{describe(int(batch['index'][position]))}: {listed}{more}")
+        found = first_few([f"{v} ({n} pixels of the crop)" for v, n in zip(values, counts)])
+        problems.append(f"{describe(int(batch['index'][position]))}: {', '.join(found)}")
     raise UserError(
         f"labels outside the allowed values 0..{num_classes - 1} and {IGNORE_LABEL} (ignored):\n  "
         + "\n  ".join(problems)

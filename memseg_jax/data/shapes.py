@@ -29,7 +29,6 @@ PALETTE = (
 
 # Change it with anything that changes the pixels, so that a resumed run notices.
 _VERSION = 1
-_SMALLEST_SIDE = 16
 _SHAPES = (2, 6)  # how many are tried in an image: at least, less than
 _RADIUS = (0.23, 0.34)  # of the shorter image side
 _IGNORED = 0.75  # pixels on both sides of an outline that do not count
@@ -62,32 +61,20 @@ def open_split(data_config: Any, split: str) -> "Shapes":
         UserError: If a field does not fit.
     """
     lengths = {
-        data_config.train_split: ("num_train", data_config.num_train),
-        data_config.eval_split: ("num_val", data_config.num_val),
+        data_config.train_split: data_config.num_train,
+        data_config.eval_split: data_config.num_val,
     }
     if split not in lengths:
         raise UserError(
             f"config.data.name = 'shapes' has the splits {', '.join(map(repr, lengths))}, "
             f"not {split!r}"
         )
-    field, length = lengths[split]
-    if length < 1:
-        raise UserError(
-            f"config.data.{field} is {length}: the number of images of split {split!r} to "
-            "generate must be at least 1"
-        )
-    size = tuple(data_config.image_size)
-    if len(size) != 2 or min(size) < _SMALLEST_SIDE:
-        raise UserError(
-            f"config.data.image_size is {size}: expected (height, width), each at least "
-            f"{_SMALLEST_SIDE}"
-        )
     if len(data_config.class_names) != len(CLASS_NAMES):
         raise UserError(
             f"config.data.class_names has {len(data_config.class_names)} names, but config.data."
             f"name = 'shapes' generates {len(CLASS_NAMES)} classes; set it to {CLASS_NAMES}"
         )
-    return Shapes(split, length, size)
+    return Shapes(split, lengths[split], tuple(data_config.image_size))
 
 
 class Shapes:

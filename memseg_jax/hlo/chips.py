@@ -1,6 +1,8 @@
 """What the makers say about the chips that this program may run on: one table for all estimates."""
 
 import dataclasses
+from collections.abc import Mapping
+from typing import Any
 
 
 @dataclasses.dataclass(frozen=True)
@@ -9,8 +11,9 @@ class Chip:
 
     Attributes:
         bfloat16: FLOP/s in dense products of bfloat16.
-        float32: the same of float32 at JAX's default precision: TF32 on GPUs, one pass of bfloat16
-            on TPUs.
+        tf32: the same of float32 rounded to 11 binary digits; None: a TPU, which has no such type.
+        float32: the same of float32 with all digits; None: a TPU, which makes such products of
+            several of bfloat16.
         memory: bytes.
         bandwidth: bytes/s between the chip and its memory.
         link: bytes/s in one direction; of a TPU over each of its links, which are two for every
@@ -19,7 +22,8 @@ class Chip:
     """
 
     bfloat16: float
-    float32: float
+    tf32: float | None = None
+    float32: float | None = None
     memory: float | None = None
     bandwidth: float | None = None
     link: float | None = None
@@ -31,18 +35,21 @@ _GIB = 2**30
 # and the links of v4 and v5p as measured in jax-ml.github.io/scaling-book/tpus; for the H200 its
 # data sheet, and one port of 400 Gbit/s a GPU as in NVIDIA's DGX H200.
 CHIPS = {
-    "NVIDIA H200": Chip(989e12, 494e12, 141e9, 4800e9, 450e9, 50e9),
-    "NVIDIA H100 80GB HBM3": Chip(989e12, 494e12),
-    "NVIDIA H100 PCIe": Chip(756e12, 378e12),
-    "NVIDIA A100": Chip(312e12, 156e12),
-    "NVIDIA L4": Chip(121e12, 60e12),
-    "TPU v4": Chip(275e12, 275e12, 32 * _GIB, 1200e9, 45e9),
-    "TPU v5 lite": Chip(197e12, 197e12, 16 * _GIB, 819e9, 50e9),
-    "TPU v5e": Chip(197e12, 197e12, 16 * _GIB, 819e9, 50e9),
-    "TPU v5": Chip(459e12, 459e12, 95 * _GIB, 2765e9, 90e9),
-    "TPU v6 lite": Chip(918e12, 918e12, 32 * _GIB, 1600e9, 100e9),
-    "TPU v6e": Chip(918e12, 918e12, 32 * _GIB, 1600e9, 100e9),
+    "NVIDIA H200": Chip(989e12, 494e12, 67e12, 141e9, 4800e9, 450e9, 50e9),
+    "NVIDIA H100 80GB HBM3": Chip(989e12, 494e12, 67e12),
+    "NVIDIA H100 PCIe": Chip(756e12, 378e12, 51e12),
+    "NVIDIA A100": Chip(312e12, 156e12, 19.5e12),
+    "NVIDIA L4": Chip(121e12, 60e12, 30.3e12),
+    "TPU v4": Chip(275e12, memory=32 * _GIB, bandwidth=1200e9, link=45e9),
+    "TPU v5 lite": Chip(197e12, memory=16 * _GIB, bandwidth=819e9, link=50e9),
+    "TPU v5e": Chip(197e12, memory=16 * _GIB, bandwidth=819e9, link=50e9),
+    "TPU v5": Chip(459e12, memory=95 * _GIB, bandwidth=2765e9, link=90e9),
+    "TPU v6 lite": Chip(918e12, memory=32 * _GIB, bandwidth=1600e9, link=100e9),
+    "TPU v6e": Chip(918e12, memory=32 * _GIB, bandwidth=1600e9, link=100e9),
 }
+# Products of bfloat16 that XLA makes of one of float32 on a TPU, by precision: each factor becomes
+# a sum of one, two or three numbers of bfloat16, and the smallest products are left out.
+TPU_PASSES = {"default": 1, "high": 3, "highest": 6}
 
 
 def chip_of(device_kind: str) -> Chip | None:
@@ -51,6 +58,29 @@ def chip_of(device_kind: str) -> Chip | None:
     return CHIPS[max(known, key=len)] if known else None
 
 
-def peak(chip: Chip, dtype: str) -> float:
-    """FLOP/s that the maker gives for products of the type "bfloat16" or "float32"."""
-    return chip.bfloat16 if dtype == "bfloat16" else chip.float32
+def peak(chip: Chip, dtype: str, precision: str) -> float:
+    """FLOP/s in products, by the maker's figures.
+
+    Args:
+        chip: the chip.
+        dtype: "bfloat16" or "float32", the type of the factors.
+        precision: "default", "high" or "highest"; of float32 only.
+    """
+    if dtype == "bfloat16":
+        return chip.bfloat16
+    if chip.float32 is None:
+        return chip.bfloat16 / TPU_PASSES[precision]
+    return chip.float32 if precision == "highest" else chip.tf32
+
+
+def nominal_peak(device_kind: str, dtype: str, precision: str) -> float | None:
+    """FLOP/s that the maker gives for a device, or None if it is not in the table."""
+    chip = chip_of(device_kind)
+    return peak(chip, dtype, precision) if chip else None
+
+
+def arithmetic(result: Mapping[str, Any]) -> str:
+    """How a plan or a benchmark computes, in words, from its "compute_dtype" and "precision"."""
+    dtype, precision = result["compute_dtype"], result["precision"]
+    exact = dtype == "bfloat16" or precision == "highest"
+    return dtype if exact else f"{dtype} at precision {precision!r}"

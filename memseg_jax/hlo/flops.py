@@ -5,6 +5,10 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
+import jax.numpy as jnp
+
+from memseg_jax.models.segmentor import Segmentor
+from memseg_jax.training.state import abstract_variables
 
 
 def count_flops(function: Callable, *args: Any) -> int:
@@ -25,6 +29,26 @@ def count_flops(function: Callable, *args: Any) -> int:
 def flops_of_jaxpr(jaxpr: Any) -> int:
     """The same of a function that is traced already."""
     return sum(_count_equation(equation) for equation in jaxpr.eqns)
+
+
+def network_flops(model: Segmentor, size: tuple[int, int], *, train: bool) -> int:
+    """Operations for one image of `size` in the forward pass; three times that in training.
+
+    The gradients for the inputs and for the kernels of a layer cost as much as its forward pass
+    each; what is computed a second time to save memory is not counted.
+    """
+    variables = abstract_variables(model)
+    rest = {"params": variables["params"], "batch_stats": variables["batch_stats"]}
+
+    def forward(variables: Any, image: jax.Array, memory: jax.Array, key: jax.Array) -> Any:
+        kw = {"mutable": ["batch_stats"], "rngs": {"dropout": key}} if train else {}
+        out = model.apply(variables, image, memory, train=train, **kw)
+        return out if train else out["logits"]
+
+    image = jax.ShapeDtypeStruct((1, *size, 3), jnp.float32)
+    key = jax.eval_shape(lambda: jax.random.key(0))
+    count = count_flops(forward, rest, image, variables["memory"], key)
+    return 3 * count if train else count
 
 
 def _count_equation(equation: Any) -> int:

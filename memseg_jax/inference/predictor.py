@@ -384,7 +384,8 @@ def network_scores(
 ) -> Array:
     """Class scores at the network's stride, float32 [batch, h, w, classes]."""
     rest = {"params": variables["params"], "batch_stats": variables["batch_stats"]}
-    logits = model.apply(rest, images, variables["memory"], valid_size=valid_size)["logits"]
+    with jax.default_matmul_precision(model.precision):
+        logits = model.apply(rest, images, variables["memory"], valid_size=valid_size)["logits"]
     return jax.nn.softmax(logits, axis=-1) if softmax else logits
 
 
@@ -393,10 +394,10 @@ def check_evaluation(
     model: Segmentor,
     flip_pairs: Sequence[Sequence[int]] = (),
 ) -> None:
-    """Refuses values of `config.eval` that no image could be segmented with.
+    """Refuses values of `config.eval` that do not fit the model.
 
     Args:
-        evaluation: `config.eval`.
+        evaluation: `config.eval`; `config_rules.check` has been asked about it.
         model: the segmentor.
         flip_pairs: `config.augment.flip_pairs`, which only matter if images are mirrored.
 
@@ -405,39 +406,15 @@ def check_evaluation(
     """
     if evaluation.flip:
         passes.mirrored_classes(flip_pairs, model.num_classes)
-    if evaluation.mode not in ("whole", "slide"):
-        raise UserError(f"config.eval.mode is {evaluation.mode!r}; expected 'whole' or 'slide'")
-    scales = tuple(evaluation.scales)
-    numbers = all(isinstance(s, (int, float)) and 0 < s < math.inf for s in scales)
-    if not scales or not numbers:
-        raise UserError(
-            f"config.eval.scales is {scales}; expected at least one positive number such as "
-            "(0.75, 1.0, 1.25)"
-        )
-    if evaluation.batch_size < 1:
-        raise UserError(f"config.eval.batch_size is {evaluation.batch_size}; expected 1 or more")
     stride = model.coarsest_stride
-    if evaluation.size_multiple < stride or evaluation.size_multiple % stride:
+    if evaluation.size_multiple % stride:
         raise UserError(
             f"config.eval.size_multiple is {evaluation.size_multiple}; "
             f"expected a multiple of the network's stride {stride}"
         )
-    for canvas in evaluation.canvases:
-        if len(canvas) != 2 or min(canvas) < stride or any(side % stride for side in canvas):
+    for index, canvas in enumerate(evaluation.canvases):
+        if any(side % stride for side in canvas):
             raise UserError(
-                f"config.eval.canvases has {tuple(canvas)}; expected (height, width), both "
+                f"config.eval.canvases[{index}] is {tuple(canvas)}; expected (height, width), both "
                 f"multiples of the network's stride {stride}"
-            )
-    if evaluation.mode == "slide":
-        for name in ("window", "stride"):
-            value = tuple(evaluation[name])
-            if len(value) != 2 or min(value) < 1:
-                raise UserError(
-                    f"config.eval.{name} is {value}; expected (height, width), both positive"
-                )
-        if any(s > w for s, w in zip(evaluation.stride, evaluation.window)):
-            raise UserError(
-                f"config.eval.stride {tuple(evaluation.stride)} is larger than "
-                f"config.eval.window {tuple(evaluation.window)}: pixels between windows would "
-                "get no prediction"
             )

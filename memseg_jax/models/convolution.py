@@ -27,11 +27,20 @@ from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax import lax
 
-Array = jax.Array
+from memseg_jax.models import convolution_gradients as gradients
+from memseg_jax.models.convolution_forms import (
+    Array,
+    ConvParams,
+    convolve_by_group,
+    convolve_by_shifts,
+    convolve_plainly,
+    convolve_positions,
+)
+from memseg_jax.models.winograd import convolve_by_tiles
 
+PLATFORMS = ("cpu", "gpu", "tpu")
 # GPU: folding copies both maps once, but computes on padding and makes small maps (of 3 and fewer
 # positions XLA makes no native gradient either); taps one by one copy the overlap of both maps for
 # each tap, but compute nothing outside. Counting bytes and arithmetic at the rates of an H200, not
@@ -46,12 +55,32 @@ LARGEST_INPUT_TO_TILE = 2**25
 
 
 @dataclasses.dataclass(frozen=True)
-class ConvParams:
-    """What a convolution does besides its kernel; see `convolve`."""
+class Forms:
+    """How one platform computes a convolution and its gradients.
 
-    stride: int = 1
-    dilation: int = 1
-    groups: int = 1
+    Attributes:
+        convolve: (x, kernel, conv_params) -> y, of one group.
+        input_gradient: see `convolution_gradients`.
+        filter_gradient: see there.
+    """
+
+    convolve: Callable
+    input_gradient: Callable
+    filter_gradient: Callable
+
+
+PLAIN = Forms(convolve_plainly, gradients.input_gradient_plainly, gradients.filter_gradient_plainly)
+POSITIONS = Forms(
+    convolve_positions,
+    gradients.input_gradient_by_positions,
+    gradients.filter_gradient_by_positions,
+)
+SHIFTS = Forms(
+    convolve_by_shifts, gradients.input_gradient_by_shifts, gradients.filter_gradient_by_shifts
+)
+TILES = Forms(
+    convolve_by_tiles, gradients.input_gradient_by_tiles, gradients.filter_gradient_by_tiles
+)
 
 
 def convolve(
@@ -73,9 +102,13 @@ def convolve(
     """
     kernel = _drop_unreachable_taps(kernel, x.shape[1:3], dilation)
     conv_params = ConvParams(stride, dilation if max(kernel.shape[:2]) > 1 else 1, groups)
-    form = _form_on_cpu(x, kernel.shape[:2], kernel.shape[3], conv_params)
-    if form is convolve_plainly and conv_params.dilation == groups == 1:
-        return convolve_plainly(x, kernel, conv_params)
+    if conv_params.dilation == groups == 1:
+        chosen = [
+            choose(platform, x, kernel.shape[:2], kernel.shape[3], conv_params)
+            for platform in PLATFORMS
+        ]
+        if all(forms == PLAIN for forms in chosen):
+            return convolve_plainly(x, kernel, conv_params)
     return _convolve(x, kernel, conv_params)
 
 
@@ -89,154 +122,86 @@ def _drop_unreachable_taps(kernel: Array, size: tuple[int, int], dilation: int) 
     return kernel[rows : kernel.shape[0] - rows, columns : kernel.shape[1] - columns]
 
 
-# ---- The whole convolution ---------------------------------------------------------------------
+# ---- The choice --------------------------------------------------------------------------------
 
 
-def convolve_plainly(x: Array, kernel: Array, conv_params: ConvParams) -> Array:
-    """`convolve` as one operation of XLA."""
-    padding = [((k - 1) * conv_params.dilation // 2,) * 2 for k in kernel.shape[:2]]
-    return lax.conv_general_dilated(
-        x,
-        kernel,
-        window_strides=(conv_params.stride,) * 2,
-        padding=padding,
-        rhs_dilation=(conv_params.dilation,) * 2,
-        dimension_numbers=("NHWC", "HWIO", "NHWC"),
-        feature_group_count=conv_params.groups,
-    )
-
-
-def convolve_positions(x: Array, kernel: Array, conv_params: ConvParams) -> Array:
-    """`convolve` of one group and a window of one position, as one matrix product."""
-    x = x[:, :: conv_params.stride, :: conv_params.stride]
-    # Flat on purpose: as a product of four axes its filter gradient is slow.
-    y = x.reshape(-1, x.shape[-1]) @ kernel[0, 0]
-    return y.reshape(*x.shape[:-1], -1)
-
-
-def convolve_by_shifts(x: Array, kernel: Array, conv_params: ConvParams) -> Array:
-    """`convolve` of one group at stride 1 as one matrix product for each tap of the kernel.
-
-    Each is computed where the tap is inside the map, and nowhere else. Sums are at least float32.
-    """
-    size, y = x.shape[1:3], 0
-    dtype = jnp.promote_types(x.dtype, jnp.float32)
-    for index in np.ndindex(kernel.shape[:2]):
-        (rows, result_rows), (columns, result_columns) = _overlaps(
-            size, size, kernel.shape[:2], index, conv_params
-        )
-        seen = x[:, rows, columns]
-        part = jnp.matmul(
-            seen.reshape(-1, x.shape[-1]), kernel[index], preferred_element_type=dtype
-        ).reshape(*seen.shape[:-1], -1)
-        margins = [(s.start, n - s.stop) for s, n in zip((result_rows, result_columns), size)]
-        y += jnp.pad(part, ((0, 0), *margins, (0, 0)))
-    return y.astype(x.dtype)
-
-
-def convolve_by_tiles(
-    x: Array, kernel: Array, conv_params: ConvParams, transposed: bool = False
-) -> Array:
-    """`convolve` of one group, 3x3 taps and stride 1 on tiles of 2x2 results.
-
-    Each tile sees 4x4 positions. Sums and differences of these, times sums and differences of the
-    taps, hold all products that the tile needs: 16 products a tile instead of 36. Winograd's
-    minimal filtering F(2x2, 3x3); A. Lavin and S. Gray, "Fast algorithms for convolutional neural
-    networks", CVPR 2016. Exact; rounding is about three times that of the plain sums.
-
-    Costs four times the memory of `x`, and 16/9 times that of `kernel`.
+def choose(
+    platform: str,
+    x: Array | jax.ShapeDtypeStruct,
+    window: tuple[int, int],
+    out_channels: int,
+    conv_params: ConvParams,
+) -> Forms:
+    """The forms in which a platform runs a convolution best.
 
     Args:
-        x: [batch, height, width, in channels].
-        kernel: [3, 3, in channels, out channels].
-        conv_params: of the convolution; dilated maps are folded first.
-        transposed: `kernel` has out and in channels exchanged.
-
-    Returns:
-        [batch, height, width, out channels].
+        platform: one of `PLATFORMS`.
+        x: [batch, height, width, in channels]; only shape and type count.
+        window: height and width of the kernel.
+        out_channels: of the result.
+        conv_params: of the convolution.
     """
-    d, size = conv_params.dilation, x.shape[1:3]
-    x = _fold(x, d)
-    (height, width), (rows, columns) = x.shape[1:3], (-(-side // 2) for side in x.shape[1:3])
-    margins = [(1, 2 * n + 1 - side) for n, side in ((rows, height), (columns, width))]
-    x = jnp.pad(x, ((0, 0), *margins, (0, 0)))
-
-    def of_positions(a: Array, b: Array, c: Array, d: Array) -> list[Array]:
-        return [a - c, b + c, c - b, b - d]
-
-    def of_taps(a: Array, b: Array, c: Array) -> list[Array]:
-        outer, inner = (a + c) / 2, b / 2
-        return [a, outer + inner, outer - inner, c]
-
-    def of_results(a: Array, b: Array, c: Array, d: Array) -> list[Array]:
-        return [a + b + c, b - c - d]
-
-    # In lists and not in arrays: with separate products nothing has to be stacked.
-    positions = [
-        of_positions(*(line[:, :, j : j + 2 * columns : 2] for j in range(4)))
-        for line in of_positions(*(x[:, i : i + 2 * rows : 2] for i in range(4)))
-    ]
-    taps = [of_taps(*line) for line in of_taps(*kernel)]
-
-    def product(a: Array, b: Array) -> Array:
-        # Flat on purpose, as in `convolve_positions`.
-        y = a.reshape(-1, a.shape[-1]) @ (b.T if transposed else b)
-        return y.reshape(*a.shape[:-1], -1)
-
-    products = [[product(*pair) for pair in zip(*line)] for line in zip(positions, taps)]
-    results = zip(*(of_results(*line) for line in products))  # by column of the tile
-    results = zip(*(of_results(*column) for column in results))
-    tiles = jnp.stack([jnp.stack(row, axis=3) for row in results], axis=2)
-    y = tiles.reshape(len(x), 2 * rows, 2 * columns, -1)[:, :height, :width]
-    return _unfold(y, d, size)
+    if platform == "cpu":
+        return _choose_on_cpu(x, window, out_channels, conv_params)
+    if platform == "gpu" and conv_params.dilation > 1:
+        folds = min(x.shape[1:3]) // conv_params.dilation
+        by_folding = conv_params.stride == 1 and folds >= DILATIONS_PER_MAP_TO_FOLD
+        return dataclasses.replace(
+            PLAIN,
+            filter_gradient=gradients.filter_gradient_by_folding
+            if by_folding
+            else gradients.filter_gradient_by_shifts,
+        )
+    return PLAIN
 
 
-def convolve_by_group(
-    x: Array, kernel: Array, conv_params: ConvParams, form: Callable = convolve_plainly
-) -> Array:
-    """`convolve` as one convolution of a form for each group."""
-    if conv_params.groups == 1:
-        return form(x, kernel, conv_params)
-    one = dataclasses.replace(conv_params, groups=1)
-    groups = [jnp.split(array, conv_params.groups, axis=-1) for array in (x, kernel)]
-    return jnp.concatenate([form(*pair, one) for pair in zip(*groups)], axis=-1)
-
-
-def _is_strongly_dilated(size: tuple[int, ...], conv_params: ConvParams) -> bool:
-    return conv_params.dilation > 1 and conv_params.dilation * DILATIONS_PER_MAP_TO_SHIFT >= max(
-        size
-    )
-
-
-def _form_on_cpu(
-    x: Array, window: tuple[int, ...], out_channels: int, conv_params: ConvParams
-) -> Callable:
-    """The form of one group's convolution that is fastest on CPU."""
+def _choose_on_cpu(
+    x: Array | jax.ShapeDtypeStruct,
+    window: tuple[int, int],
+    out_channels: int,
+    conv_params: ConvParams,
+) -> Forms:
     if tuple(window) == (1, 1):
-        return convolve_positions
-    if conv_params.stride > 1:
-        return convolve_plainly
-    if _is_strongly_dilated(x.shape[1:3], conv_params):
-        return convolve_by_shifts
+        return POSITIONS
+    d = conv_params.dilation
+    strongly_dilated = d > 1 and d * DILATIONS_PER_MAP_TO_SHIFT >= max(x.shape[1:3])
+    if strongly_dilated and conv_params.stride == 1:
+        return SHIFTS
     channels = min(x.shape[-1], out_channels) // conv_params.groups
     # In shorter types the sums and differences would be rounded; who computes in double precision
     # wants the plain sums.
     single = x.dtype == jnp.float32
     small = x.size <= LARGEST_INPUT_TO_TILE
-    if tuple(window) == (3, 3) and channels >= CHANNELS_TO_TILE and single and small:
-        return convolve_by_tiles
-    return convolve_plainly
+    many = tuple(window) == (3, 3) and channels >= CHANNELS_TO_TILE
+    if many and conv_params.stride == 1 and single and small:
+        return TILES
+    filter_gradient = PLAIN.filter_gradient
+    if strongly_dilated:
+        filter_gradient = gradients.filter_gradient_by_shifts
+    elif conv_params.groups > 1:
+        filter_gradient = gradients.filter_gradient_by_group
+    return dataclasses.replace(PLAIN, filter_gradient=filter_gradient)
 
 
-def _on_platform(function: Callable, cpu_form: Callable, *args: Array) -> Array:
-    """Calls `function(form, *args)` with the form of a convolution that suits the platform."""
-    if cpu_form is convolve_plainly:
-        return function(convolve_plainly, *args)
-    return lax.platform_dependent(
-        *args,
-        cpu=functools.partial(function, cpu_form),
-        default=functools.partial(function, convolve_plainly),
-    )
+def _on_platform(part: str, function: Callable, case: tuple, *args: Array) -> Array:
+    """Calls `function(form, *args)` with the form that suits the platform.
+
+    Args:
+        part: a field of `Forms`.
+        function: its result does not depend on the form.
+        case: arguments of `choose` after the platform.
+        *args: arrays.
+    """
+    cpu, gpu, tpu = (getattr(choose(platform, *case), part) for platform in PLATFORMS)
+    if cpu == gpu == tpu:
+        return function(tpu, *args)
+    # What is not listed, a TPU for one, is traced once.
+    listed = {"cpu": cpu} | ({} if gpu == tpu else {"cuda": gpu, "rocm": gpu})
+    calls = {name: functools.partial(function, form) for name, form in listed.items()}
+    return lax.platform_dependent(*args, **calls, default=functools.partial(function, tpu))
+
+
+# ---- The convolution and its gradients ---------------------------------------------------------
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
@@ -246,8 +211,8 @@ def _convolve(x: Array, kernel: Array, conv_params: ConvParams) -> Array:
     def convolved(form: Callable, x: Array, kernel: Array) -> Array:
         return convolve_by_group(x, kernel, conv_params, form)
 
-    form = _form_on_cpu(x, kernel.shape[:2], kernel.shape[3], conv_params)
-    return _on_platform(convolved, form, x, kernel)
+    case = (x, kernel.shape[:2], kernel.shape[3], conv_params)
+    return _on_platform("convolve", convolved, case, x, kernel)
 
 
 def _convolve_forward(
@@ -260,33 +225,19 @@ def _convolve_backward(
     conv_params: ConvParams, saved: tuple[Array, Array], dy: Array
 ) -> tuple[Array, Array]:
     x, kernel = saved
+    like_x = jax.ShapeDtypeStruct(x.shape, x.dtype)
 
     def input_gradient(form: Callable, kernel: Array, dy: Array) -> Array:
-        if form is convolve_by_shifts:  # not its transpose, which would round every tap's part
-            return convolve_by_group(dy, _turned(kernel, conv_params.groups), conv_params, form)
-        if form is convolve_by_tiles:  # its transpose adds up tiles that overlap
-            form = functools.partial(form, transposed=True)
-            return convolve_by_group(dy, kernel[::-1, ::-1], conv_params, form)
-        convolved = functools.partial(convolve_by_group, conv_params=conv_params, form=form)
-        return jax.linear_transpose(lambda x: convolved(x, kernel), x)(dy)[0]
+        return form(like_x, kernel, dy, conv_params)
 
-    form = _form_on_cpu(x, kernel.shape[:2], kernel.shape[3], conv_params)
+    case = (x, kernel.shape[:2], kernel.shape[3], conv_params)
     return (
-        _on_platform(input_gradient, form, kernel, dy),
+        _on_platform("input_gradient", input_gradient, case, kernel, dy),
         filter_gradient(x, dy, kernel.shape[:2], conv_params),
     )
 
 
 _convolve.defvjp(_convolve_forward, _convolve_backward)
-
-
-def _turned(kernel: Array, groups: int) -> Array:
-    """The kernel of the input gradient at stride 1: turned by 180 degrees, channels exchanged."""
-    parts = jnp.split(kernel[::-1, ::-1], groups, axis=-1)
-    return jnp.concatenate([part.swapaxes(2, 3) for part in parts], axis=-1)
-
-
-# ---- The filter gradient -----------------------------------------------------------------------
 
 
 def filter_gradient(x: Array, dy: Array, window: tuple[int, int], conv_params: ConvParams) -> Array:
@@ -303,131 +254,7 @@ def filter_gradient(x: Array, dy: Array, window: tuple[int, int], conv_params: C
         [*window, in channels / groups, out channels] in the type of `x`.
     """
 
-    def with_form(form: Callable) -> Callable:
-        return lambda x, dy: form(x, dy, window, conv_params)
+    def gradient(form: Callable, x: Array, dy: Array) -> Array:
+        return form(x, dy, window, conv_params)
 
-    gpu, cpu = filter_gradient_plainly, filter_gradient_by_group
-    if conv_params.dilation > 1:
-        folds = min(x.shape[1:3]) // conv_params.dilation
-        by_folding = conv_params.stride == 1 and folds >= DILATIONS_PER_MAP_TO_FOLD
-        gpu = filter_gradient_by_folding if by_folding else filter_gradient_by_shifts
-    form = _form_on_cpu(x, window, dy.shape[-1], conv_params)
-    if form is convolve_positions:
-        cpu = filter_gradient_by_positions
-    elif form is convolve_by_tiles:
-        cpu = filter_gradient_by_tiles
-    elif _is_strongly_dilated(x.shape[1:3], conv_params):
-        cpu = filter_gradient_by_shifts
-    return lax.platform_dependent(
-        x,
-        dy,
-        cpu=with_form(cpu),
-        cuda=with_form(gpu),
-        rocm=with_form(gpu),
-        default=with_form(filter_gradient_plainly),
-    )
-
-
-def _transpose_by_kernel(
-    convolution: Callable, x: Array, dy: Array, window: tuple[int, int], conv_params: ConvParams
-) -> Array:
-    shape = (*window, x.shape[-1] // conv_params.groups, dy.shape[-1])
-    kernel = jax.ShapeDtypeStruct(shape, x.dtype)
-    return jax.linear_transpose(lambda kernel: convolution(x, kernel, conv_params), kernel)(dy)[0]
-
-
-# XLA's own form, and those of the other convolutions; arguments as of `filter_gradient`.
-filter_gradient_plainly = functools.partial(_transpose_by_kernel, convolve_plainly)
-filter_gradient_by_group = functools.partial(_transpose_by_kernel, convolve_by_group)
-filter_gradient_by_positions = functools.partial(
-    _transpose_by_kernel, functools.partial(convolve_by_group, form=convolve_positions)
-)
-filter_gradient_by_tiles = functools.partial(
-    _transpose_by_kernel, functools.partial(convolve_by_group, form=convolve_by_tiles)
-)
-
-
-def filter_gradient_by_folding(
-    x: Array, dy: Array, window: tuple[int, int], conv_params: ConvParams
-) -> Array:
-    """`filter_gradient` of a convolution without dilation on subsampled maps (space to batch).
-
-    A dilated convolution of stride 1 works on dilation^2 interleaved maps independently: those
-    that take every dilation-th row and column. Each becomes an image of its own.
-
-    Costs one copy of `x` and of `dy`, padded to a multiple of the dilation.
-    """
-    d, undilated = conv_params.dilation, dataclasses.replace(conv_params, dilation=1)
-    return filter_gradient_plainly(_fold(x, d), _fold(dy, d), window, undilated)
-
-
-def _fold(x: Array, d: int) -> Array:
-    """[batch, height, width, channels] -> [batch * d * d, ceil(height / d), ceil(width / d), ...].
-
-    Every d-th row and column become an image of their own, padded with 0.
-    """
-    batch, height, width, channels = x.shape
-    rows, columns = -(-height // d), -(-width // d)
-    margin = ((0, 0), (0, rows * d - height), (0, columns * d - width), (0, 0))
-    blocks = jnp.pad(x, margin).reshape(batch, rows, d, columns, d, channels)
-    # The batch stays outermost: its sharding carries over to the folded batch.
-    return blocks.transpose(0, 2, 4, 1, 3, 5).reshape(-1, rows, columns, channels)
-
-
-def _unfold(x: Array, d: int, size: tuple[int, ...]) -> Array:
-    """The opposite of `_fold`: [batch * d * d, rows, columns, ...] -> [batch, *size, ...]."""
-    rows, columns, channels = x.shape[1:]
-    blocks = x.reshape(-1, d, d, rows, columns, channels).transpose(0, 3, 1, 4, 2, 5)
-    return blocks.reshape(-1, rows * d, columns * d, channels)[:, : size[0], : size[1]]
-
-
-def filter_gradient_by_shifts(
-    x: Array, dy: Array, window: tuple[int, int], conv_params: ConvParams
-) -> Array:
-    """`filter_gradient` as one matrix product for each tap of the kernel.
-
-    The gradient of tap (i, j) is the sum, over the positions where the tap is inside the map, of
-    what the tap sees of `x` times `dy`. Sums are at least float32.
-
-    Costs, tap after tap, a copy of the parts of `x` and `dy` that overlap.
-    """
-    dtype = jnp.promote_types(x.dtype, jnp.float32)
-
-    def by_group(array: Array) -> Array:
-        *sizes, channels = array.shape
-        return array.reshape(*sizes, conv_params.groups, channels // conv_params.groups)
-
-    def record(i: int, j: int) -> Array:
-        """[in channels / groups, out channels]."""
-        (rows, result_rows), (columns, result_columns) = _overlaps(
-            x.shape[1:3], dy.shape[1:3], window, (i, j), conv_params
-        )
-        product = lax.dot_general(
-            by_group(x[:, rows, columns]),
-            by_group(dy[:, result_rows, result_columns]),
-            (((0, 1, 2), (0, 1, 2)), ((3,), (3,))),
-            preferred_element_type=dtype,
-        )
-        return product.transpose(1, 0, 2).reshape(product.shape[1], -1)
-
-    taps = jnp.stack([record(i, j) for i in range(window[0]) for j in range(window[1])])
-    return taps.reshape(*window, *taps.shape[1:]).astype(x.dtype)
-
-
-def _overlaps(
-    size: tuple[int, ...],
-    result_size: tuple[int, ...],
-    window: tuple[int, ...],
-    index: tuple[int, ...],
-    conv_params: ConvParams,
-) -> list[tuple[slice, slice]]:
-    """Where a tap is inside the map: per axis, the positions it sees, and those it adds to."""
-    slices = []
-    for side, result_side, k, i in zip(size, result_size, window, index):
-        offset = (i - k // 2) * conv_params.dilation
-        first = max(-(offset // conv_params.stride), 0)
-        count = max(min(result_side, (side - 1 - offset) // conv_params.stride + 1) - first, 0)
-        start = first * conv_params.stride + offset
-        stop = start + count * conv_params.stride
-        slices.append((slice(start, stop, conv_params.stride), slice(first, first + count)))
-    return slices
+    return _on_platform("filter_gradient", gradient, (x, window, dy.shape[-1], conv_params), x, dy)

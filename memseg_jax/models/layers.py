@@ -4,6 +4,7 @@ Layout is NHWC, kernels are HWIO. Paddings are explicit and symmetric, never "SA
 differently at stride 2). Parameters and statistics are float32 whatever the compute type.
 """
 
+import functools
 import itertools
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -22,7 +23,10 @@ Activation = Callable[[Array], Array]
 
 BATCH_NORM_MOMENTUM = 0.9  # share of the old running statistic that is kept
 BATCH_NORM_EPSILON = 1e-5
-LAYER_NORM_EPSILON = 1e-6
+
+# Over the channels (the last axis), as PyTorch's, with statistics in at least float32 and in two
+# passes (a one-pass variance loses digits).
+LayerNorm = functools.partial(nn.LayerNorm, epsilon=1e-6, use_fast_variance=False)
 
 
 def activation(name: str) -> Activation:
@@ -180,23 +184,6 @@ class BatchNorm(nn.Module):
         else:
             mean, var = running_mean.value, running_var.value
         y = (x32 - mean) * (scale * lax.rsqrt(var + BATCH_NORM_EPSILON)) + bias
-        return y.astype(self.dtype)
-
-
-class LayerNorm(nn.Module):
-    """Normalises every position over its channels (the last axis), with statistics in float32."""
-
-    dtype: Any = jnp.float32
-
-    @nn.compact
-    def __call__(self, x: Array) -> Array:
-        """[..., channels] -> [..., channels]."""
-        scale = self.param("scale", nn.initializers.ones, (x.shape[-1],))
-        bias = self.param("bias", nn.initializers.zeros, (x.shape[-1],))
-        x32 = x.astype(jnp.promote_types(x.dtype, jnp.float32))
-        centred = x32 - jnp.mean(x32, axis=-1, keepdims=True)
-        variance = jnp.mean(jnp.square(centred), axis=-1, keepdims=True)
-        y = centred * lax.rsqrt(variance + LAYER_NORM_EPSILON) * scale + bias
         return y.astype(self.dtype)
 
 

@@ -33,8 +33,8 @@ def read_memory(probabilities: Array, memory: Array, gradient_memory: Array) -> 
     """Mean of the classes' rows, weighted by the class probabilities of every position.
 
     The reference updates the memory in place between the forward and the backward pass, so its
-    gradient for the probabilities goes through the rows of after the update, while the value was
-    read from those of before. Training that is to equal it has to do the same; the memory itself
+    gradient for the probabilities goes through the updated rows, while the value was read from the
+    old ones. Training that is to equal it has to do the same; the memory itself
     gets no gradient.
 
     Args:
@@ -375,7 +375,7 @@ def _spread(
     """
     (top, down), (left, across) = between
     shares = [jnp.asarray(np.stack([1 - x, x], axis=-1), weight.dtype) for x in (down, across)]
-    windows = jnp.einsum("byx,yi,xj->byxij", weight, *shares)
+    windows = jnp.einsum("byx,yi,xj->byxij", weight, *shares, precision="highest")
     dimensions = lax.ScatterDimensionNumbers(
         update_window_dims=(1, 2),
         inserted_window_dims=(0,),

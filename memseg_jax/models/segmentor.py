@@ -3,16 +3,14 @@
 import functools
 import importlib
 import math
-import pkgutil
 from typing import Any
 
 import flax.linen as nn
 import jax.numpy as jnp
 import ml_collections
 
-import memseg_jax.models
 from memseg_jax.errors import UserError
-from memseg_jax.models import rematerialise
+from memseg_jax.models import backbones, rematerialise
 from memseg_jax.models.aspp import ASPP
 from memseg_jax.models.backbone import Backbone
 from memseg_jax.models.layers import (
@@ -25,6 +23,7 @@ from memseg_jax.models.layers import (
     record,
 )
 from memseg_jax.models.memory import MemoryModule
+from memseg_jax.runtime.suggest import did_you_mean
 
 
 class Decoder(nn.Module):
@@ -83,6 +82,10 @@ class Segmentor(nn.Module):
 
     Without memory it is plain DeepLabV3: ASPP, dropout, classifier, auxiliary head. With `remat`,
     training keeps the inputs of its parts rather than what is inside; the backbone has its own.
+
+    `precision` is that of convolutions and matrix products where none is given: "default", "high"
+    or "highest". A program has it in its gradients, too, if it is traced under
+    `jax.default_matmul_precision(model.precision)`: training and prediction do that as a whole.
     """
 
     backbone: Backbone
@@ -101,6 +104,7 @@ class Segmentor(nn.Module):
     downsample: int = 1
     remat: bool = False
     dtype: Any = jnp.float32
+    precision: str = "highest"
 
     @property
     def output_stride(self) -> int:
@@ -277,63 +281,37 @@ class Segmentor(nn.Module):
 def build_backbone(name: str, width: float, dtype: Any) -> Backbone:
     """Returns the backbone `name`, from whichever module of `memseg_jax.models` has it.
 
-    A backbone module has `VARIANTS` (by name) and `build(name, width, dtype)`, which returns a
-    `Backbone`.
-
     Raises:
         UserError: there is no such backbone; the message lists those there are.
     """
-    names: list[str] = []
-    for info in pkgutil.iter_modules(memseg_jax.models.__path__):
-        module = importlib.import_module(f"memseg_jax.models.{info.name}")
-        variants = getattr(module, "VARIANTS", {})
-        if name in variants:
-            return module.build(name, width, dtype)
-        names += variants
-    raise UserError(
-        f"config.model.backbone is {name!r}; expected one of {', '.join(sorted(names))}"
-    )
+    modules = backbones()
+    if name not in modules:  # a checkpoint's may be of another version
+        raise UserError(f"there is no backbone {name!r}. {did_you_mean(name, modules)}")
+    module = importlib.import_module(f"memseg_jax.models.{modules[name]}")
+    return module.build(name, width, dtype)
 
 
 def build_segmentor(config: ml_collections.ConfigDict) -> Segmentor:
     """Returns the model that `config` describes; the number of classes is that of class_names.
 
+    Args:
+        config: the whole config; `config_rules.check` has been asked about it.
+
     Raises:
-        UserError: a field has a value that no model has.
+        UserError: fields do not fit the backbone.
     """
     model, memory = config.model, config.model.memory
-    if model.compute_dtype not in ("float32", "bfloat16"):
-        raise UserError(
-            f"config.model.compute_dtype is {model.compute_dtype!r}; "
-            "expected 'float32' or 'bfloat16'"
-        )
-    if model.activation not in ("relu", "leaky_relu"):
-        raise UserError(
-            f"config.model.activation is {model.activation!r}; expected 'relu' or 'leaky_relu'"
-        )
-    if model.downsample not in (1, 2):
-        raise UserError(f"config.model.downsample is {model.downsample}; expected 1 or 2")
-    remat = model.get("remat", "none")  # configs of earlier checkpoints lack it
-    if remat not in ("none", "blocks"):
-        raise UserError(f"config.model.remat is {remat!r}; expected 'none' or 'blocks'")
-    if memory.slots < 1:
-        raise UserError(f"config.model.memory.slots is {memory.slots}; expected 1 or more")
-    num_classes = len(config.data.class_names)
-    if not 2 <= num_classes <= 254:
-        raise UserError(
-            f"config.data.class_names has {num_classes} names; expected 2 to 254. "
-            "A background class counts, 'not labelled' does not."
-        )
     dtype = jnp.dtype(model.compute_dtype)
     backbone = build_backbone(model.backbone, model.backbone_width, dtype)
     if model.downsample > 1 and model.auxiliary and backbone.auxiliary_levels:
         raise UserError(
-            "config.model.downsample leaves only the backbone's last map, and the auxiliary head "
-            f"of {model.backbone} needs another one: set config.model.auxiliary to False"
+            f"config.model.downsample is {model.downsample}, which leaves only the backbone's last "
+            f"map; expected 1, as the auxiliary head of {model.backbone} needs another map, or "
+            "config.model.auxiliary = False"
         )
     return Segmentor(
-        backbone=backbone.clone(remat=remat == "blocks"),
-        num_classes=num_classes,
+        backbone=backbone.clone(remat=model.remat == "blocks"),
+        num_classes=len(config.data.class_names),
         feature_dim=model.feature_dim,
         aspp_dim=model.aspp_dim,
         aspp_dilations=tuple(model.aspp_dilations),
@@ -346,6 +324,9 @@ def build_segmentor(config: ml_collections.ConfigDict) -> Segmentor:
         hard=memory.hard,
         within_image_context=memory.within_image_context,
         downsample=model.downsample,
-        remat=remat == "blocks",
+        remat=model.remat == "blocks",
         dtype=dtype,
+        # Factors of bfloat16 are exact as they are; a float32 gradient that is multiplied by one
+        # would take several passes.
+        precision=model.precision if model.compute_dtype == "float32" else "default",
     )

@@ -73,7 +73,8 @@ class Block(nn.Module):
         del train
         batch, tokens, channels = x.shape
         heads = channels // HEAD_CHANNELS
-        qkv = Linear(3 * channels, self.dtype, name="in_proj")(LayerNorm(self.dtype, name="ln1")(x))
+        normed = LayerNorm(dtype=self.dtype, name="ln1")(x)
+        qkv = Linear(3 * channels, self.dtype, name="in_proj")(normed)
         # Heads do not see each other: to the attention they are images of their own.
         qkv = qkv.reshape(batch, tokens, 3, heads, HEAD_CHANNELS).transpose(2, 0, 3, 1, 4)
         query, key, value = qkv.reshape(3, batch * heads, tokens, HEAD_CHANNELS)
@@ -81,7 +82,8 @@ class Block(nn.Module):
         gathered = attend(query, key, value, mask).reshape(batch, heads, tokens, HEAD_CHANNELS)
         gathered = gathered.transpose(0, 2, 1, 3).reshape(batch, tokens, channels)
         x = x + Linear(channels, self.dtype, name="out_proj")(gathered)
-        y = Linear(4 * channels, self.dtype, name="ffn_0")(LayerNorm(self.dtype, name="ln2")(x))
+        normed = LayerNorm(dtype=self.dtype, name="ln2")(x)
+        y = Linear(4 * channels, self.dtype, name="ffn_0")(normed)
         y = nn.gelu(y, approximate=False)
         return x + Linear(channels, self.dtype, name="ffn_1")(y)
 

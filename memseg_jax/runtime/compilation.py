@@ -1,6 +1,7 @@
 """Compiling ahead of time, and saying so: no silent minutes before the first step."""
 
 import logging
+import os
 import time
 from collections.abc import Callable
 from typing import Any
@@ -8,7 +9,24 @@ from typing import Any
 import jax
 import numpy as np
 
+from memseg_jax.errors import UserError
+from memseg_jax.runtime import files
+
 log = logging.getLogger(__name__)
+
+
+def keep_programs() -> None:
+    """Keeps compiled programs between runs, in $MEMSEG_CACHE or ~/.cache/memseg_jax/xla.
+
+    JAX's own JAX_COMPILATION_CACHE_DIR goes first; without a writable folder there is no cache.
+    """
+    if not os.environ.get("JAX_COMPILATION_CACHE_DIR"):
+        folder = os.environ.get("MEMSEG_CACHE") or "~/.cache/memseg_jax/xla"
+        try:
+            jax.config.update("jax_compilation_cache_dir", str(files.make_folder(folder)))
+        except UserError:
+            return
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 1.0)
 
 
 def compile_with_notice(function: Callable, what: str, *args: Any) -> Callable:
@@ -28,6 +46,27 @@ def compile_with_notice(function: Callable, what: str, *args: Any) -> Callable:
     seconds = time.monotonic() - start
     log.info("compiled %s in %.1f s on %s", what, seconds, jax.default_backend())
     return compiled
+
+
+def program_bytes(compiled: Any) -> int | None:
+    """What a compiled program holds at its peak on one device, its arguments included.
+
+    Args:
+        compiled: the result of `jax.jit(...).lower(...).compile()`.
+
+    Returns:
+        Bytes; None if the compiler does not say.
+    """
+    analyse = getattr(compiled, "memory_analysis", None)
+    sizes = analyse() if analyse else None
+    if sizes is None:
+        return None
+    return (
+        sizes.argument_size_in_bytes
+        + sizes.output_size_in_bytes
+        + sizes.temp_size_in_bytes
+        - sizes.alias_size_in_bytes
+    )
 
 
 class Programs:

@@ -19,8 +19,15 @@ from memseg_jax.errors import UserError
 _REPLACING_SECONDS = 30
 
 
-def make_folder(path: str | os.PathLike) -> Path:
-    """Makes a folder, and those above it, unless it is there; returns its absolute path.
+def make_folder(path: str | os.PathLike, option: str = "") -> Path:
+    """Makes a folder, and those above it, unless it is there.
+
+    Args:
+        path: the folder.
+        option: the flag or field with which another one can be chosen, for the message.
+
+    Returns:
+        Its absolute path.
 
     Raises:
         UserError: it cannot be made.
@@ -29,7 +36,10 @@ def make_folder(path: str | os.PathLike) -> Path:
     try:
         path.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise UserError(f"cannot make the folder {path}: {error.strerror or error}") from error
+        advice = f" Choose another one with {option}." if option else ""
+        raise UserError(
+            f"cannot make the folder {path}: {error.strerror or error}.{advice}"
+        ) from error
     return path
 
 

@@ -16,6 +16,7 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from memseg_jax.errors import UserError
+from memseg_jax.runtime.compilation import program_bytes
 from memseg_jax.runtime.text import format_bytes
 
 AXES = ("data", "fsdp")
@@ -105,12 +106,10 @@ def check_batch_size(batch_size: int, mesh: Mesh, groups: int, accumulate: int =
 
     Raises:
         UserError: batch_size is not a multiple of the devices or of the replica groups, times
-            `accumulate`; or one of the numbers is not positive.
+            `accumulate`.
     """
-    if accumulate < 1:
-        raise UserError(f"config.train.accumulate is {accumulate}; expected 1 or more")
     for count, what in ((mesh.size, "devices"), (groups, "config.replica_groups")):
-        if count < 1 or batch_size % count:
+        if batch_size % count:
             raise UserError(
                 f"config.train.batch_size is {batch_size}, which {count} {what} cannot share "
                 f"evenly; use {_multiples(batch_size, count)}"
@@ -132,8 +131,8 @@ def check_batch_size(batch_size: int, mesh: Mesh, groups: int, accumulate: int =
 
 def _multiples(number: int, count: int) -> str:
     """The multiples of `count` on both sides of `number`, for a message."""
-    below = max(number // max(count, 1), 1) * count
-    return " or ".join(map(str, sorted({below, (number // max(count, 1) + 1) * count})))
+    below = max(number // count, 1) * count
+    return " or ".join(map(str, sorted({below, (number // count + 1) * count})))
 
 
 def place_batch(batch: dict[str, np.ndarray], mesh: Mesh) -> dict[str, jax.Array]:
@@ -234,18 +233,15 @@ def memory_report(compiled: Any, state: Any) -> str | None:
         compiled: the result of `jit_step(...).lower(...).compile()`.
         state: shapes with shardings.
     """
-    analyse = getattr(compiled, "memory_analysis", None)
-    sizes = analyse() if analyse else None
-    if sizes is None:
+    total = program_bytes(compiled)
+    if total is None:
         return None
     held = bytes_per_device(state)
-    arguments, temporary = sizes.argument_size_in_bytes, sizes.temp_size_in_bytes
-    results = max(sizes.output_size_in_bytes - sizes.alias_size_in_bytes, 0)
-    total = arguments + temporary + results
+    arguments = compiled.memory_analysis().argument_size_in_bytes
     return (
         f"memory of a step on each device: {format_bytes(total)} "
         f"(state {format_bytes(held)}, batch {format_bytes(max(arguments - held, 0))}, "
-        f"intermediate {format_bytes(temporary + results)})"
+        f"intermediate {format_bytes(total - arguments)})"
     )
 
 

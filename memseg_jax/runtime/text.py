@@ -3,13 +3,11 @@
 import math
 from collections.abc import Sequence
 
-_SHOWN = 5  # entries of a list that a message names
 
-
-def first_few(entries: Sequence[str]) -> list[str]:
+def first_few(entries: Sequence[str], shown: int = 5) -> list[str]:
     """The first entries, and then how many more there are: a message stays short."""
-    more = [f"and {len(entries) - _SHOWN} more"] if len(entries) > _SHOWN else []
-    return [*entries[:_SHOWN], *more]
+    more = [f"and {len(entries) - shown} more"] if len(entries) > shown else []
+    return [*entries[:shown], *more]
 
 
 def format_duration(seconds: float) -> str:
@@ -28,9 +26,9 @@ def format_duration(seconds: float) -> str:
     return f"{hours // 24}d{hours % 24:02d}h"
 
 
-def format_bytes(count: float) -> str:
-    """Returns "512 B", "3.2 KiB", "4.0 GiB"."""
-    if count < 1024:
-        return f"{count:.0f} B"
-    power = min(int(math.log(count, 1024)), 4)
-    return f"{count / 1024**power:.1f} {' KMGT'[power]}iB"
+def format_bytes(count: float | None) -> str:
+    """Returns "812 MB", "14.6 GB", or "?" for None; decimal units, as makers of chips use them."""
+    if count is None:
+        return "?"
+    power = min(len(str(round(count))) - 1, 12) // 3
+    return f"{count / 1000**power:.3g} {('B', 'kB', 'MB', 'GB', 'TB')[power]}"

@@ -7,15 +7,17 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from memseg_jax.runtime.text import first_few
+
 
 class MemoryHealth:
-    """Looks at the memory now and then, and keeps one number a class: when its rows last changed.
+    """Looks at the memory now and then, and keeps one number per class: when its rows last changed.
 
     That is known to the step at which the memory was looked at: a row that changed since the time
     before counts as changed now.
 
     Args:
-        class_names: one a class.
+        class_names: one per class.
         step: number of completed steps.
         memory: at this step, [classes, slots, channels].
         ages: what `ages` returned at this step, if it was kept; None: counting starts now.
@@ -66,7 +68,6 @@ class MemoryHealth:
             "memory_age_max": float(max(ages[oldest], 0)),
         }
         never = [name for name, was_seen in zip(self._names, seen) if not was_seen]
-        more = f" and {len(never) - 5} more" if len(never) > 5 else ""
         line = (
             f"memory: norms of the rows {values['memory_norm_min']:.3g} to "
             f"{values['memory_norm_max']:.3g}, mean {values['memory_norm_mean']:.3g}; "
@@ -76,7 +77,7 @@ class MemoryHealth:
                 else ""
             )
             + f"{len(never)} of {len(seen)} classes never seen"
-            + (f": {', '.join(never[:5])}{more}" if never else "")
+            + (f": {', '.join(first_few(never))}" if never else "")
         )
         return values, line
 

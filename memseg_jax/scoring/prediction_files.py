@@ -16,9 +16,11 @@ from PIL import Image
 
 from memseg_jax.data.official import Benchmark
 from memseg_jax.errors import UserError
+from memseg_jax.runtime.files import make_folder
+from memseg_jax.runtime.text import first_few
 from memseg_jax.scoring import visualize
 
-_SHOWN = 5
+_FIELD = "config.eval.save_predictions"
 
 
 class PredictionWriter:
@@ -50,7 +52,7 @@ class PredictionWriter:
                 f"config.eval.save_predictions is {folder}, which is in config.data.root "
                 f"({data_root}), whose files it could replace. Choose another folder."
             )
-        _make(self.benchmark_folder if benchmark else self._folder)
+        make_folder(self.benchmark_folder if benchmark else self._folder, _FIELD)
 
     @property
     def benchmark_folder(self) -> Path:
@@ -69,7 +71,7 @@ class PredictionWriter:
         """
         parts = [part for part in PurePosixPath(name).parts if part not in ("/", "..")]
         path = self._folder.joinpath(*parts[:-1], f"{parts[-1]}.png")
-        _make(path.parent)
+        make_folder(path.parent, _FIELD)
         visualize.save_palette_png(path, label, self._palette)
         if self._benchmark:
             path = self.benchmark_folder / f"{name}{self._benchmark.ending}"
@@ -117,8 +119,7 @@ def check_benchmark_files(
         wrong += [f"{name} ({fault})"] if fault else []
     faults.append(("not as they should be", wrong))
     lines = [
-        f"{len(names)} files {what}: {', '.join(names[:_SHOWN])}"
-        + (", ..." if len(names) > _SHOWN else "")
+        f"{len(names)} files {what}: {', '.join(first_few(names))}"
         for what, names in faults
         if names
     ]
@@ -142,13 +143,8 @@ def _fault(path: Path, size: tuple[int, int], values: tuple[int, ...]) -> str:
     if found != tuple(size):
         return f"{found[0]}x{found[1]} pixels; expected {size[0]}x{size[1]}"
     others = sorted(set(np.unique(pixels).tolist()) - set(values))
-    return f"values {others[:_SHOWN]}; expected some of {sorted(values)}" if others else ""
-
-
-def _make(folder: Path) -> None:
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(
-            f"config.eval.save_predictions: cannot make the folder {folder}: {error}"
-        ) from error
+    return (
+        f"values {', '.join(first_few(list(map(str, others))))}; expected some of {sorted(values)}"
+        if others
+        else ""
+    )

@@ -9,7 +9,6 @@ from collections.abc import Iterable, Sequence
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
-from memseg_jax.errors import UserError
 from memseg_jax.runtime.files import replacing
 
 # Measures of a sheet in pixels.
@@ -92,23 +91,9 @@ def default_palette(num_classes: int) -> np.ndarray:
 
 
 def resolve_palette(palette: Sequence[Sequence[int]], num_classes: int) -> np.ndarray:
-    """Returns the palette of a config as uint8 [num_classes, 3]; generated if it is empty.
-
-    Raises:
-        UserError: it is not one (red, green, blue) of 0..255 a class.
-    """
+    """Returns the palette of a config as uint8 [num_classes, 3]; generated if it is empty."""
     if len(palette) == 0:
         return default_palette(num_classes)
-    expected = f"{num_classes} colours (red, green, blue) with values 0..255"
-    if len(palette) != num_classes:
-        raise UserError(
-            f"config.data.palette has {len(palette)} colours, expected {expected}, one for each "
-            "of config.data.class_names. Leave it empty for generated colours."
-        )
-    for k, colour in enumerate(palette):
-        values = list(colour)
-        if len(values) != 3 or any(int(v) != v or not 0 <= v <= 255 for v in values):
-            raise UserError(f"config.data.palette[{k}] is {tuple(values)}, expected {expected}.")
     return np.array([list(colour) for colour in palette], np.uint8)
 
 

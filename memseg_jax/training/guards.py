@@ -32,7 +32,6 @@ from memseg_jax.training.state import TrainState
 
 log = logging.getLogger(__name__)
 
-POLICIES = ("raise", "skip", "rollback")
 FLAG = "nonfinite"  # the metric: 1 for a bad step
 # States of an optimiser whose `count` is a position in a schedule, which follows the data. All
 # other counters count updates that were made, and stay with the numbers that were made by them.
@@ -237,9 +236,9 @@ class Guard:
         kept = self._save_batch(bad)
         try:
             snapshot(state, self._folder_of(bad))
-            kept += f" The state of before the step is a --workdir: {self._folder_of(bad)}."
+            kept += f" The state before the step is a --workdir: {self._folder_of(bad)}."
         except UserError as error:
-            kept += f" The state of before the step could not be kept: {error}"
+            kept += f" The state before the step could not be kept: {error}"
         raise UserError(f"{bad.explain(self._describe)}\n{kept}\n{_ADVICE}")
 
     def _folder_of(self, bad: BadStep) -> Path:
@@ -265,18 +264,3 @@ _ADVICE = (
     "go on from the last checkpoint: --config.train.on_nonfinite=skip leaves such steps out, "
     "rollback also goes back to the last checkpoint's state each time."
 )
-
-
-def check_policy(train: Any) -> None:
-    """Refuses values of `config.train` that mean nothing.
-
-    Raises:
-        UserError: names the field.
-    """
-    if train.on_nonfinite not in POLICIES:
-        raise UserError(
-            f"config.train.on_nonfinite is {train.on_nonfinite!r}; expected one of "
-            f"{', '.join(POLICIES)}"
-        )
-    if train.max_nonfinite < 1:
-        raise UserError(f"config.train.max_nonfinite is {train.max_nonfinite}; expected 1 or more")

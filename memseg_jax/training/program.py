@@ -10,6 +10,7 @@ import numpy as np
 import optax
 from jax.sharding import Mesh
 
+from memseg_jax.data import IGNORE_LABEL
 from memseg_jax.models.segmentor import Segmentor
 from memseg_jax.runtime import sharding
 from memseg_jax.training import optimizer
@@ -24,7 +25,7 @@ class TrainingProgram:
     Attributes:
         tx: the optimiser.
         schedule: learning rate by step.
-        step: the jitted step, see `train_step.make_train_step`; the state is donated to it.
+        step: the jitted step, see `step.make_train_step`; the state is donated to it.
         state: shapes, types and shardings of the state.
         batch: the same of "image" [batch, height, width, 3], "label" [batch, height, width] and
             "stop" [devices].
@@ -60,3 +61,23 @@ def training_program(
         "stop": jax.ShapeDtypeStruct((mesh.size,), np.int32, sharding=split),
     }
     return TrainingProgram(tx, schedule, sharding.jit_step(step, state, mesh), state, batch)
+
+
+def random_batch(
+    batch_size: int, crop: tuple[int, int], num_classes: int, seed: int = 0
+) -> dict[str, np.ndarray]:
+    """A batch to time programs with, where there are no data.
+
+    The images are noise; the labels are blocks of 16x16 pixels, about 5 % of them ignored.
+
+    Returns:
+        "image" float32 [batch, height, width, 3] and "label" uint8 [batch, height, width].
+    """
+    rng = np.random.default_rng(seed)
+    height, width = crop
+    cells = (batch_size, -(-height // 16), -(-width // 16))
+    label = rng.integers(0, num_classes, cells).astype(np.uint8)
+    label[rng.random(cells) < 0.05] = IGNORE_LABEL
+    label = label.repeat(16, axis=1).repeat(16, axis=2)[:, :height, :width]
+    image = rng.standard_normal((batch_size, height, width, 3), np.float32)
+    return {"image": image, "label": np.ascontiguousarray(label)}

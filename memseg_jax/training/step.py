@@ -62,7 +62,7 @@ def make_train_step(
     parts = config.train.accumulate
     halts = config.train.on_nonfinite == "raise"
 
-    def step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
+    def traced(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
         batch = dict(batch)
         requests = {"stop": jnp.max(batch.pop("stop"))} if "stop" in batch else {}
         lr = schedule(state.step)
@@ -84,6 +84,11 @@ def make_train_step(
         checked = (metrics["loss"], grad_norm, updates, batch_stats, memory)
         new_state, bad = keep_finite(state, new_state, checked, halts)
         return new_state, metrics | {"lr": lr, "grad_norm": grad_norm, FLAG: bad} | requests
+
+    def step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
+        # Around all of it: gradients are traced outside of the model.
+        with jax.default_matmul_precision(model.precision):
+            return traced(state, batch)
 
     return step
 

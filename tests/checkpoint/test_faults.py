@@ -171,10 +171,9 @@ def test_a_folder_that_becomes_unwritable():
 
 
 def test_a_failed_save_leaves_no_thread_that_keeps_the_program_from_ending():
+    others = set(threading.enumerate())  # pytest's own
     test_a_folder_that_becomes_unwritable()
-    waiting = [
-        x for x in threading.enumerate() if not x.daemon and x is not threading.main_thread()
-    ]
+    waiting = [x for x in threading.enumerate() if not x.daemon and x not in others]
     for thread in waiting:
         thread.join(30)
     assert not [x.name for x in waiting if x.is_alive()]

@@ -53,6 +53,16 @@ def test_other_config_is_refused_by_field():
     assert "--workdir" in message
 
 
+def test_checkpoints_from_before_there_was_a_precision():
+    config = common.get_config()
+    meta = make_meta(5, config)
+    del meta["config"]["model"]["precision"]
+    (line,) = records.config_differences(meta["config"], config)
+    assert line == 'model.precision: "default" in the checkpoint, "highest" now'
+    config.model.precision = "default"
+    assert records.config_differences(meta["config"], config) == []
+
+
 def test_harmless_fields_exist():
     config = common.get_config()
     for field in records.HARMLESS_FIELDS:

@@ -10,19 +10,19 @@ import jax
 import numpy as np
 import pytest
 
-from converters import check_parity, command_line, names, taps, torch_files
+from converters import check_parity, names, taps, torch_files
 from converters.check_parity import Outputs, compare, compare_arrays, first_exceeding
+from memseg_jax import command_line
 from memseg_jax.data.transforms import evaluation_transform
 from memseg_jax.errors import UserError
 from memseg_jax.models.segmentor import build_segmentor
+from memseg_jax.runtime import compilation
 from tests import session, tiny
 from tests.converters import files
 from tests.goldens import golden_files, load
 from tests.small_models import FAST_COMPILE, random_variables
 
 torch = pytest.importorskip("torch")
-# How ml_collections loads config files.
-pytestmark = pytest.mark.filterwarnings("ignore:the load_module:DeprecationWarning")
 SIZE = (33, 46)
 
 
@@ -67,7 +67,7 @@ def run(*arguments):
 
 @pytest.fixture(autouse=True)
 def quick(monkeypatch):
-    monkeypatch.setattr(check_parity, "enable_compilation_cache", lambda: None)
+    monkeypatch.setattr(compilation, "keep_programs", lambda: None)
     monkeypatch.setattr(taps, "COMPILER_OPTIONS", FAST_COMPILE)
 
 
@@ -256,7 +256,14 @@ def test_exit_status_of_a_difference(capsys, monkeypatch):
         (["--checkpoint={file}", "--bfloat16=maybe"], "expected true or false"),
         (["--checkpoint={file}", "--config.model.slots=2"], "Did you mean --config.model.memory."),
         (["--checkpoint={file}", "--config.model.aspp_dim=8"], "does not fit the config"),
-        (["--checkpoint={file}", "--config.data.class_names=('a','b')"], "3 classes"),
+        (
+            [
+                "--checkpoint={file}",
+                "--config.data.class_names=('a','b')",
+                "--config.data.palette=()",
+            ],
+            "3 classes",
+        ),
         (["--checkpoint={file}", "--config.model.memory.enabled=false"], "memory.enabled is False"),
         (["--checkpoint={file}", "more"], "unexpected argument 'more'"),
     ],

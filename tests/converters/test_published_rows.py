@@ -10,15 +10,14 @@ import torch
 
 from converters import (
     check_parity,
-    command_line,
     orbax_to_torch,
     taps,
     torch_files,
     torch_to_orbax,
 )
-from memseg_jax import main
+from memseg_jax import command_line, main
+from memseg_jax.command_line import load_config
 from memseg_jax.models.segmentor import build_segmentor
-from memseg_jax.suggest import load_config
 from tests import tiny
 from tests.converters import files
 from tests.goldens import manifest, rule_array

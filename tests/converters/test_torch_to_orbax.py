@@ -7,8 +7,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from converters import command_line, names, orbax_to_torch, torch_files, torch_to_orbax
-from memseg_jax import checkpoint
+from converters import names, orbax_to_torch, torch_files, torch_to_orbax
+from memseg_jax import checkpoint, command_line
 from memseg_jax.errors import UserError
 from memseg_jax.models.segmentor import build_segmentor
 from memseg_jax.training.state import abstract_variables

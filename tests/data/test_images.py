@@ -1,7 +1,11 @@
+import builtins
+import errno
 import io
 import os
 import pickle
 import struct
+import subprocess
+import sys
 import warnings
 import zlib
 
@@ -9,7 +13,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, PngImagePlugin
 
 from memseg_jax.data import IGNORE_LABEL
 from memseg_jax.data.images import (
@@ -210,6 +214,66 @@ def test_truncated_label_is_named(tmp_path):
         read_label(path)
 
 
+@pytest.mark.parametrize("error", [ImportError("x"), MemoryError(), RecursionError("x")])
+def test_an_error_of_the_process_is_not_the_files(tmp_path, monkeypatch, error):
+    path = save(tmp_path / "good.png", random_rgb())
+    of_pillow = {"__name__": "PIL.Image", "error": error}
+    exec("def load(*args): raise error", of_pillow)
+    monkeypatch.setattr(PngImagePlugin.PngImageFile, "load", of_pillow["load"])
+    with pytest.raises(type(error)) as found:
+        read_image(path)
+    assert found.value is error
+    of_pillow["error"] = IndexError("of the decoder")
+    with pytest.raises(UserError, match=r"good\.png.*cannot be decoded \(of the decoder\)"):
+        read_image(path)
+
+
+def test_an_import_that_another_thread_replaced_is_not_the_files(tmp_path, monkeypatch):
+    """As etils does for the whole process while it imports lazily; Pillow imports as it decodes."""
+    plain = builtins.__import__
+
+    def absolute_only(name, globals=None, locals=None, fromlist=(), level=0):
+        if level:
+            raise ValueError(f"Relative import statements not supported ({name}).")
+        return plain(name, globals, locals, fromlist, level)
+
+    path = save(tmp_path / "good.png", random_rgb(), mode="P")
+    monkeypatch.setattr(builtins, "__import__", absolute_only)
+    with pytest.raises(ValueError, match="Relative import") as found:
+        read_image(path)
+    monkeypatch.undo()
+    assert type(found.value) is ValueError
+    assert read_image(path).shape == (7, 5, 3)
+
+
+def test_an_error_of_the_system_is_not_damage(tmp_path, monkeypatch):
+    def fail(*args, **options):
+        raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
+
+    path = save(tmp_path / "good.png", random_rgb())
+    monkeypatch.setattr(io, "open", fail)
+    monkeypatch.setattr(builtins, "open", fail)
+    with pytest.raises(UserError, match=r"good\.png: the file cannot be read \(Too many open fi"):
+        read_image(path)
+
+
+COLD_THREADS = """
+import concurrent.futures, sys
+from memseg_jax.data.images import read_image
+with concurrent.futures.ThreadPoolExecutor(32) as pool:
+    shapes = list(pool.map(lambda path: read_image(path).shape, sys.argv[1:] * 20))
+assert set(shapes) == {(7, 5, 3)}
+"""
+
+
+def test_many_threads_of_a_fresh_process_read_every_kind(tmp_path):
+    kinds = ("png", "jpg", "bmp", "webp", "tif", "gif", "ppm")
+    paths = [str(save(tmp_path / f"a.{kind}", random_rgb())) for kind in kinds]
+    command = [sys.executable, "-c", COLD_THREADS, *paths]
+    result = subprocess.run(command, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+
+
 @settings(max_examples=60, deadline=None)
 @given(data=st.data())
 def test_damaged_files_give_an_array_or_a_user_error(tmp_path_factory, data):
@@ -375,7 +439,7 @@ def test_label_value_error_names_file_values_and_allowed_set():
     message = str(caught.value)
     assert message.startswith("x/labels/b.png: ")
     assert "100 (1 pixels)" in message
-    assert "and 4 more values" in message
+    assert "and 4 more" in message
     assert "0..2 (3 classes) and 255 (not labelled)" in message
     assert caught.value.values[200] == 4
     copy = pickle.loads(pickle.dumps(caught.value))

@@ -205,7 +205,7 @@ def test_file_that_is_there_twice(tmp_path):
         (np.array([[257, 1, 1, 1]], np.uint16), r"257 \(1 pixels\)"),
         (np.array([[-1, 1, 1, 1]], np.int32), r"-1 \(1 pixels\)"),
         (np.array([[1.5, 1, 1, np.nan]]), r"1\.5 \(1 pixels\), nan"),
-        (np.arange(254, dtype=np.uint8)[None], r"and \d+ more values"),
+        (np.arange(254, dtype=np.uint8)[None], r"and \d+ more\."),
     ],
 )
 def test_values_outside_the_table(values, found):

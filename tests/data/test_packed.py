@@ -217,7 +217,7 @@ import sys
 import tensorflow_datasets as tfds
 from memseg_jax import main
 from memseg_jax.data import open_split
-from memseg_jax.suggest import load_config
+from memseg_jax.command_line import load_config
 config = load_config({str(tiny.CONFIG)!r})
 config.data.update(packed={str(tmp_path / "packed")!r}, root={str(files)!r})
 flags = [f"--config.data.{{name}}={{config.data[name]}}" for name in ("root", "packed")]
@@ -226,6 +226,35 @@ sample = open_split(config.data, "val")[2]
 theirs = tfds.builder_from_directory(config.data.packed).as_data_source("val")[2]
 assert (theirs["image"] == sample["image"]).all()
 assert not {{"tensorflow", "jax"}} & set(sys.modules)
+"""
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+
+
+def test_no_import_is_lazy_while_threads_read(files, tmp_path):
+    """While etils imports lazily, no other thread can import what it needs, as Pillow does."""
+    code = f"""
+import builtins, concurrent.futures, contextlib, threading
+from etils import epy
+counts, plain, lazy_imports = [], builtins.__import__, epy.lazy_imports
+@contextlib.contextmanager
+def counting(**options):
+    counts.append(threading.active_count())
+    with lazy_imports(**options):
+        yield
+epy.lazy_imports = counting
+from memseg_jax import main
+from memseg_jax.command_line import load_config
+from memseg_jax.data import open_split
+config = load_config({str(tiny.CONFIG)!r})
+config.data.update(packed={str(tmp_path / "packed")!r}, root={str(files)!r}, threads=8)
+flags = [f"--config.data.{{name}}={{config.data[name]}}" for name in ("root", "packed", "threads")]
+assert main.main(["main", "--config", {str(tiny.CONFIG)!r}, *flags, "--mode", "pack"]) == 0
+source = open_split(config.data, "train")
+with concurrent.futures.ThreadPoolExecutor(8) as pool:
+    assert len(list(pool.map(source.__getitem__, range(10)))) == 10
+assert set(counts) == {{1}}, counts
+assert builtins.__import__ is plain
 """
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert result.returncode == 0, result.stderr

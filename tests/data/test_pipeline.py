@@ -100,7 +100,7 @@ def test_threads_do_not_change_the_samples(threads, prefetch):
 
 @pytest.mark.parametrize("start", [1, 2, 3, 7])
 def test_resumed_stream_equals_the_uninterrupted_one(start):
-    source = Shapes("train", 10, (40, 48))  # 2 steps an epoch: crosses epochs
+    source = Shapes("train", 10, (40, 48))  # 2 steps per epoch: crosses epochs
     assert_same(
         read(source, make_config(), start, 8 - start), read(source, make_config(), 0, 8)[start:]
     )
@@ -175,18 +175,8 @@ def test_steps_per_epoch(num_images, batch_size, groups, expected):
 def test_sizes_that_do_not_divide_are_refused():
     with pytest.raises(UserError, match=r"config.train.batch_size is 4.*number of processes.*3"):
         pipeline.train_batches(Source(), make_config(), 0, 1, process_count=3)
-    config = make_config()
-    config.replica_groups = 8
-    with pytest.raises(UserError, match=r"config.train.batch_size is 4.*config.replica_groups"):
-        pipeline.train_batches(Source(), config, 0, 1)
     with pytest.raises(UserError, match="empty"):
         pipeline.train_batches(Source(0), make_config(), 0, 1)
-
-
-@pytest.mark.parametrize(("field", "value"), [("workers", -1), ("threads", -1), ("prefetch", 0)])
-def test_nonsense_settings_are_refused(field, value):
-    with pytest.raises(UserError, match=f"config.data.{field} is {value}"):
-        pipeline.train_batches(Source(), make_config(**{field: value}), 0, 1)
 
 
 @pytest.mark.parametrize("threads", [0, 2])

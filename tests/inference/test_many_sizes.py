@@ -140,6 +140,31 @@ def _label_maps(probabilities):
     )
 
 
+@given(st.integers(1, 2**27))
+def test_label_maps_leave_the_device_at_about_the_size_of_the_image(pixels):
+    length = score_maps.label_capacity(pixels)
+    assert pixels <= length <= max(4 * pixels, score_maps.LEAST_LABELS)
+    assert length % score_maps.BLOCK == 0
+
+
+def test_few_lengths_of_label_maps():
+    lengths = {score_maps.label_capacity(2**power) for power in range(27)}
+    assert len(lengths) <= 10
+    # A batch of ten images of 96x96 pixels: 160 KiB, of which 90 are labels.
+    assert 10 * score_maps.label_capacity(96 * 96) == 10 * 2**14
+
+
+def test_confidences_are_computed_where_they_are_asked_for():
+    plan = score_maps.stack([score_maps.resize((5, 5), 5, (20, 20))], 1)
+    arguments = score_maps.flatten(jnp.ones((1, 5, 5, 4))), plan, score_maps.blocks_of(400)
+    compute = functools.partial(score_maps.label_maps, pixels=score_maps.BLOCK, probabilities=False)
+    texts = [
+        str(jax.make_jaxpr(functools.partial(compute, confidence=asked))(*arguments))
+        for asked in (False, True)
+    ]
+    assert ["exp" in text for text in texts] == [False, True]
+
+
 @pytest.mark.parametrize("size", [(20, 30), (9, 50), (25, 7), (5, 6)])
 def test_windows_add_up_on_a_flat_canvas(size):
     window, stride = (12, 16), (7, 9)

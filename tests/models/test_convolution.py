@@ -12,14 +12,17 @@ from hypothesis import strategies as st
 from jax.sharding import NamedSharding, PartitionSpec
 
 from memseg_jax.models import convolution
-from memseg_jax.models.convolution import ConvParams, convolve
+from memseg_jax.models import convolution_gradients as gradients
+from memseg_jax.models.convolution import convolve
+from memseg_jax.models.convolution_forms import ConvParams, convolve_by_group, convolve_plainly
+from memseg_jax.models.winograd import convolve_by_tiles
 from memseg_jax.runtime.sharding import make_mesh
 from tests.small_models import FAST_COMPILE, fast_jit
 
 FORMS = [
-    convolution.filter_gradient_by_group,
-    convolution.filter_gradient_by_shifts,
-    convolution.filter_gradient_by_folding,
+    gradients.filter_gradient_by_group,
+    gradients.filter_gradient_by_shifts,
+    gradients.filter_gradient_by_folding,
 ]
 
 
@@ -42,9 +45,7 @@ def random_case(height, width, window, conv_params, dtype, batch=2, channels=(2,
 
 def plain_results(x, kernel, dy, conv_params):
     """The convolution, its input gradient and its filter gradient, all by XLA."""
-    y, pull_back = jax.vjp(
-        lambda x, kernel: convolution.convolve_plainly(x, kernel, conv_params), x, kernel
-    )
+    y, pull_back = jax.vjp(lambda x, kernel: convolve_plainly(x, kernel, conv_params), x, kernel)
     return y, *pull_back(dy)
 
 
@@ -70,7 +71,7 @@ def test_all_forms_equal_xla(height, width, window, stride, dilation, groups):
     conv_params = ConvParams(stride, dilation, groups)
     with jax.enable_x64(True):
         x, kernel, dy = random_case(height, width, window, conv_params, jnp.float64)
-        expected, actual, gradients = fast_jit(
+        expected, actual, found = fast_jit(
             lambda x, kernel, dy: (
                 plain_results(x, kernel, dy, conv_params),
                 our_results(x, kernel, dy, conv_params),
@@ -80,7 +81,7 @@ def test_all_forms_equal_xla(height, width, window, stride, dilation, groups):
         for name, ours, theirs in zip(("y", "dx", "dw"), actual, expected, strict=True):
             assert ours.dtype == jnp.float64
             np.testing.assert_allclose(ours, theirs, atol=1e-12, err_msg=name)
-        for form, gradient in zip(forms_for(conv_params), gradients, strict=True):
+        for form, gradient in zip(forms_for(conv_params), found, strict=True):
             np.testing.assert_allclose(gradient, expected[2], atol=1e-12, err_msg=str(form))
 
 
@@ -104,7 +105,7 @@ def test_float32_and_bfloat16_to_rounding(dilation, groups):
     for mine, theirs in zip(ours, exact_results, strict=True):
         assert mine.dtype == jnp.bfloat16
         np.testing.assert_allclose(mine.astype(jnp.float32), theirs, rtol=2**-7, atol=2e-2)
-    gradient = convolution.filter_gradient_by_shifts(case[0], case[2], (3, 3), conv_params)
+    gradient = gradients.filter_gradient_by_shifts(case[0], case[2], (3, 3), conv_params)
     assert gradient.dtype == jnp.bfloat16
     np.testing.assert_allclose(gradient.astype(jnp.float32), exact, rtol=2**-8, atol=2e-5)
 
@@ -174,9 +175,7 @@ def test_form_of_the_convolution(platform, dilation, groups, convolutions, produ
 @example(height=15, width=14, dilation=2, groups=2)
 def test_tiles_equal_xla(height, width, dilation, groups):
     conv_params = ConvParams(1, dilation, groups)
-    tiles = functools.partial(
-        convolution.convolve_by_group, conv_params=conv_params, form=convolution.convolve_by_tiles
-    )
+    tiles = functools.partial(convolve_by_group, conv_params=conv_params, form=convolve_by_tiles)
     with jax.enable_x64(True):
         x, kernel, dy = random_case(height, width, (3, 3), conv_params, jnp.float64)
 

@@ -44,6 +44,22 @@ def reference_model(name):
 @pytest.mark.parametrize(("name", "options"), sorted(cases(), key=lambda case: case.id))
 def test_forward_equals_the_reference(name, options, monkeypatch):
     monkeypatch.setattr(taps, "COMPILER_OPTIONS", options)
+    compare(name)
+
+
+@pytest.mark.golden
+@pytest.mark.slow
+def test_forward_with_the_convolutions_of_a_tpu(forms_of):
+    """A GPU has the same in the forward pass."""
+    forms = forms_of("tpu")
+    compare(next(name for name in golden_files("forward") if "resnet50" in name))
+    for case in forms.cases:
+        gpu, tpu = (forms.choose(platform, *case) for platform in ("gpu", "tpu"))
+        assert gpu.convolve is tpu.convolve
+    assert len(forms.cases) > 50
+
+
+def compare(name):
     case = pathlib.Path(name).stem
     model_name, size = case.split("__")
     shape = tuple(int(n) for n in size.split("x"))

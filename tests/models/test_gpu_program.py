@@ -10,7 +10,10 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from memseg_jax.models import convolution
+from memseg_jax.hlo import gpu
+from memseg_jax.models import convolution_gradients as gradients
+from memseg_jax.models.convolution_forms import ConvParams
+from memseg_jax.runtime import sharding
 from tests import h200
 from tests.tiny import ROOT
 
@@ -20,7 +23,7 @@ DEVICES = 2
 
 def compile_steps(*backbones):
     """The contents of the compiled programs; in a process of its own, with the GPU plugin."""
-    if reason := h200.missing():
+    if reason := gpu.missing():
         pytest.skip(reason)
     env = os.environ | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": ""}
     result = subprocess.run(
@@ -84,13 +87,18 @@ def unsuitable(text):
 def test_no_unsuitable_convolution_is_lowered():
     """The same question to the program that XLA gets; needs no plugin."""
 
-    def lower(function, *args):
-        return jax.jit(function).trace(*args).lower(lowering_platforms=("cuda",)).as_text()
+    def lower(jitted, *args):
+        return jitted.trace(*args).lower(lowering_platforms=("cuda",)).as_text()
 
     x = jnp.ones((1, 40, 40, 2))
-    conv_params = convolution.ConvParams(dilation=2)
-    plain = lower(lambda x: convolution.filter_gradient_plainly(x, x, (3, 3), conv_params), x)
+    conv_params = ConvParams(dilation=2)
+    plain = lower(
+        jax.jit(lambda x: gradients.filter_gradient_plainly(x, x, (3, 3), conv_params)), x
+    )
     assert len(unsuitable(plain)) == 1
-    step = lower(*h200.step_and_arguments(h200.small_config("resnet18", 0.125, 1)))
+    program = gpu.step_of(
+        h200.small_config("resnet18", 0.125, 1), sharding.make_mesh(jax.devices()[:1])
+    )
+    step = lower(program.step, program.state, program.batch)
     assert step.count("stablehlo.convolution") > 100
     assert not unsuitable(step)

@@ -12,15 +12,17 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 
 import numpy as np
 import pytest
 from PIL import Image
 
-from memseg_jax import checkpoint, evaluate, main
+from memseg_jax import checkpoint, main
 from memseg_jax.errors import UserError
 from memseg_jax.runtime import distributed
+from memseg_jax.scoring import evaluator
 from tests import session, tiny
 
 PROGRAM = (sys.executable, "-m", "tests.small_program")
@@ -82,6 +84,34 @@ def test_alone_everything_is_its_own():
     distributed.finish(1)
 
 
+class Unreliable:
+    """In the place of the runtime's key-value store: answers after some failures only."""
+
+    def __init__(self, failures, answers):
+        self.failures, self.answers = failures, answers
+
+    def key_value_dir_get(self, folder):
+        self.failures -= 1
+        if self.failures >= 0:
+            raise RuntimeError("UNAVAILABLE: failed to connect to all addresses")
+        return self.answers.get(folder, [])
+
+
+def test_notes_are_looked_for_after_failures_too(monkeypatch):
+    run = distributed._Run()
+    run.client = Unreliable(5, {distributed._STOP: [("memseg_jax/stop/1", "15")]})
+    monkeypatch.setattr(distributed, "_run", run)
+    monkeypatch.setattr(distributed, "_LOOK_EVERY", 0.001)
+    monkeypatch.setattr(distributed, "_LOOK_AT_LEAST_EVERY", 0.01)
+    looking = threading.Thread(target=distributed._look_for_notes, daemon=True)
+    looking.start()
+    assert distributed.stop_requested().wait(60)
+    run.finished.set()
+    looking.join(60)
+    assert not looking.is_alive()
+    assert run.client.failures < 0
+
+
 def test_flags_are_only_for_some_modes(capsys):
     arguments = ["main", "--config", str(tiny.CONFIG), "--mode", "predict", "--input", "x"]
     assert main.main([*arguments, "--distributed=off"]) == 1
@@ -97,10 +127,10 @@ def test_parts_of_an_evaluation_add_up():
     def part(index):
         matrix = rng.integers(0, 2**60, (3, 4))  # more than float64 holds exactly
         triple = tuple(rng.integers(0, 9, (2, 3)).astype(np.uint8) for _ in range(3))
-        return evaluate._Part(matrix, {index: triple}, {f"ä/{index}": (2, 3)})
+        return evaluator._Part(matrix, {index: triple}, {f"ä/{index}": (2, 3)})
 
     parts = [part(index) for index in range(3)]
-    total = evaluate._Part(np.zeros((3, 4), np.int64))
+    total = evaluator._Part(np.zeros((3, 4), np.int64))
     for each in parts:
         total._add(each._packed(with_examples=True))
     np.testing.assert_array_equal(total.matrix, sum(each.matrix for each in parts))

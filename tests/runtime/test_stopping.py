@@ -15,11 +15,12 @@ import jax
 import numpy as np
 import pytest
 
-from memseg_jax import checkpoint, evaluate
+from memseg_jax import checkpoint
 from memseg_jax.errors import Stopped
 from memseg_jax.inference import Prediction
 from memseg_jax.runtime import distributed
 from memseg_jax.runtime.stopping import SIGNALS, StopRequests
+from memseg_jax.scoring import evaluator
 from tests import tiny
 from tests.runtime.test_distributed import (
     LIMIT,
@@ -35,14 +36,13 @@ from tests.runtime.test_distributed import (
 
 pytestmark = [
     pytest.mark.usefixtures("quiet_entry"),
-    pytest.mark.filterwarnings("ignore:the load_module:DeprecationWarning"),
 ]
 HANDLERS = {number: signal.getsignal(number) for number in SIGNALS}
 
 
 @pytest.fixture(autouse=True)
 def nothing_is_left():
-    """Handlers are those of before, and nobody is asked to stop."""
+    """Handlers are as they were, and nobody is asked to stop."""
     yield
     distributed.stop_requested().clear()
     assert {number: signal.getsignal(number) for number in SIGNALS} == HANDLERS
@@ -91,7 +91,7 @@ class FakePredictor:
 @pytest.mark.parametrize("number", SIGNALS)
 def test_a_signal_saves_at_the_end_of_the_step(tmp_path, capsys, monkeypatch, number):
     tiny.replace_training_step(monkeypatch, fake_step(5, number))
-    monkeypatch.setattr(evaluate, "Predictor", FakePredictor)
+    monkeypatch.setattr(evaluator, "Predictor", FakePredictor)
     monkeypatch.setattr(FakePredictor, "signal_at_last", False)
     arguments = (f"--config.data.root={tiny.data_root()}", "--workdir", tmp_path)
     arguments += ("--config.checkpoint.every=1000",)
@@ -108,7 +108,7 @@ def test_a_signal_saves_at_the_end_of_the_step(tmp_path, capsys, monkeypatch, nu
 
 def test_a_signal_during_an_evaluation_does_not_wait_for_its_end(tmp_path, capsys, monkeypatch):
     tiny.replace_training_step(monkeypatch, fake_step(0, 0))
-    monkeypatch.setattr(evaluate, "Predictor", FakePredictor)
+    monkeypatch.setattr(evaluator, "Predictor", FakePredictor)
     arguments = (f"--config.data.root={tiny.data_root()}", "--workdir", tmp_path)
     assert tiny.run(*arguments) == Stopped.EXIT_STATUS
     assert f"stopped by SIGTERM after step {STEPS} of {STEPS}" in capsys.readouterr().err

@@ -65,7 +65,7 @@ def test_names_make_folders_but_never_leave_theirs(tmp_path):
 
 def test_folder_that_cannot_be(tmp_path):
     (tmp_path / "file").touch()
-    with pytest.raises(UserError, match=r"save_predictions: cannot make the folder .*file/out"):
+    with pytest.raises(UserError, match=r"cannot make the folder .*file/out.*save_predictions"):
         PredictionWriter(str(tmp_path / "file/out"), "", PALETTE, None)
     for folder in (tmp_path, tmp_path / "out"):
         with pytest.raises(UserError, match="whose files it could replace"):
@@ -114,7 +114,7 @@ def spoil(folder, sizes, fault):
         ("missing", "1 files missing: aachen_000000_000019_leftImg8bit.png"),
         ("extra", "1 files of no image of this split: zurich_000001_000019.png"),
         ("size", "4x6 pixels; expected 1024x2048"),
-        ("classes", r"values \[0, 1, 2, 3, 4\]; expected some of \[7, 8, 11,"),
+        ("classes", r"values 0, 1, 2, 3, 4, and \d+ more; expected some of \[7, 8, 11,"),
         ("colours", "PNG in Pillow's mode RGB; expected PNG with one channel"),
         ("jpeg", "JPEG in Pillow's mode L; expected PNG"),
         ("broken", "cannot be read as an image"),
@@ -131,11 +131,9 @@ def test_check_finds(written, fault, answer):
 # ---- From the mode ------------------------------------------------------------------------------
 
 entry = pytest.mark.usefixtures("quiet_entry", "compilations")
-quiet = pytest.mark.filterwarnings("ignore:the load_module:DeprecationWarning")
 
 
 @entry
-@quiet
 def test_split_without_labels_is_segmented_for_the_server(tmp_path, capsys):
     config = tiny.get_config()
     config.data.class_names, config.data.palette = cityscapes.CLASS_NAMES, cityscapes.PALETTE
@@ -167,7 +165,6 @@ def test_split_without_labels_is_segmented_for_the_server(tmp_path, capsys):
 
 
 @entry
-@quiet
 def test_label_maps_of_a_scored_split_give_the_scores(tmp_path, capsys):
     workdir = tiny.save_random_model(tmp_path / "run")
     root, out = tiny.data_root(), tmp_path / "out"

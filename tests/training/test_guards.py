@@ -23,7 +23,6 @@ from tests.small_models import ThreeConvolutions, fast_jit
 
 pytestmark = [
     pytest.mark.usefixtures("quiet_entry"),
-    pytest.mark.filterwarnings("ignore:the load_module:DeprecationWarning"),
 ]
 
 
@@ -87,7 +86,7 @@ def test_a_bad_step_moves_the_clocks_only(place, bad):
     before = make_state(5, 1.0)
     chosen, flag = choose(before, *step_with(bad, place), halts=False)
     assert flag == 1
-    assert_same(chosen, make_state(6, 1.0))  # the clocks of after, the numbers of before
+    assert_same(chosen, make_state(6, 1.0))  # the new clocks, the old numbers
 
 
 @pytest.mark.parametrize("place", PLACES)
@@ -284,7 +283,7 @@ def test_raise(run, tmp_path, capsys, log_every):
     for name in kept["files"]:
         assert f"  {name}\n" in error
         assert "images/train/" in name
-    # The state is that of before the step, though two more steps were under way.
+    # The state is that before the step, though two more steps were under way.
     assert checkpoint.all_steps(tmp_path) == [3, 6]
     assert checkpoint.all_steps(folder) == [7]
     assert run(set(), KEEP, log, "--config.checkpoint.every=7") == 0
@@ -376,7 +375,7 @@ def test_a_class_that_is_absent_for_a_whole_epoch(run, tmp_path, capsys, caplog)
     [
         (
             "train.on_nonfinite=ignore",
-            "config.train.on_nonfinite is 'ignore'; expected one of raise",
+            "config.train.on_nonfinite is 'ignore'; expected one of 'raise', 'skip', 'rollback'",
         ),
         ("train.max_nonfinite=0", "config.train.max_nonfinite is 0"),
         ("train.watchdog_minutes=-1", "config.train.watchdog_minutes is -1"),

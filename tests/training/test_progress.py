@@ -10,7 +10,6 @@ from memseg_jax.training.progress import (
     Rates,
     format_duration,
     format_progress,
-    replacing,
 )
 
 
@@ -137,23 +136,3 @@ def test_tensorboard_files(tmp_path):
     with MetricWriter(tmp_path) as writer:
         writer.write(1, {"loss/total": 2})
     assert list((tmp_path / "tensorboard").iterdir())
-
-
-def test_replacing_keeps_the_old_file_on_error(tmp_path):
-    path = tmp_path / "a.txt"
-    path.write_text("old")
-
-    def interrupted():
-        with replacing(path) as temporary:
-            temporary.write_text("half")
-            raise KeyError
-
-    with pytest.raises(KeyError):
-        interrupted()
-    assert [p.name for p in tmp_path.iterdir()] == ["a.txt"]
-    assert path.read_text() == "old"
-
-
-def test_replacing_in_a_folder_that_is_not_there(tmp_path):
-    with pytest.raises(UserError, match=r"cannot write .*gone"), replacing(tmp_path / "gone" / "a"):
-        (tmp_path / "gone" / "a").write_text("x")

@@ -34,7 +34,9 @@ def batch(number):
     images, labels = zip(*(tiny.picture(100 * number + k) for k in range(BATCH)))
     labels = np.stack(labels)
     labels[:3, :16] = 255  # groups differ in their number of labelled pixels
-    return {"image": (np.stack(images) - 120.0) / 60, "label": labels}
+    stop = np.zeros(BATCH, np.int32)  # one flag per device at most
+    stop[5] = number == 2
+    return {"image": (np.stack(images) - 120.0) / 60, "label": labels, "stop": stop}
 
 
 @functools.cache
@@ -125,6 +127,11 @@ def test_eight_devices_give_the_numbers_of_one(groups):
     assert_close(eight[0][-1], one[0][-1])
     assert np.abs(one[0][-1].memory).max() > 0.01
     assert largest_difference(one[0][-1].params, one[0][0].params) > 0.01
+
+
+def test_a_request_to_stop_of_any_process_comes_back_to_all():
+    _, metrics = run(devices=8)
+    assert [int(step["stop"]) for step in metrics] == [0, 0, 1]
 
 
 def test_the_number_of_groups_matters():
@@ -269,7 +276,15 @@ def test_a_batch_without_labels(number):
 
 def test_the_baseline_has_no_memory_and_learns():
     states, metrics = run(memory=False)
-    assert set(metrics[0]) == {"loss", "loss_stage2", "loss_aux", "lr", "grad_norm", "nonfinite"}
+    assert set(metrics[0]) == {
+        "loss",
+        "loss_stage2",
+        "loss_aux",
+        "lr",
+        "grad_norm",
+        "nonfinite",
+        "stop",
+    }
     assert states[-1].memory.size == 0
     assert not {"memory_module", "decoder_stage1", "bottleneck"} & set(states[-1].params)
     state, first = take_step(states[-1], batch(0), memory=False)

@@ -1,0 +1,119 @@
+"""Fields that have to fit each other."""
+
+import pytest
+
+from memseg_jax import config_rules
+from memseg_jax.errors import UserError
+from tests.tiny_config import get_config
+
+
+def config_with(**fields):
+    config = get_config()
+    config.update_from_flattened_dict({k.replace("__", "."): v for k, v in fields.items()})
+    return config
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        (
+            {"init__backbone": "a.pth", "init__checkpoint": "run"},
+            r"config.init.backbone is 'a.pth'; expected '' beside config.init.checkpoint = 'run'",
+        ),
+        (
+            {"data__palette": ((1, 2, 3),)},
+            r"config.data.palette is \(\(1, 2, 3\),\); expected as many as .*class_names has, 3,",
+        ),
+        (
+            {"loss__class_weights": (1.0, 2.0)},
+            r"config.loss.class_weights is \(1.0, 2.0\); expected as many .* 3, or .* here are 2",
+        ),
+        (
+            {"loss__class_weights": (0, 0, 0)},
+            r"config.loss.class_weights is \(0, 0, 0\); expected some weight above 0",
+        ),
+        (
+            {"loss__stage2": 0.0, "loss__stage1": 0.0, "loss__auxiliary": 0.0},
+            "config.loss.stage2 is 0.0; .*nothing would be learned",
+        ),
+        (
+            {"loss__stage2": 0.0, "model__auxiliary": False, "model__memory__enabled": False},
+            "config.loss.stage2 is 0.0; .*nothing would be learned",
+        ),
+        (
+            {"augment__flip_pairs": ((0, 1), (1, 2))},
+            r"config.augment.flip_pairs is \(\(0, 1\), \(1, 2\)\); .* no class twice",
+        ),
+        ({"augment__flip_pairs": ((1, 1),)}, "config.augment.flip_pairs is .* no class twice"),
+        (
+            {"augment__flip_pairs": ((0, 3),)},
+            r"config.augment.flip_pairs is \(\(0, 3\),\); expected .* which are 0 to 2",
+        ),
+        (
+            {"augment__scale_range": (2, 1)},
+            r"config.augment.scale_range is \(2, 1\); .* Did you mean \(1, 2\)\?",
+        ),
+        (
+            {"eval__mode": "slide", "eval__window": (32, 64), "eval__stride": (33, 20)},
+            r"config.eval.stride is \(33, 20\); .*window, \(32, 64\).* nearest is \(32, 20\)",
+        ),
+        (
+            {"optimizer__min_lr": 0.2},
+            "config.optimizer.min_lr is 0.2; expected at most config.optimizer.lr, 0.1",
+        ),
+        (
+            {"optimizer__lr": 0.25},
+            r"config.model.memory.base_lr is 0.1; expected at least 0.225 at config.optimizer.lr = "
+            r"0.25, .* would be 2.25. The usual base_lr is lr: 0.25",
+        ),
+        (
+            {"replica_groups": 3},
+            r"config.train.batch_size is 8; expected a multiple of config.replica_groups \* "
+            r"config.train.accumulate = 3 \* 1. The nearest is 6 or 9",
+        ),
+        (
+            {"replica_groups": 4, "train__accumulate": 4},
+            r"config.train.batch_size is 8; .* 4 \* 4. The nearest is 16$",
+        ),
+        (
+            {"sharding__fsdp": -1},
+            "config.sharding.fsdp is -1; .* only one can be the rest of the devices",
+        ),
+        (
+            {"data__name": "shapes", "data__num_val": 4},
+            "config.data.num_train is 0; expected 1 or more: config.data.name = 'shapes'",
+        ),
+        (
+            {"data__name": "shapes", "data__num_train": 4},
+            "config.data.num_val is 0; expected 1 or more: config.data.name = 'shapes'",
+        ),
+    ],
+)
+def test_what_does_not_fit_is_refused(fields, message):
+    with pytest.raises(UserError, match=f"^{message}"):
+        config_rules.check(config_with(**fields))
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"init__backbone": "a.pth"},
+        {"init__checkpoint": "run"},
+        {"data__palette": ()},
+        {"loss__class_weights": (0.0, 1, 2.5)},
+        {"loss__stage2": 0.0},
+        {"augment__flip_pairs": ((2, 0),)},
+        {"augment__scale_range": (1.0, 1.0)},
+        {"eval__mode": "slide", "eval__window": (32, 32), "eval__stride": (32, 32)},
+        {"eval__mode": "whole", "eval__window": (32, 32), "eval__stride": (64, 64)},
+        {"optimizer__min_lr": 0.1},
+        {"optimizer__lr": 0.1 / 0.9},  # the whole of a row is replaced
+        {"optimizer__lr": 0.25, "model__memory__base_lr": 0.0},
+        {"optimizer__lr": 0.25, "model__memory__enabled": False},
+        {"replica_groups": 4, "train__accumulate": 2},
+        {"sharding__fsdp": -1, "sharding__data": 2},
+        {"data__name": "shapes", "data__num_train": 1, "data__num_val": 1},
+    ],
+)
+def test_what_fits_is_accepted(fields):
+    config_rules.check(config_with(**fields))
