@@ -20,7 +20,6 @@ import sys
 import time
 import types
 from collections.abc import Iterator, Sequence
-from pathlib import Path
 
 import flax
 import jax
@@ -37,8 +36,7 @@ from memseg_jax.data.transforms import evaluation_transform
 from memseg_jax.errors import UserError
 from memseg_jax.models.layers import resize_bilinear
 from memseg_jax.models.segmentor import build_segmentor
-from memseg_jax.runtime import compilation
-from memseg_jax.runtime.files import replacing
+from memseg_jax.runtime import compilation, files
 
 EXCEEDED = 2  # exit status
 # Odd, so that every rounding of a size and every edge of a resize counts.
@@ -249,6 +247,7 @@ def make_input(
             f"normal random numbers (NumPy's default_rng({_RANDOM_SEED})), 1x3x{size[0]}x{size[1]}"
         )
         return images.astype(np.float32), text
+    image = files.place(image, "--image")
     array = evaluation_transform(read_image(image), config.eval)
     full = array.shape[:2]
     if size is None and config.eval.mode == "slide":
@@ -256,7 +255,7 @@ def make_input(
     size = tuple(min(a, b) for a, b in zip(size or full, full))
     top, left = ((a - b) // 2 for a, b in zip(full, size))
     array = array[top : top + size[0], left : left + size[1]]
-    text = f"{Path(image).name}, resized to {full[0]}x{full[1]}"
+    text = f"{image.name}, resized to {full[0]}x{full[1]}"
     if size != full:
         text += f", of which the middle {size[0]}x{size[1]}"
     return np.ascontiguousarray(array.transpose(2, 0, 1)[None]), text
@@ -383,8 +382,9 @@ def main(argv: list[str]) -> int:
     """
     arguments = command_line.parse(argv, FLAGS, required=("checkpoint",), doc=__doc__)
     size = parse_size(arguments.size) if arguments.size else None
-    report = Path(arguments.report).expanduser() if arguments.report else None
-    if report and (report.is_dir() or not report.parent.is_dir()):
+    report = files.place(arguments.report, "--report") if arguments.report else None
+    on_disk = report and not files.in_bucket(report)
+    if on_disk and (report.is_dir() or not report.parent.is_dir()):
         raise UserError(f"--report={report}: expected a file to write, in a folder that exists")
     images, input_text = make_input(arguments.config, arguments.image, size)
     file = torch_files.read(arguments.checkpoint, arguments.sha256)
@@ -397,7 +397,7 @@ def main(argv: list[str]) -> int:
     if report:
         lines = [f"- {title}: {value}" for title, value in facts]
         parts = [f"# Parity of {file.path.name}", "\n".join(lines), *result]
-        with replacing(report) as temporary:
+        with files.replacing(report) as temporary:
             temporary.write_text("\n\n".join(parts) + "\n", encoding="utf-8")
         print(f"wrote {report}")
     return 0 if first_exceeding(rows) is None else EXCEEDED

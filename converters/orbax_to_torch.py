@@ -21,6 +21,7 @@ from converters.torch_files import import_safetensors, import_torch
 from memseg_jax import checkpoint, command_line
 from memseg_jax.errors import UserError
 from memseg_jax.models.segmentor import build_segmentor
+from memseg_jax.runtime import files
 from memseg_jax.training.state import abstract_variables
 
 FLAGS = {
@@ -82,10 +83,10 @@ def convert(workdir: str | os.PathLike, which: str | int, output: str | os.PathL
         UserError: there is no such checkpoint, the reference has no such model, or the file cannot
             be written.
     """
-    output = Path(output).expanduser().absolute()
+    output = files.absolute(output, "--output")
     if output.suffix not in (".pth", ".safetensors"):
         raise UserError(f"--output {output}: expected a name that ends in .pth or .safetensors")
-    if output.exists():
+    if files.exists(output):
         raise UserError(f"--output {output} exists already; choose another name, or remove it")
     step, meta = checkpoint.read_meta(workdir, which)
     config = ml_collections.ConfigDict(meta["config"])
@@ -99,7 +100,11 @@ def convert(workdir: str | os.PathLike, which: str | int, output: str | os.PathL
     origin = meta.get("origin")
     tensors = state_dict(variables, config, origin["counters"] if origin else step)
     del variables
-    _write(output, tensors)
+    if files.in_bucket(output):
+        with files.replacing(output) as local:
+            _write(local, tensors)
+    else:
+        _write(output, tensors)
     return output
 
 

@@ -16,6 +16,7 @@ from pathlib import Path
 import numpy as np
 
 from memseg_jax.errors import UserError
+from memseg_jax.runtime import files
 
 _LEAST_TORCH = (2, 10)
 _WRAPPERS = ("model", "state_dict")  # where the tensors may be, in the order of the reference
@@ -35,7 +36,7 @@ class TorchFile:
         layout: in words, what the file is.
     """
 
-    path: Path
+    path: files.Place
     sha256: str
     tensors: dict[str, np.ndarray]
     entries: tuple[str, ...]
@@ -57,17 +58,26 @@ def read(path: str | os.PathLike, sha256: str | None = None) -> TorchFile:
         UserError: the file is missing, damaged, not as announced, would run code, or holds
             something else; or PyTorch is missing or too old.
     """
-    path = Path(path).expanduser()
-    digest = sha256_of(path)
+    path = files.place(path)
+    try:
+        with files.readable(path) as local:
+            return _read(path, local, sha256)
+    except OSError as error:
+        raise UserError(f"{path} cannot be read: {error.strerror or error}") from error
+
+
+def _read(path: files.Place, local: Path, sha256: str | None) -> TorchFile:
+    """Reads a file of this name, whose content is on this disk."""
+    digest = sha256_of(local)
     if sha256 is not None and digest != sha256.strip().lower():
         raise UserError(
             f"{path} has the SHA-256 {digest}, not {sha256}: it is another file, or was damaged "
             "on the way. Download it again."
         )
     if path.suffix == ".safetensors":
-        loaded, entries, layout = _read_safetensors(path), (), "safetensors"
+        loaded, entries, layout = _read_safetensors(local), (), "safetensors"
     else:
-        loaded, entries, layout = _unwrap(path, _read_pickle(path))
+        loaded, entries, layout = _unwrap(path, _read_pickle(local))
     tensors = _as_arrays(path, loaded)
     if all(name.startswith(_PREFIX) for name in tensors):
         tensors = {name.removeprefix(_PREFIX): value for name, value in tensors.items()}

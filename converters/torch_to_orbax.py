@@ -26,6 +26,7 @@ from converters.torch_files import TorchFile
 from memseg_jax import checkpoint, command_line
 from memseg_jax.errors import UserError
 from memseg_jax.models.segmentor import Segmentor, build_segmentor
+from memseg_jax.runtime import files
 from memseg_jax.scoring import visualize
 from memseg_jax.training.state import abstract_variables
 
@@ -120,8 +121,8 @@ def convert(
     Raises:
         UserError: the file does not fit the config, or the output cannot be written.
     """
-    output = Path(output).expanduser().absolute()
-    if output.exists():
+    output = files.absolute(output, "--output")
+    if files.exists(output):
         raise UserError(f"--output {output} exists already; choose another folder, or remove it")
     file = torch_files.read(path, sha256)
     variables, conversion = to_variables(file, build_segmentor(config), config)
@@ -135,6 +136,10 @@ def convert(
         "entries": list(file.entries),
         "counters": conversion.kept_beside,
     }
+    if files.in_bucket(output):  # in which nothing counts before the checkpoint's marker is there
+        files.write_text(output / REPORT, report(file, conversion))
+        checkpoint.write_weights(output, variables, meta)
+        return file, conversion
     try:
         output.parent.mkdir(parents=True, exist_ok=True)
         unfinished = Path(tempfile.mkdtemp(prefix=f".{output.name}.", dir=output.parent))

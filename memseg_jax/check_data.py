@@ -7,7 +7,6 @@ each split shows some of its samples, those for training as the network sees the
 
 import collections
 import dataclasses
-import pathlib
 import sys
 from collections.abc import Iterator
 
@@ -21,7 +20,7 @@ from memseg_jax.data.images import LabelValueError, value_advice
 from memseg_jax.data.pipeline import TrainSamples
 from memseg_jax.data.reading import map_ahead
 from memseg_jax.errors import PROCESS_ERRORS, UserError
-from memseg_jax.runtime.files import make_folder
+from memseg_jax.runtime.files import Place, make_folder, place
 from memseg_jax.runtime.text import first_few
 from memseg_jax.scoring import visualize
 
@@ -90,7 +89,7 @@ def run(config, folder: str | None = None) -> int:
         report = check_split(source, split, len(data.class_names), data.threads)
         print("\n" + format_report(report, data.class_names, data.ignore_label))
         if folder is not None:
-            print(f"\n  {draw_picture(config, source, split, pathlib.Path(folder))}")
+            print(f"\n  {draw_picture(config, source, split, place(folder, '--output'))}")
         num_images += report.images
         num_bad += report.num_bad
 
@@ -183,7 +182,7 @@ def _add_bad(report: SplitReport, files: str, error: Exception) -> None:
         report.bad.append(files)
 
 
-def draw_picture(config, source, split: str, folder: pathlib.Path) -> str:
+def draw_picture(config, source, split: str, folder: Place) -> str:
     """Writes the picture of a split. The check goes on if that is not possible.
 
     The samples of the training split are the first ones of the training run, which `config.seed`

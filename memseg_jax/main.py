@@ -13,7 +13,7 @@ from absl import flags, logging
 
 from memseg_jax import command_line
 from memseg_jax.errors import UserError
-from memseg_jax.runtime import distributed
+from memseg_jax.runtime import distributed, files
 from memseg_jax.runtime.suggest import did_you_mean
 
 # Only light imports: `--help` must be quick, and every worker process imports this module.
@@ -108,6 +108,10 @@ def _run(argv: list[str]) -> int:
 
 def _run_mode(line: SimpleNamespace) -> int:
     module = importlib.import_module(f"memseg_jax.{line.mode}")
+    # Before anything is read: a misspelt gs:// would else become a folder of this name.
+    for name in ("workdir", "input", "output"):
+        if name in line.given:
+            files.place(getattr(line, name), f"--{name}")
     workdir = line.workdir or os.path.join("runs", _run_name(line.config_flag))
     if line.mode == "check_data":
         return module.run(line.config, line.output or os.path.join(workdir, "check_data"))

@@ -33,7 +33,7 @@ from memseg_jax.hlo.topologies import Devices, Topology
 from memseg_jax.inference import check_evaluation
 from memseg_jax.inference.predictor import network_scores
 from memseg_jax.models.segmentor import Segmentor, build_segmentor
-from memseg_jax.runtime import sharding
+from memseg_jax.runtime import files, sharding
 from memseg_jax.runtime.compilation import program_bytes
 from memseg_jax.runtime.text import format_bytes
 from memseg_jax.training.program import training_program
@@ -100,7 +100,7 @@ def run(config: ml_collections.ConfigDict, topology: str, workdir: str | None = 
     }
     print(format_plan(result, devices), flush=True)
     if folder:
-        (folder / FILE).write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
+        files.write_text(folder / FILE, json.dumps(result, indent=2) + "\n")
         log.info("wrote %s", folder / FILE)
     parts = (result["training"], result["evaluation"])
     if all(part["fits"] is not False for part in parts):

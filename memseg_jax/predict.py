@@ -16,8 +16,7 @@ from memseg_jax.data.images import read_image
 from memseg_jax.errors import UserError
 from memseg_jax.inference import Prediction, Predictor
 from memseg_jax.models.segmentor import build_segmentor
-from memseg_jax.runtime import sharding
-from memseg_jax.runtime.files import make_folder
+from memseg_jax.runtime import files, sharding
 from memseg_jax.scoring import visualize
 from memseg_jax.training.state import abstract_variables
 
@@ -28,7 +27,7 @@ log = logging.getLogger(__name__)
 ENDINGS = ("{}.png", "{}_overlay.jpg", "{}_confidence.png", "{}_ids.png")
 
 
-def find_images(pattern: str, output: pathlib.Path) -> list[tuple[pathlib.Path, pathlib.Path]]:
+def find_images(pattern: str, output: files.Place) -> list[tuple[files.Place, pathlib.Path]]:
     """Finds the pictures that `--input` names, and names their results.
 
     Args:
@@ -44,46 +43,51 @@ def find_images(pattern: str, output: pathlib.Path) -> list[tuple[pathlib.Path, 
     """
     if not pattern:
         raise UserError("--mode=predict needs --input: a picture, a folder or a glob")
-    path = pathlib.Path(pattern).expanduser()
-    if path.is_file():
-        files, base = [path], path.parent
-    elif path.is_dir():
-        files, base = sorted(p for p in path.rglob("*") if _is_image(p)), path
+    path = files.place(pattern, "--input")
+    if files.is_file(path):
+        found, base = [path], path.parent
+    elif files.exists(path):
+        found, base = [p for p in files.files_below(path) if _is_image(p)], path
     else:
-        found = sorted(glob.glob(str(path), recursive=True))
-        files = [p for p in map(pathlib.Path, found) if p.is_file() and _is_image(p)]
-        plain = itertools.takewhile(lambda part: not glob.has_magic(part), path.parts[:-1])
-        base = pathlib.Path(*plain)
-    results = output.resolve()
-    if base.resolve() != results:
-        files = [p for p in files if results not in p.resolve().parents]
-    if not files:
+        found = [p for p in files.matching(path) if _is_image(p)]
+        base = path.parent
+        while glob.has_magic(str(base)):
+            base = base.parent
+    results = _real(output)
+    if _real(base) != results:
+        found = [p for p in found if results not in _real(p).parents]
+    if not found:
         raise UserError(
             f"--input={pattern}: no picture found; expected a file, a folder or a glob with "
             f"files that end in {', '.join(sorted(IMAGE_SUFFIXES))}"
         )
-    names = _unique_names([p.relative_to(base) for p in files])
-    pictures = {p.resolve() for p in files}
+    names = _unique_names([pathlib.Path(p.relative_to(base).as_posix()) for p in found])
+    pictures = {_real(p) for p in found}
     for name in names:
         for ending in ENDINGS:
             result = output / name.with_name(ending.format(name.name))
-            if result.resolve() in pictures:
+            if _real(result) in pictures:
                 raise UserError(
                     f"--output={output}: the result {result} would overwrite a picture of the "
                     "input; choose another folder"
                 )
-    return list(zip(files, names))
+    return list(zip(found, names))
 
 
-def _is_image(path: pathlib.Path) -> bool:
+def _real(path: files.Place) -> files.Place:
+    """The path without symbolic links, which buckets do not have."""
+    return path if files.in_bucket(path) else path.resolve()
+
+
+def _is_image(path: files.Place) -> bool:
     return path.suffix.lower() in IMAGE_SUFFIXES
 
 
-def _unique_names(files: list[pathlib.Path]) -> list[pathlib.Path]:
+def _unique_names(paths: list[pathlib.Path]) -> list[pathlib.Path]:
     """A name for the results of each file, such that no two results have the same name."""
     taken: set[pathlib.Path] = set()
     names = []
-    for path in files:
+    for path in paths:
         numbered = (path.with_name(f"{path.name}-{n}") for n in itertools.count(2))
         for name in itertools.chain([path.with_suffix(""), path], numbered):
             results = {name.with_name(ending.format(name.name)) for ending in ENDINGS}
@@ -97,7 +101,7 @@ def _unique_names(files: list[pathlib.Path]) -> list[pathlib.Path]:
 def save(
     prediction: Prediction,
     image: np.ndarray,
-    target: pathlib.Path,
+    target: files.Place,
     palette: np.ndarray,
     save_confidence: bool,
     save_ids: bool,
@@ -115,7 +119,7 @@ def save(
     Raises:
         UserError: the folder or a file cannot be written.
     """
-    make_folder(target.parent, "--output")
+    files.make_folder(target.parent, "--output")
     labels, overlay, confidence, ids = (
         target.with_name(ending.format(target.name)) for ending in ENDINGS
     )
@@ -155,7 +159,7 @@ def run(
             could not be read (raised at the end; all others are done by then).
     """
     config_rules.check(config)
-    folder = pathlib.Path(output or pathlib.Path(workdir) / "predictions").expanduser()
+    folder = files.place(output or files.place(workdir) / "predictions", "--output")
     pictures = find_images(pattern, folder)
     _, meta = checkpoint.read_meta(workdir, which)
     with config.unlocked():
@@ -163,7 +167,7 @@ def run(
     model = build_segmentor(config)
     variables, _ = checkpoint.restore_for_inference(workdir, abstract_variables(model), which)
     palette = visualize.resolve_palette(meta["palette"], len(meta["class_names"]))
-    make_folder(folder, "--output")
+    files.make_folder(folder, "--output")
     mesh = sharding.make_mesh(jax.local_devices())
     pairs = config.augment.flip_pairs
     predictor = Predictor(model, config.eval, mesh, pairs, confidence=save_confidence)

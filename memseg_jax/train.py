@@ -4,7 +4,6 @@ import contextlib
 import dataclasses
 import functools
 import logging
-import pathlib
 import shlex
 import sys
 import time
@@ -20,7 +19,7 @@ from memseg_jax.data import open_split
 from memseg_jax.data.pipeline import check_batch, steps_per_epoch, train_batches
 from memseg_jax.errors import UserError
 from memseg_jax.models.segmentor import build_segmentor
-from memseg_jax.runtime import compilation, distributed, sharding
+from memseg_jax.runtime import compilation, distributed, files, sharding
 from memseg_jax.runtime.stopping import StopRequests
 from memseg_jax.runtime.text import format_duration
 from memseg_jax.runtime.watchdog import Watchdog
@@ -244,7 +243,7 @@ class _Saver:
             meta["memory_ages"] = self.health.ages
         self.checkpointer.save(state, meta)
 
-    def snapshot(self, state: TrainState, folder: pathlib.Path) -> None:
+    def snapshot(self, state: TrainState, folder: files.Place) -> None:
         """Saves a state as the only checkpoint of a workdir of its own."""
         with Checkpointer(folder, keep=1) as other:
             other.save(state, self.describe(int(state.step)))
@@ -259,7 +258,7 @@ class _Evaluation:
     progress: TrainingLog
     watchdog: Watchdog
     stops: StopRequests
-    folder: pathlib.Path
+    folder: files.Place
     split: str
     total_steps: int
 
@@ -320,7 +319,7 @@ def _state_after(
 
 
 def _print_next_steps(
-    folder: pathlib.Path, first_step: int, total_steps: int, seconds: float
+    folder: files.Place, first_step: int, total_steps: int, seconds: float
 ) -> None:
     """Says what there is to look at, and the next thing to try."""
     if first_step >= total_steps:

@@ -1,7 +1,6 @@
 """The verify mode: reads every checkpoint of a workdir and compares it with its checksums."""
 
 import os
-from pathlib import Path
 from typing import NamedTuple
 
 import jax
@@ -9,6 +8,7 @@ import jax
 from memseg_jax.checkpoint import arrays as stored
 from memseg_jax.checkpoint import steps as records
 from memseg_jax.checkpoint.meta import read_meta_file
+from memseg_jax.runtime import files
 
 
 class Report(NamedTuple):
@@ -41,7 +41,7 @@ def run(workdir: str | os.PathLike) -> int:
     """
     # Accelerators are not needed, and the run that uses them may be going on.
     jax.config.update("jax_platforms", "cpu")
-    folder = Path(workdir).expanduser().absolute()
+    folder = files.absolute(workdir, "--workdir")
     found = records.all_steps(folder)
     if not found:
         records.find_step(folder, "last")  # raises, and says what to do
@@ -57,9 +57,8 @@ def run(workdir: str | os.PathLike) -> int:
         for problem in report.problems:
             print(f"{'':>9}  {problem}", flush=True)
     aside = folder / records.DAMAGED_FOLDER
-    if aside.is_dir():
-        names = ", ".join(sorted(path.name for path in aside.iterdir()))
-        print(f"{aside}: found damaged earlier and not used: {names}")
+    if names := files.names(aside):
+        print(f"{aside}: found damaged earlier and not used: {', '.join(names)}")
     good = [step for step in found if step not in bad]
     if not bad:
         print(f"all {len(found)} checkpoints in {folder / records.FOLDER} are good")
@@ -72,7 +71,7 @@ def run(workdir: str | os.PathLike) -> int:
     return 1
 
 
-def check(workdir: Path, step: int) -> Report:
+def check(workdir: files.Place, step: int) -> Report:
     """Checks one checkpoint.
 
     Args:

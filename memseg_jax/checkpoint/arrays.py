@@ -2,7 +2,6 @@
 
 import os
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 import flax.serialization
@@ -15,7 +14,7 @@ from memseg_jax.checkpoint.checksums import checksums, describe
 from memseg_jax.checkpoint.meta import read_meta
 from memseg_jax.checkpoint.steps import FOLDER, DamagedCheckpoint, brief, damaged
 from memseg_jax.errors import UserError
-from memseg_jax.runtime import distributed
+from memseg_jax.runtime import distributed, files
 from memseg_jax.runtime.plain import flatten, show
 from memseg_jax.runtime.text import first_few
 
@@ -50,11 +49,11 @@ def restore_for_inference(
         UserError: as `read_meta`, and if the arrays are damaged or of another model.
     """
     step, meta = read_meta(workdir, which)
-    workdir = Path(workdir).expanduser().absolute()
+    workdir = files.absolute(workdir, "--workdir")
     return restore_arrays(workdir, step, dict(abstract_variables), meta, partial=True), meta
 
 
-def restore_arrays(workdir: Path, step: int, abstract: Any, meta: Any, partial: bool) -> Any:
+def restore_arrays(workdir: files.Place, step: int, abstract: Any, meta: Any, partial: bool) -> Any:
     """Restores into the structure and the shardings of `abstract`, and verifies the values.
 
     Of several processes, all have to call it. No process waits for another while it reads: a file
@@ -110,14 +109,14 @@ def restore_arrays(workdir: Path, step: int, abstract: Any, meta: Any, partial: 
     return flax.serialization.from_state_dict(abstract, restored)
 
 
-def _agree(workdir: Path, step: int, wrong: str, cause: BaseException | None) -> None:
+def _agree(workdir: files.Place, step: int, wrong: str, cause: BaseException | None) -> None:
     """Raises in every process if something is wrong in one of them."""
     if any_process(bool(wrong)):
         wrong = wrong or "another process could not read its part of the arrays, and says why"
         raise damaged(workdir, step, wrong) from cause
 
 
-def list_arrays(workdir: Path, step: int, meta: Mapping[str, Any]) -> dict[str, Any]:
+def list_arrays(workdir: files.Place, step: int, meta: Mapping[str, Any]) -> dict[str, Any]:
     """Shapes and types of a checkpoint's arrays by name, which are those that were saved.
 
     Raises:
@@ -143,14 +142,14 @@ def list_arrays(workdir: Path, step: int, meta: Mapping[str, Any]) -> dict[str, 
     return saved
 
 
-def read_on_host(folder: Path, names: list[str]) -> dict[str, np.ndarray]:
+def read_on_host(folder: files.Place, names: list[str]) -> dict[str, np.ndarray]:
     """Reads arrays of a checkpoint's folder `state` by name, as NumPy arrays."""
     target = unflatten_dict(dict.fromkeys(names, 0), sep=".")
     arguments = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), target)
     return flatten(_restore(folder, target, arguments, partial=True))
 
 
-def unreadable(folder: Path, tree: Any) -> list[str]:
+def unreadable(folder: files.Place, tree: Any) -> list[str]:
     """Tries every array by itself; returns the names of those that cannot be read."""
     bad = []
     for name in flatten(tree):
@@ -190,12 +189,12 @@ def any_process(failed: bool) -> bool:
     return bool(distributed.reduce_on_primary("checkpoint", b"1" if failed else b"", b"".join))
 
 
-def _read(folder: Path, target: Any, partial: bool) -> Any:
+def _read(folder: files.Place, target: Any, partial: bool) -> Any:
     arguments = ocp.checkpoint_utils.construct_restore_args(target)
     return _restore(folder, target, arguments, partial)
 
 
-def _restore(folder: Path, target: Any, arguments: Any, partial: bool) -> Any:
+def _restore(folder: files.Place, target: Any, arguments: Any, partial: bool) -> Any:
     """Reads without a word to other processes, for which orbax's `Checkpointer` would wait."""
     handler = ocp.PyTreeCheckpointHandler()
     try:

@@ -43,11 +43,14 @@ class RunLock:
         UserError: on entering: another run holds the folder; the message says which, since when.
     """
 
-    def __init__(self, folder: Path, minutes: float):
+    def __init__(self, folder: files.Place, minutes: float):
         self._path = folder / FILE
         self._seconds = 60 * minutes
         self._own = _describe_self()
         self._text = ""  # what this process has written last
+        # The folder is not taken from a run that was seen to hold it a moment ago.
+        self._pause = min(files.seconds_between_looks(folder), self._seconds / _RENEWALS)
+        self._seen = 0.0
         self._ended = threading.Event()
         self._thread: threading.Thread | None = None
 
@@ -64,8 +67,9 @@ class RunLock:
             return
         self._ended.set()
         self._thread.join()
-        if (_parse(files.read_text(self._path)) or {}).get("id") == self._own["id"]:
-            self._path.unlink(missing_ok=True)
+        text = files.read_text(self._path)
+        if (_parse(text) or {}).get("id") == self._own["id"]:
+            files.remove_if(self._path, text)
 
     def check(self) -> None:
         """Refuses to go on if the folder is not this run's any more; to be called before it writes.
@@ -73,10 +77,11 @@ class RunLock:
         Raises:
             UserError: another run has taken the folder, or the file was removed.
         """
-        if self._thread is None:
+        if self._thread is None or 0 <= time.time() - self._seen < self._pause:
             return
         found = _parse(files.read_text(self._path))
         if (found or {}).get("id") == self._own["id"]:
+            self._seen = time.time()
             return
         raise UserError(
             f"{self._path} is no longer this run's: "

@@ -3,7 +3,7 @@
 import contextlib
 import logging
 import os
-import shutil
+import threading
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
@@ -32,7 +32,6 @@ from memseg_jax.runtime.plain import flatten
 log = logging.getLogger(__name__)
 
 _CONCURRENT_GB = 1  # of arrays that are on their way to the disk at a time
-_UNFINISHED = ".orbax-checkpoint-tmp"  # in the names of folders of saves under way
 # The library below reports disk errors as plain ValueErrors, known only by the system's words.
 _DISK_ERRORS = (
     "No space left on device",
@@ -94,9 +93,13 @@ class Checkpointer:
             UserError: if the workdir cannot be written.
         """
         self._workdir = prepare_workdir(workdir)
-        self._folder = prepare_workdir(self._workdir / FOLDER)
+        self._folder = self._workdir / FOLDER
+        if not files.in_bucket(self._folder):
+            prepare_workdir(self._folder)
         self._keep = keep
         self._saving: int | None = None  # the step of the last save until it is known to be over
+        self._untidy = True  # whether there may be checkpoints that need not be kept
+        self._almost_saved = threading.Event()  # the save in the background nears its end
         self._remove_leftovers()
         handlers = ocp.CompositeCheckpointHandler(
             state=write_now or ocp.PyTreeCheckpointHandler(), meta=ocp.JsonCheckpointHandler()
@@ -140,7 +143,8 @@ class Checkpointer:
         tree = without_empty(flax.serialization.to_state_dict(state))
         with jax.transfer_guard("allow"), self._disk_errors(step):
             meta = sealed(dict(meta) | {"checksums": checksums(flatten(tree))})
-            self._saving = step
+            self._saving, self._untidy = step, True
+            self._almost_saved.clear()
             self._checkpointer.save(
                 self._folder / str(step),
                 args=ocp.args.Composite(
@@ -159,6 +163,7 @@ class Checkpointer:
         """
         if distributed.is_primary():
             write_scores(self._workdir, readable_scores(self._workdir) | {step: scores})
+        self._untidy = True
         self.tidy()
 
     def has_scores(self, step: int) -> bool:
@@ -168,21 +173,19 @@ class Checkpointer:
     def tidy(self) -> None:
         """Removes the checkpoints that need not be kept; cheap, and may be called at any time.
 
-        The one being saved counts only when it is complete.
+        The one being saved counts only when it is complete. The folder is looked at only if
+        something has changed since the last time.
         """
-        if not distributed.is_primary():
+        if not distributed.is_primary() or not self._untidy:
+            return
+        if self._saving is not None and not self._almost_saved.is_set():
             return
         steps = all_steps(self._workdir)
+        self._untidy = self._saving is not None and self._saving not in steps
         surplus = set(steps) - kept_steps(steps, readable_scores(self._workdir), self._keep)
         if not surplus:
             return
-        files.flush(self._folder)  # the new ones are there for good before the old ones go
-        for step in sorted(surplus):
-            # Renamed first: what a kill leaves of it is not taken for a checkpoint.
-            going = self._folder / f"{step}{_UNFINISHED}-removed"
-            with contextlib.suppress(OSError):
-                (self._folder / str(step)).rename(going)
-                shutil.rmtree(going, ignore_errors=True)
+        files.remove_folders(self._folder, [str(step) for step in sorted(surplus)])
 
     def restore(self, abstract_state: Any, step: int | None = None) -> tuple[Any, dict[str, Any]]:
         """Restores a whole state.
@@ -339,17 +342,14 @@ class Checkpointer:
             ) from error
 
     def _flush(self) -> None:
-        """Called in the background before the folder gets its final name: all must be on disk."""
-        for folder in self._folder.glob(f"{self._saving}{_UNFINISHED}*"):
-            for path in [*folder.rglob("*"), folder]:
-                files.flush(path)
+        """Called in the background before the folder gets its name: all must be on the disk."""
+        files.flush_unfinished(self._folder, str(self._saving))
+        self._almost_saved.set()
 
     def _remove_leftovers(self) -> None:
         """Removes the folders of saves that did not come to their end."""
-        if distributed.is_primary() and self._folder.is_dir():
-            for path in self._folder.iterdir():
-                if _UNFINISHED in path.name:
-                    shutil.rmtree(path, ignore_errors=True)
+        if distributed.is_primary():
+            files.remove_unfinished(self._folder)
 
     def _move_aside(self, steps: list[int], good: int) -> None:
         def move() -> list[str]:
@@ -357,12 +357,11 @@ class Checkpointer:
             for step in steps:
                 target = self._workdir / DAMAGED_FOLDER / str(step)
                 number = 1
-                while target.exists():
+                while files.exists(target):
                     number += 1
                     target = target.with_name(f"{step}_{number}")
                 with self._disk_errors(step):
-                    target.parent.mkdir(exist_ok=True)
-                    shutil.move(self._folder / str(step), target)
+                    files.move_folder(self._folder / str(step), target)
                 targets.append(str(target))
             return targets
 

@@ -6,13 +6,12 @@ import json
 import os
 import platform
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import memseg_jax
 from memseg_jax.checkpoint.steps import FOLDER, DamagedCheckpoint, brief, damaged, find_step
 from memseg_jax.errors import UserError
-from memseg_jax.runtime import distributed
+from memseg_jax.runtime import distributed, files
 from memseg_jax.runtime.plain import ABSENT, flatten, plain, show
 
 FORMAT_VERSION = 1
@@ -118,7 +117,7 @@ def read_meta(workdir: str | os.PathLike, step: str | int = "last") -> tuple[int
     Raises:
         UserError: if there is no such checkpoint, or it is damaged or of a later version.
     """
-    workdir = Path(workdir).expanduser().absolute()
+    workdir = files.absolute(workdir, "--workdir")
 
     def look() -> tuple[int, dict[str, Any]]:
         found = find_step(workdir, step)
@@ -128,7 +127,7 @@ def read_meta(workdir: str | os.PathLike, step: str | int = "last") -> tuple[int
     return found, meta
 
 
-def read_meta_file(workdir: Path, step: int) -> dict[str, Any]:
+def read_meta_file(workdir: files.Place, step: int) -> dict[str, Any]:
     """Reads the description of one checkpoint.
 
     Raises:
@@ -137,7 +136,7 @@ def read_meta_file(workdir: Path, step: int) -> dict[str, Any]:
     """
     path = workdir / FOLDER / str(step) / "meta" / META_FILE
     try:
-        text = path.read_text(encoding="utf-8")
+        text = files.read_bytes(path).decode("utf-8")
         if not text.strip():
             raise damaged(workdir, step, f"{path} is empty")
         meta = json.loads(text)

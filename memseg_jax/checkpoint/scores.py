@@ -7,7 +7,6 @@ A complete checkpoint is never written to again, and an evaluation ends long aft
 import json
 import logging
 from collections.abc import Iterable, Mapping
-from pathlib import Path
 from typing import Any
 
 from memseg_jax.errors import UserError
@@ -20,7 +19,7 @@ FILE = "scores.json"
 MIOU = "mIoU"  # the score that decides which checkpoint is the best
 
 
-def read_scores(workdir: Path) -> dict[int, dict[str, Any]]:
+def read_scores(workdir: files.Place) -> dict[int, dict[str, Any]]:
     """The scores of every step that was evaluated; empty if there is no file.
 
     Raises:
@@ -39,7 +38,7 @@ def read_scores(workdir: Path) -> dict[int, dict[str, Any]]:
         ) from error
 
 
-def readable_scores(workdir: Path) -> dict[int, dict[str, Any]]:
+def readable_scores(workdir: files.Place) -> dict[int, dict[str, Any]]:
     """`read_scores`, but a damaged file counts as none, with a warning: a run goes on without."""
     try:
         return read_scores(workdir)
@@ -48,7 +47,7 @@ def readable_scores(workdir: Path) -> dict[int, dict[str, Any]]:
         return {}
 
 
-def write_scores(workdir: Path, scores: Mapping[int, Mapping[str, Any]]) -> None:
+def write_scores(workdir: files.Place, scores: Mapping[int, Mapping[str, Any]]) -> None:
     """Replaces the file."""
     ordered = {str(step): plain(scores[step]) for step in sorted(scores)}
     files.write_text(workdir / FILE, json.dumps(ordered, indent=1))

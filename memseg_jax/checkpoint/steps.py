@@ -1,7 +1,6 @@
 """Which checkpoints a workdir has, and what is said about those that are damaged."""
 
 import os
-from pathlib import Path
 
 from memseg_jax.checkpoint.scores import best_step, read_scores
 from memseg_jax.errors import UserError
@@ -23,7 +22,7 @@ class DamagedCheckpoint(UserError):
         self.what = what
 
 
-def prepare_workdir(workdir: str | os.PathLike) -> Path:
+def prepare_workdir(workdir: str | os.PathLike) -> files.Place:
     """Makes the workdir and tries to write in it; returns its absolute path.
 
     Raises:
@@ -35,17 +34,15 @@ def prepare_workdir(workdir: str | os.PathLike) -> Path:
 def all_steps(workdir: str | os.PathLike) -> list[int]:
     """Returns the steps of the complete checkpoints on disk, in rising order.
 
-    A save that is under way, or was killed, is in a folder with another name and not counted. Of
-    several processes only the first may list (`Checkpointer` sees to that): network file systems
-    can show each of them another list.
+    A save that is under way, or was killed, is not counted: its folder has another name, or in a
+    bucket no marker. Of several processes only the first may list (`Checkpointer` sees to that):
+    network file systems can show each of them another list.
     """
-    folder = Path(workdir) / FOLDER
-    if not folder.is_dir():
-        return []
-    return sorted(int(path.name) for path in folder.iterdir() if path.name.isdecimal())
+    found = files.complete_folders(files.place(workdir) / FOLDER)
+    return sorted(int(name) for name in found if name.isdecimal())
 
 
-def find_step(workdir: Path, which: str | int) -> int:
+def find_step(workdir: files.Place, which: str | int) -> int:
     """Turns "last", "best" or a step into the step of a checkpoint; see `meta.read_meta`."""
     steps = all_steps(workdir)
     if not steps:
@@ -66,7 +63,7 @@ def find_step(workdir: Path, which: str | int) -> int:
     return which
 
 
-def damaged(workdir: Path, step: int, what: str) -> DamagedCheckpoint:
+def damaged(workdir: files.Place, step: int, what: str) -> DamagedCheckpoint:
     """The error that a checkpoint is damaged, with what can be done."""
     others = [other for other in all_steps(workdir) if other != step]
     advice = (

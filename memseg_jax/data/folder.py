@@ -30,6 +30,7 @@ from memseg_jax.data.images import (
     read_label,
 )
 from memseg_jax.errors import UserError
+from memseg_jax.runtime.files import on_disk
 from memseg_jax.runtime.text import first_few
 
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff")
@@ -149,7 +150,7 @@ def _root(data_config) -> Path:
             "config.data.root is not set: give the folder of the data set, for example "
             "--config.data.root=/data/streets."
         )
-    root = Path(os.path.abspath(Path(data_config.root).expanduser()))
+    root = on_disk(data_config.root, "config.data.root")
     if not root.is_dir():
         what = "is not a folder" if root.exists() else "does not exist"
         raise UserError(f"config.data.root: {root} {what}. Give the folder of the data set.")

@@ -17,6 +17,7 @@ from PIL import Image, ImageOps
 
 from memseg_jax.data import IGNORE_LABEL
 from memseg_jax.errors import PROCESS_ERRORS, UserError
+from memseg_jax.runtime import files
 from memseg_jax.runtime.text import first_few
 
 _NOT_ALLOWED = 254
@@ -232,6 +233,8 @@ def _opened(path: str | os.PathLike, data: bytes | None = None) -> Iterator[Imag
     raised outside Pillow, such as by a module that another thread is importing.
     """
     try:
+        if data is None and files.in_bucket(path):
+            data = _downloaded(path)
         if data is None and os.path.isfile(path) and os.path.getsize(path) == 0:
             raise UserError(f"{path}: the file is empty (0 bytes). Replace or remove it.")
         with Image.open(path if data is None else io.BytesIO(data), formats=_FORMATS) as image:
@@ -257,6 +260,13 @@ def _opened(path: str | os.PathLike, data: bytes | None = None) -> Iterator[Imag
             f"{path}: the image cannot be decoded ({error}). The file is truncated or damaged: "
             "replace or remove it."
         ) from error
+
+
+def _downloaded(path: files.Place) -> bytes:
+    try:
+        return files.read_bytes(path)
+    except OSError as error:
+        raise UserError(f"{path}: the file cannot be read ({error}).") from error
 
 
 def _raised_in_decoder(error: Exception) -> bool:

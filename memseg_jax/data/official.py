@@ -6,7 +6,6 @@ ids, where the data set has one, says which samples belong to a split and in wha
 """
 
 import dataclasses
-import os
 from collections.abc import Iterable, Mapping
 from pathlib import Path, PurePosixPath
 from typing import NamedTuple
@@ -16,6 +15,7 @@ import numpy as np
 
 from memseg_jax.data import IGNORE_LABEL, folder
 from memseg_jax.errors import UserError
+from memseg_jax.runtime.files import on_disk
 from memseg_jax.runtime.text import first_few
 
 _NOT_ALLOWED = 254  # in label tables
@@ -127,7 +127,7 @@ def root_folder(data_set: DataSet, data_config) -> Path:
             f"config.data.class_names has {found} names; {data_set.title} has "
             f"{data_set.num_classes}. Use memseg_jax.data.{data_config.name}.CLASS_NAMES."
         )
-    root = Path(os.path.abspath(Path(data_config.root).expanduser()))
+    root = on_disk(data_config.root, "config.data.root")
     if not data_config.root or not root.is_dir():
         raise UserError(
             f"config.data.root is {data_config.root!r}, which is not a folder. {data_set.help()}"

@@ -33,7 +33,7 @@ from tensorflow_datasets.proto import tf_example_pb2
 
 from memseg_jax.data.images import read_image
 from memseg_jax.errors import PROCESS_ERRORS, UserError
-from memseg_jax.runtime.files import write_text
+from memseg_jax.runtime.files import on_disk, write_text
 from memseg_jax.runtime.text import first_few
 
 FORMAT = 1
@@ -268,7 +268,7 @@ def open_packed(data_config, split: str) -> PackedSource:
 
 def folder_of(data_config) -> Path:
     """Returns the folder that `config.data.packed` names."""
-    return Path(os.path.abspath(Path(data_config.packed).expanduser()))
+    return on_disk(data_config.packed, "config.data.packed")
 
 
 def split_name(split: str) -> str:

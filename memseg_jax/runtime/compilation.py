@@ -19,11 +19,15 @@ def keep_programs() -> None:
     """Keeps compiled programs between runs, in $MEMSEG_CACHE or ~/.cache/memseg_jax/xla.
 
     JAX's own JAX_COMPILATION_CACHE_DIR goes first; without a writable folder there is no cache.
+
+    Raises:
+        UserError: $MEMSEG_CACHE is no path.
     """
     if not os.environ.get("JAX_COMPILATION_CACHE_DIR"):
         folder = os.environ.get("MEMSEG_CACHE") or "~/.cache/memseg_jax/xla"
+        place = files.place(folder, "MEMSEG_CACHE")
         try:
-            jax.config.update("jax_compilation_cache_dir", str(files.make_folder(folder)))
+            jax.config.update("jax_compilation_cache_dir", str(files.make_folder(place)))
         except UserError:
             return
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 1.0)

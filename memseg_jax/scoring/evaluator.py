@@ -7,7 +7,6 @@ process 0 puts the results together.
 import dataclasses
 import io
 import logging
-import pathlib
 import time
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -19,7 +18,7 @@ import numpy as np
 from memseg_jax.data.reading import map_ahead
 from memseg_jax.inference import Predictor
 from memseg_jax.models.segmentor import Segmentor
-from memseg_jax.runtime import distributed, sharding
+from memseg_jax.runtime import distributed, files, sharding
 from memseg_jax.scoring import metrics, visualize
 
 log = logging.getLogger(__name__)
@@ -130,7 +129,7 @@ class Evaluator:
             time.monotonic() - start,
         )
 
-    def report(self, evaluation: Evaluation, workdir: pathlib.Path, extra: dict[str, Any]) -> None:
+    def report(self, evaluation: Evaluation, workdir: files.Place, extra: dict[str, Any]) -> None:
         """Prints the table and writes metrics.json, per_class.csv and the picture of examples.
 
         Args:

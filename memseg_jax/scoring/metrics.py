@@ -10,14 +10,13 @@ import io
 import json
 import math
 import os
-import pathlib
 import unicodedata
 from collections.abc import Mapping, Sequence
 
 import numpy as np
 
 from memseg_jax.data import IGNORE_LABEL
-from memseg_jax.runtime.files import replacing
+from memseg_jax.runtime.files import place, replacing
 
 
 def confusion_matrix(
@@ -176,7 +175,7 @@ def write_results(
     Raises:
         UserError: a file cannot be written.
     """
-    workdir = pathlib.Path(workdir)
+    workdir = place(workdir)
     num_classes = matrix.shape[0]
     truth = matrix.sum(axis=1)
     predicted = matrix[:, :num_classes].sum(axis=0)

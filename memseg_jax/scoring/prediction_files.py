@@ -7,16 +7,17 @@ The second ones are only there if the data set's module has a `BENCHMARK`, see
 `memseg_jax.data.official.Benchmark`. Every file appears in one piece.
 """
 
+import io
 import os
 from collections.abc import Mapping
-from pathlib import Path, PurePosixPath
+from pathlib import PurePosixPath
 
 import numpy as np
 from PIL import Image
 
 from memseg_jax.data.official import Benchmark
 from memseg_jax.errors import UserError
-from memseg_jax.runtime.files import make_folder
+from memseg_jax.runtime import files
 from memseg_jax.runtime.text import first_few
 from memseg_jax.scoring import visualize
 
@@ -42,20 +43,20 @@ class PredictionWriter:
     def __init__(
         self, folder: str, data_root: str, palette: np.ndarray, benchmark: Benchmark | None
     ):
-        self._folder = Path(os.path.abspath(Path(folder).expanduser()))
+        self._folder = files.absolute(folder, _FIELD)
         self._palette = palette
         self._benchmark = benchmark
         self.sizes: dict[str, tuple[int, int]] = {}
-        root = data_root and Path(os.path.abspath(Path(data_root).expanduser()))
-        if root and (root == self._folder or root in self._folder.parents):
+        root = data_root and files.absolute(data_root, "config.data.root")
+        if root and files.is_inside(self._folder, root):
             raise UserError(
                 f"config.eval.save_predictions is {folder}, which is in config.data.root "
                 f"({data_root}), whose files it could replace. Choose another folder."
             )
-        make_folder(self.benchmark_folder if benchmark else self._folder, _FIELD)
+        files.make_folder(self.benchmark_folder if benchmark else self._folder, _FIELD)
 
     @property
-    def benchmark_folder(self) -> Path:
+    def benchmark_folder(self) -> files.Place:
         """Where the files for the server are."""
         return self._folder / "benchmark"
 
@@ -71,7 +72,7 @@ class PredictionWriter:
         """
         parts = [part for part in PurePosixPath(name).parts if part not in ("/", "..")]
         path = self._folder.joinpath(*parts[:-1], f"{parts[-1]}.png")
-        make_folder(path.parent, _FIELD)
+        files.make_folder(path.parent, _FIELD)
         visualize.save_palette_png(path, label, self._palette)
         if self._benchmark:
             path = self.benchmark_folder / f"{name}{self._benchmark.ending}"
@@ -108,9 +109,9 @@ def check_benchmark_files(
         UserError: with every file that is missing, is one too many, or is not as the server wants
             it (the first few of each).
     """
-    folder = Path(folder)
+    folder = files.place(folder)
     expected = {f"{name}{benchmark.ending}": size for name, size in sizes.items()}
-    found = {path.name for path in folder.iterdir()}
+    found = set(files.names(folder))
     faults = [("missing", sorted(set(expected) - found))]
     faults.append(("of no image of this split", sorted(found - set(expected))))
     wrong = []
@@ -130,10 +131,10 @@ def check_benchmark_files(
         )
 
 
-def _fault(path: Path, size: tuple[int, int], values: tuple[int, ...]) -> str:
+def _fault(path: files.Place, size: tuple[int, int], values: tuple[int, ...]) -> str:
     """What is wrong with a file, or ""."""
     try:
-        with Image.open(path) as image:
+        with Image.open(io.BytesIO(files.read_bytes(path))) as image:
             kind, mode, found = image.format, image.mode, (image.height, image.width)
             pixels = np.asarray(image)
     except OSError:  # Pillow's errors about what is no image, too

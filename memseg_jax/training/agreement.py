@@ -1,15 +1,14 @@
 """Whether the processes of a run are of one mind before it starts."""
 
 import time
-from pathlib import Path
 from typing import Any
 
 from memseg_jax.checkpoint.meta import versions
-from memseg_jax.runtime import distributed
+from memseg_jax.runtime import distributed, files
 from memseg_jax.runtime.plain import flatten, plain, show
 
 
-def check_processes_agree(config: Any, fingerprint: str, workdir: Path | None) -> None:
+def check_processes_agree(config: Any, fingerprint: str, workdir: files.Place | None) -> None:
     """Refuses a run whose processes have different configs, data or workdirs.
 
     Args:
@@ -36,12 +35,12 @@ def check_processes_agree(config: Any, fingerprint: str, workdir: Path | None) -
 
     def write() -> str:
         word = f"{time.time_ns()}"
-        sign.write_text(word, encoding="utf-8")
+        files.write_text(sign, word)
         return word
 
     word = distributed.on_primary("workdir", write)
     try:
-        found = sign.read_text(encoding="utf-8") == word
+        found = files.read_text(sign) == word
     except OSError:
         found = False
     distributed.check_same("sees", {"whether it sees the files of process 0 in --workdir": found})

@@ -18,7 +18,6 @@ import collections
 import dataclasses
 import logging
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -27,7 +26,7 @@ import numpy as np
 import optax
 
 from memseg_jax.errors import UserError
-from memseg_jax.runtime import distributed
+from memseg_jax.runtime import distributed, files
 from memseg_jax.training.state import TrainState
 
 log = logging.getLogger(__name__)
@@ -167,7 +166,9 @@ class Guard:
         in_flight: number of steps that may be under way.
     """
 
-    def __init__(self, train: Any, folder: Path, describe: Callable[[int], str], in_flight: int):
+    def __init__(
+        self, train: Any, folder: files.Place, describe: Callable[[int], str], in_flight: int
+    ):
         self._policy, self._limit = train.on_nonfinite, train.max_nonfinite
         self._folder = folder
         self._describe = describe
@@ -182,7 +183,7 @@ class Guard:
         self._steps.append((step, batch, metrics))
 
     def check(
-        self, state: TrainState, snapshot: Callable[[TrainState, Path], None], wait: bool
+        self, state: TrainState, snapshot: Callable[[TrainState, files.Place], None], wait: bool
     ) -> None:
         """Waits until no more steps than `in_flight` are under way, or none, and looks at them.
 
@@ -231,7 +232,7 @@ class Guard:
         )
 
     def _stop(
-        self, bad: BadStep, state: TrainState, snapshot: Callable[[TrainState, Path], None]
+        self, bad: BadStep, state: TrainState, snapshot: Callable[[TrainState, files.Place], None]
     ) -> None:
         kept = self._save_batch(bad)
         try:
@@ -241,7 +242,7 @@ class Guard:
             kept += f" The state before the step could not be kept: {error}"
         raise UserError(f"{bad.explain(self._describe)}\n{kept}\n{_ADVICE}")
 
-    def _folder_of(self, bad: BadStep) -> Path:
+    def _folder_of(self, bad: BadStep) -> files.Place:
         return self._folder / f"nonfinite_step_{bad.step}"
 
     def _save_batch(self, bad: BadStep) -> str:
@@ -252,9 +253,10 @@ class Guard:
         )
         path = self._folder_of(bad) / name
         try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            np.savez(path, **bad.batch, files=np.array(bad.files(self._describe)))
-        except OSError as error:
+            files.make_folder(path.parent)
+            with files.replacing(path) as temporary, temporary.open("wb") as file:
+                np.savez(file, **bad.batch, files=np.array(bad.files(self._describe)))
+        except UserError as error:
             return f"The batch could not be kept in {path}: {error}."
         return f"The batch is in {path} (image, label, index, files)."
 

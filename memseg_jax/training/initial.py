@@ -12,6 +12,7 @@ from flax.traverse_util import flatten_dict
 from memseg_jax import checkpoint
 from memseg_jax.errors import UserError
 from memseg_jax.models.segmentor import Segmentor, build_segmentor
+from memseg_jax.runtime import files
 from memseg_jax.training.state import abstract_variables, init_variables
 
 log = logging.getLogger(__name__)
@@ -71,7 +72,7 @@ def _known_from_checkpoint(
     config: ml_collections.ConfigDict, model: Segmentor
 ) -> dict[str, np.ndarray]:
     """The arrays of a trained model that fit: all of them, or all but those of its classes."""
-    folder = config.init.checkpoint
+    folder = files.place(config.init.checkpoint, "config.init.checkpoint")
     step, meta = checkpoint.read_meta(folder, "best")
     trained = build_segmentor(ml_collections.ConfigDict(meta["config"]))
     saved, _ = checkpoint.restore_for_inference(folder, abstract_variables(trained), step)

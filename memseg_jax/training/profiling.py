@@ -2,6 +2,7 @@
 
 import contextlib
 import logging
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -25,13 +26,14 @@ class StepProfiler:
         count: steps to trace.
     """
 
-    def __init__(self, folder: Path, first_step: int, count: int):
+    def __init__(self, folder: files.Place, first_step: int, count: int):
         self._folder = folder / "profile"
         if distributed.process_count() > 1:
             self._folder /= f"process_{distributed.process_index()}"
         self._first = first_step + _PASSED_OVER + 1
         self._last = self._first + count - 1
         self._running = False
+        self._local: tempfile.TemporaryDirectory | None = None  # where the profiler can write
 
     def __enter__(self) -> "StepProfiler":
         return self
@@ -51,7 +53,11 @@ class StepProfiler:
             return
         if not self._running:
             files.make_folder(self._folder)
-            jax.profiler.start_trace(self._folder)
+            local = self._folder
+            if files.in_bucket(self._folder):
+                self._local = tempfile.TemporaryDirectory(prefix="memseg_jax_")
+                local = self._local.name
+            jax.profiler.start_trace(local)
             self._running = True
         with jax.profiler.StepTraceAnnotation(_NAME, step_num=number):
             yield
@@ -67,3 +73,6 @@ class StepProfiler:
         if self._running:
             self._running = False
             jax.profiler.stop_trace()
+            if self._local:
+                with self._local as local:
+                    files.copy_folder(Path(local), self._folder)

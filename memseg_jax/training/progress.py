@@ -9,7 +9,6 @@ import io
 import logging
 import math
 import os
-import pathlib
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
@@ -19,7 +18,7 @@ import ml_collections
 import numpy as np
 
 from memseg_jax.errors import UserError
-from memseg_jax.runtime import distributed, files
+from memseg_jax.runtime import distributed, files, growing
 from memseg_jax.runtime.text import format_duration
 from memseg_jax.scoring.memory_health import MemoryHealth
 from memseg_jax.training.guards import FLAG
@@ -43,7 +42,7 @@ class TrainingLog:
 
     def __init__(
         self,
-        folder: pathlib.Path,
+        folder: files.Place,
         config: ml_collections.ConfigDict,
         total_steps: int,
         epoch_steps: int,
@@ -93,11 +92,14 @@ class TrainingLog:
         )
         speed = {"images_per_second": rates.images_per_second, "data_wait": rates.data_wait}
         self._writer.write(step, values | {"epoch": rates.epoch} | speed)
+        if saving:  # a checkpoint is never there without the rows before it
+            self._writer.flush()
 
     def write_scores(self, step: int, scores: Mapping[str, float]) -> None:
         """Adds the scores of an evaluation to metrics.csv."""
         if self._writer:
             self._writer.write(step, {f"eval_{name}": value for name, value in scores.items()})
+            self._writer.flush()
 
     def restart(self, step: int) -> None:
         """Forgets the time since the last line, and metrics that were not told yet."""
@@ -122,10 +124,10 @@ def _mean(steps: Sequence[Mapping[str, np.ndarray]]) -> dict[str, float]:
 class MetricWriter:
     """Writes numbers by step to `<workdir>/metrics.csv`, and to TensorBoard if it is installed.
 
-    One row a `write`, on disk when `write` returns. The first column is `step`; a new name adds a
-    column, and rows that have no value for a column leave it empty. Rows after `start_step` come
-    from a run that was killed after its last checkpoint; they are removed because the resumed run
-    will write them again.
+    One row a `write`, on disk when `write` returns; in a bucket within seconds, or by `flush`. The
+    first column is `step`; a new name adds a column, and rows that have no value for a column leave
+    it empty. Rows after `start_step` come from a run that was killed after its last checkpoint;
+    they are removed because the resumed run will write them again.
 
     Args:
         workdir: folder, made if it is not there.
@@ -136,10 +138,9 @@ class MetricWriter:
     """
 
     def __init__(self, workdir: str | os.PathLike, start_step: int = 0):
-        folder = pathlib.Path(workdir)
+        folder = files.make_folder(workdir)
         self._path = folder / "metrics.csv"
-        self._file = None
-        files.make_folder(folder)
+        self._file: growing.GrowingFile | None = None
         columns, rows = self._read()
         self._rewrite(columns, [row for row in rows if int(row["step"]) <= start_step])
         self._board = _tensorboard(folder / "tensorboard", start_step)
@@ -153,15 +154,24 @@ class MetricWriter:
         """
         numbers = {name: float(value) for name, value in values.items()}
         if new := [name for name in numbers if name not in self._columns]:
+            self._file.flush()
             columns, rows = self._read()
             self._rewrite(columns + new, rows)
         cells = {"step": str(int(step))} | {n: f"{v:.9g}" for n, v in numbers.items()}
-        self._file.write(_csv_text(self._columns, [cells]))
-        self._file.flush()
+        self._file.append(_csv_text(self._columns, [cells]))
         if self._board:
             for name, value in numbers.items():
                 self._board.add_scalar(name, value, int(step))
-            self._board.flush()
+            if not files.in_bucket(self._path):  # there, its thread writes it every two minutes
+                self._board.flush()
+
+    def flush(self) -> None:
+        """Returns when all rows are in metrics.csv.
+
+        Raises:
+            UserError: they cannot be written.
+        """
+        self._file.flush()
 
     def close(self) -> None:
         """Closes the files. May be called twice."""
@@ -179,11 +189,11 @@ class MetricWriter:
     def _read(self) -> tuple[list[str], list[dict[str, str]]]:
         """Returns the columns and the complete rows of the file, nothing if it is not there."""
         try:
-            text = self._path.read_text(encoding="utf-8", errors="replace")
-        except FileNotFoundError:
-            return ["step"], []
+            text = files.read_text(self._path)
         except OSError as error:
             raise UserError(f"cannot read {self._path}: {error}") from error
+        if text is None:
+            return ["step"], []
         # A process killed while it wrote leaves a last line without its end.
         text = text[: text.rfind("\n") + 1].replace("\0", "")
         header, *lines = list(csv.reader(io.StringIO(text))) or [["step"]]
@@ -198,11 +208,9 @@ class MetricWriter:
     def _rewrite(self, columns: list[str], rows: list[dict[str, str]]) -> None:
         if self._file:
             self._file.close()
-        with files.replacing(self._path) as temporary:
-            header = _csv_text(columns, [dict(zip(columns, columns))])
-            temporary.write_text(header + _csv_text(columns, rows), encoding="utf-8")
+        header = _csv_text(columns, [dict(zip(columns, columns))])
+        self._file = growing.grow(self._path, header + _csv_text(columns, rows))
         self._columns = columns
-        self._file = self._path.open("a", encoding="utf-8")
 
 
 def _csv_text(columns: list[str], rows: list[dict[str, str]]) -> str:
@@ -211,8 +219,8 @@ def _csv_text(columns: list[str], rows: list[dict[str, str]]) -> str:
     return text.getvalue()
 
 
-def _tensorboard(folder: pathlib.Path, start_step: int):
-    """Returns a tensorboardX writer, or None where it is not installed."""
+def _tensorboard(folder: files.Place, start_step: int):
+    """Returns a tensorboardX writer, or None where it is not installed or cannot write."""
     try:
         import tensorboardX
     except ImportError:
@@ -221,7 +229,13 @@ def _tensorboard(folder: pathlib.Path, start_step: int):
         logging.warning("TensorBoard files are not written: %s", error)
         return None
     purge = start_step + 1 if start_step else None
-    return tensorboardX.SummaryWriter(logdir=str(folder), purge_step=purge)
+    try:
+        return tensorboardX.SummaryWriter(logdir=str(folder), purge_step=purge)
+    except Exception as error:
+        if not files.in_bucket(folder):  # there it is another client, with errors of its own
+            raise
+        log.warning("TensorBoard files are not written to %s: %s", folder, error)
+        return None
 
 
 class Rates(NamedTuple):
