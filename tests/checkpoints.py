@@ -1,9 +1,7 @@
 """States and checkpoints of them without a model, and damage to checkpoints, for tests."""
 
 import json
-import os
 import shutil
-from pathlib import Path
 from typing import Any
 
 import flax.struct
@@ -15,6 +13,7 @@ import optax
 from configs import common
 from memseg_jax import checkpoint
 from memseg_jax.checkpoint import Checkpointer
+from memseg_jax.runtime import files
 
 
 @flax.struct.dataclass
@@ -75,22 +74,25 @@ def save_one(workdir, step=3, miou=None, state=None):
 
 
 def tamper(workdir, step, pattern, change):
-    folder = Path(workdir) / checkpoint.FOLDER / str(step)
-    files = [path for path in folder.glob(pattern) if path.is_file()]
-    assert files, f"nothing matches {pattern}"
-    change(max(files, key=lambda path: path.stat().st_size))
+    found = files.matching(workdir / checkpoint.FOLDER / str(step) / pattern)
+    assert found, f"nothing matches {pattern}"
+    change(max(found, key=size))
+
+
+def size(path):
+    return len(path.read_bytes())
 
 
 def halve(path):
-    os.truncate(path, path.stat().st_size // 2)
+    content = path.read_bytes()
+    path.write_bytes(content[: len(content) // 2])
 
 
 # ---- Damage ------------------------------------------------------------------------------------
 
 
 def files_of(workdir, step):
-    folder = workdir / checkpoint.FOLDER / str(step)
-    return sorted(path for path in folder.rglob("*") if path.is_file())
+    return files.files_below(workdir / checkpoint.FOLDER / str(step))
 
 
 def flip(path, position, bit=4):
@@ -101,11 +103,21 @@ def flip(path, position, bit=4):
 
 def largest(workdir, step):
     """The file that holds most of the arrays' values."""
-    return max(files_of(workdir, step), key=lambda path: path.stat().st_size)
+    return max(files_of(workdir, step), key=size)
+
+
+def unlink(path):
+    path.unlink()
 
 
 def remove(path):
-    shutil.rmtree(path) if path.is_dir() else path.unlink()
+    """Removes a file or a folder."""
+    if not path.is_dir():
+        path.unlink()
+    elif files.in_bucket(path):
+        path.rmtree()
+    else:
+        shutil.rmtree(path)
 
 
 def forget_array(path):
@@ -117,11 +129,11 @@ def forget_array(path):
 
 
 DAMAGES = {
-    "flipped byte": (None, lambda path: flip(path, path.stat().st_size // 2), "kernel"),
+    "flipped byte": (None, lambda path: flip(path, size(path) // 2), "kernel"),
     "truncated file": (None, halve, "cannot be read"),
-    "missing file": (None, Path.unlink, "cannot be read"),
+    "missing file": (None, unlink, "cannot be read"),
     "missing array": ("state/_METADATA", forget_array, "memory: found none, expected float32"),
-    "missing list": ("state/_METADATA", Path.unlink, "the list of arrays"),
+    "missing list": ("state/_METADATA", unlink, "the list of arrays"),
     "missing item": ("state", remove, "the list of arrays"),
     "missing description": ("meta", remove, "meta/metadata cannot be read"),
     "half a description": ("meta/metadata", halve, "meta/metadata cannot be read"),
@@ -135,7 +147,7 @@ DAMAGES = {
 }
 
 
-def damage_step(workdir: Path, step: int, damage: str) -> str:
+def damage_step(workdir: files.Place, step: int, damage: str) -> str:
     """Brings about one of `DAMAGES`; returns a part of what is said about it."""
     place, change, named = DAMAGES[damage]
     folder = workdir / checkpoint.FOLDER / str(step)

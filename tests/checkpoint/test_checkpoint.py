@@ -2,7 +2,6 @@
 
 import json
 import os
-import shutil
 
 import jax
 import numpy as np
@@ -15,17 +14,26 @@ from memseg_jax.checkpoint import Checkpointer
 from memseg_jax.checkpoint.meta import sealed
 from memseg_jax.errors import UserError
 from memseg_jax.runtime import files
-from tests.checkpoints import State, abstract, assert_same, make_meta, make_state, save_one
+from tests.checkpoints import (
+    State,
+    abstract,
+    assert_same,
+    files_of,
+    make_meta,
+    make_state,
+    remove,
+    save_one,
+)
 
 # ------------------------------------------------------------------------------- round trips
 
 
-def test_round_trip_is_bit_exact(tmp_path):
+def test_round_trip_is_bit_exact(place):
     state = make_state(3)
-    with Checkpointer(tmp_path, keep=2) as checkpointer:
+    with Checkpointer(place, keep=2) as checkpointer:
         assert checkpointer.latest_step() is None
         checkpointer.save(state, make_meta(3))
-    with Checkpointer(tmp_path, keep=2) as checkpointer:
+    with Checkpointer(place, keep=2) as checkpointer:
         assert checkpointer.latest_step() == 3
         restored, meta = checkpointer.restore(abstract(state))
     assert isinstance(restored, State)
@@ -40,18 +48,18 @@ def test_round_trip_is_bit_exact(tmp_path):
 
 
 @pytest.mark.parametrize("memory", [None, {}])
-def test_round_trip_without_memory(tmp_path, memory):
+def test_round_trip_without_memory(place, memory):
     state = make_state(1).replace(memory=memory)
-    save_one(tmp_path, 1, state=state)
-    with Checkpointer(tmp_path, keep=1) as checkpointer:
+    save_one(place, 1, state=state)
+    with Checkpointer(place, keep=1) as checkpointer:
         assert_same(checkpointer.restore(abstract(state))[0], state)
     variables = {"params": state.params, "batch_stats": state.batch_stats, "memory": memory}
-    assert_same(checkpoint.restore_for_inference(tmp_path, abstract(variables))[0], variables)
+    assert_same(checkpoint.restore_for_inference(place, abstract(variables))[0], variables)
 
 
-def test_files_on_disk_are_plain_nested_dicts(tmp_path):
-    save_one(tmp_path)
-    metadata = json.loads((tmp_path / "checkpoints/3/state/_METADATA").read_text())
+def test_files_on_disk_are_plain_nested_dicts(place):
+    save_one(place)
+    metadata = json.loads((place / "checkpoints/3/state/_METADATA").read_text())
     names = {
         ".".join(key["key"] for key in entry["key_metadata"])
         for entry in metadata["tree_metadata"].values()
@@ -65,12 +73,12 @@ def test_files_on_disk_are_plain_nested_dicts(tmp_path):
     assert "opt_state.1.0.trace.head.kernel" in names
 
 
-def test_saved_values_survive_donation(tmp_path):
+def test_saved_values_survive_donation(place):
     # The loop donates the state to the next step while the save is still under way.
     advance = jax.jit(lambda state: jax.tree.map(lambda leaf: leaf + 1, state), donate_argnums=0)
     state = make_state(1, width=4096)
     expected = jax.tree.map(lambda leaf: np.array(leaf, copy=True), state)
-    with Checkpointer(tmp_path, keep=1) as checkpointer:
+    with Checkpointer(place, keep=1) as checkpointer:
         checkpointer.save(state, make_meta(1))
         for _ in range(5):
             state = advance(state)
@@ -79,12 +87,12 @@ def test_saved_values_survive_donation(tmp_path):
     assert_same(restored, expected)
 
 
-def test_works_under_a_transfer_guard(tmp_path):
+def test_works_under_a_transfer_guard(place):
     state = make_state(1)
     target = abstract(state)
     jax.config.update("jax_transfer_guard", "disallow")
     try:
-        with Checkpointer(tmp_path, keep=1) as checkpointer:
+        with Checkpointer(place, keep=1) as checkpointer:
             checkpointer.save(state, make_meta(1))
             restored, _ = checkpointer.restore(target)
     finally:
@@ -92,21 +100,21 @@ def test_works_under_a_transfer_guard(tmp_path):
     assert_same(restored, state)
 
 
-def test_restores_for_inference_without_the_optimizer(tmp_path):
+def test_restores_for_inference_without_the_optimizer(place):
     state = make_state(3)
-    save_one(tmp_path, state=state)
+    save_one(place, state=state)
     variables = {
         "params": state.params,
         "batch_stats": state.batch_stats,
         "memory": state.memory,
     }
     shapes = jax.eval_shape(lambda: variables)  # no shardings
-    restored, meta = checkpoint.restore_for_inference(tmp_path, shapes, "last")
+    restored, meta = checkpoint.restore_for_inference(place, shapes, "last")
     assert_same(restored, variables)
     assert meta["step"] == 3
 
 
-def test_restores_on_another_number_of_devices(tmp_path):
+def test_restores_on_another_number_of_devices(place):
     mesh = jax.make_mesh((len(jax.devices()),), ("data",))
     split = jax.NamedSharding(mesh, jax.P("data"))
     whole = jax.NamedSharding(mesh, jax.P())
@@ -117,10 +125,10 @@ def test_restores_on_another_number_of_devices(tmp_path):
 
     one = make_state(1)
     many = jax.tree.map(lambda leaf: jax.device_put(leaf, sharded(leaf).sharding), one)
-    save_one(tmp_path / "many", 1, state=many)
-    save_one(tmp_path / "one", 1, state=one)
+    save_one(place / "many", 1, state=many)
+    save_one(place / "one", 1, state=one)
     for workdir, target in (("many", abstract(one)), ("one", jax.tree.map(sharded, one))):
-        with Checkpointer(tmp_path / workdir, keep=1) as checkpointer:
+        with Checkpointer(place / workdir, keep=1) as checkpointer:
             restored, _ = checkpointer.restore(target)
         assert_same(restored, one)
         for leaf, wanted in zip(jax.tree.leaves(restored), jax.tree.leaves(target)):
@@ -151,84 +159,83 @@ def test_kept_steps(steps, miou, keep):
         assert checkpoint.best_step(steps, scores) is None
 
 
-def test_keeps_the_last_and_the_best(tmp_path):
+def test_keeps_the_last_and_the_best(place):
     scores = {1: 0.3, 2: 0.7, 3: None, 4: 0.7, 5: 0.2, 6: float("nan"), 7: None}
     expected = {1: [1], 2: [1, 2], 3: [2, 3], 4: [3, 4], 5: [4, 5], 6: [4, 5, 6], 7: [4, 6, 7]}
-    with Checkpointer(tmp_path, keep=2) as checkpointer:
+    with Checkpointer(place, keep=2) as checkpointer:
         for step, miou in scores.items():
             checkpointer.save(make_state(step), make_meta(step))
             if miou is not None:
                 checkpointer.record_scores(step, {"mIoU": miou})
             checkpointer.wait_until_finished()
-            assert checkpoint.all_steps(tmp_path) == expected[step]
-    assert checkpoint.read_meta(tmp_path, "best")[0] == 4
-    assert checkpoint.read_meta(tmp_path, "last")[0] == 7
+            assert checkpoint.all_steps(place) == expected[step]
+    assert checkpoint.read_meta(place, "best")[0] == 4
+    assert checkpoint.read_meta(place, "last")[0] == 7
     # The same rule after reopening: scores are read from disk.
-    with Checkpointer(tmp_path, keep=2) as checkpointer:
+    with Checkpointer(place, keep=2) as checkpointer:
         checkpointer.save(make_state(8), make_meta(8))
         checkpointer.record_scores(8, {"mIoU": 0.9})
         checkpointer.wait_until_finished()
-        assert checkpoint.all_steps(tmp_path) == [7, 8]
+        assert checkpoint.all_steps(place) == [7, 8]
         restored, _ = checkpointer.restore(abstract(make_state(7)), step=7)
     assert_same(restored, make_state(7))
 
 
-def test_best_without_scores_is_the_last(tmp_path):
-    save_one(tmp_path, 1)
-    save_one(tmp_path, 2)
-    assert checkpoint.read_meta(tmp_path, "best")[0] == 2
+def test_best_without_scores_is_the_last(place):
+    save_one(place, 1)
+    save_one(place, 2)
+    assert checkpoint.read_meta(place, "best")[0] == 2
 
 
-def test_a_complete_checkpoint_is_never_written_to_again(tmp_path):
+def test_a_complete_checkpoint_is_never_written_to_again(place):
     def content(step):
-        folder = tmp_path / checkpoint.FOLDER / str(step)
-        return {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+        return {path: path.read_bytes() for path in files_of(place, step)}
 
-    with Checkpointer(tmp_path, keep=1) as checkpointer:
+    with Checkpointer(place, keep=1) as checkpointer:
         checkpointer.save(make_state(1), make_meta(1))
         checkpointer.record_scores(1, {"mIoU": 0.4})
         checkpointer.save(make_state(2), make_meta(2))
         checkpointer.wait_until_finished()
-        assert checkpoint.all_steps(tmp_path) == [1, 2]
+        assert checkpoint.all_steps(place) == [1, 2]
         before = content(2)
         assert not checkpointer.has_scores(2)
         checkpointer.record_scores(2, {"mIoU": 0.6})
         assert checkpointer.has_scores(2)
-        assert checkpoint.all_steps(tmp_path) == [2]  # step 1 is no longer the best
+        assert checkpoint.all_steps(place) == [2]  # step 1 is no longer the best
         checkpointer.save(make_state(2, seed=9), make_meta(2))
         checkpointer.wait_until_finished()
         assert content(2) == before
         assert_same(checkpointer.restore(abstract(make_state(2)))[0], make_state(2))
         checkpointer.save(make_state(3), make_meta(3))
-    assert checkpoint.all_steps(tmp_path) == [2, 3]
+    assert checkpoint.all_steps(place) == [2, 3]
 
 
 @pytest.mark.parametrize("text", ["", "{", "[1, 2]", '{"a": {}}', '{"2": 3}'])
-def test_scores_that_cannot_be_read(tmp_path, caplog, text):
+def test_scores_that_cannot_be_read(place, caplog, text):
     for step in (1, 2):
-        save_one(tmp_path, step, miou=0.5)
-    (tmp_path / "scores.json").write_text(text)
+        save_one(place, step, miou=0.5)
+    (place / "scores.json").write_text(text)
     with pytest.raises(
         UserError, match=r"scores\.json cannot be read .* 'last', or remove the file"
     ):
-        checkpoint.read_meta(tmp_path, "best")
-    assert checkpoint.read_meta(tmp_path, "last")[0] == 2
+        checkpoint.read_meta(place, "best")
+    assert checkpoint.read_meta(place, "last")[0] == 2
     # A run goes on without them, and its next evaluation writes the file anew.
-    with Checkpointer(tmp_path, keep=2) as checkpointer:
+    with Checkpointer(place, keep=2) as checkpointer:
         assert int(checkpointer.resume(abstract(make_state(1)))[0].step) == 2
         assert "scores.json cannot be read" in caplog.text
         assert not checkpointer.has_scores(2)
         checkpointer.record_scores(2, {"mIoU": 0.25})
-    assert checkpoint.read_scores(tmp_path) == {2: {"mIoU": 0.25}}
+    assert checkpoint.read_scores(place) == {2: {"mIoU": 0.25}}
 
 
-def test_scores_after_the_step_a_run_goes_on_from_are_forgotten(tmp_path):
+def test_scores_after_the_step_a_run_goes_on_from_are_forgotten(place):
     for step in (1, 2, 3):
-        save_one(tmp_path, step, miou=step / 10)
-    shutil.rmtree(tmp_path / checkpoint.FOLDER / "3")
-    with Checkpointer(tmp_path, keep=3) as checkpointer:
+        save_one(place, step, miou=step / 10)
+    remove(place / checkpoint.FOLDER / "3")
+    with Checkpointer(place, keep=3) as checkpointer:
         checkpointer.resume(abstract(make_state(1)))
-    assert set(checkpoint.read_scores(tmp_path)) == {1, 2}
+    assert set(checkpoint.read_scores(place)) == {1, 2}
 
 
 @pytest.fixture
@@ -274,14 +281,12 @@ def test_a_file_is_replaced_by_one_that_is_on_the_disk(tmp_path, calls_of_the_di
     assert rest == [("name", str(tmp_path / "a.json")), ("flush", str(tmp_path))]
 
 
-def test_removing_a_folder_by_hand_is_noticed(tmp_path):
-    with Checkpointer(tmp_path, keep=3) as checkpointer:
+def test_removing_a_folder_by_hand_is_noticed(place):
+    with Checkpointer(place, keep=3) as checkpointer:
         for step in (1, 2, 3):
             checkpointer.save(make_state(step), make_meta(step))
         checkpointer.wait_until_finished()
-        for path in sorted((tmp_path / "checkpoints/3").rglob("*"), reverse=True):
-            path.rmdir() if path.is_dir() else path.unlink()
-        (tmp_path / "checkpoints/3").rmdir()
+        remove(place / "checkpoints/3")
         assert checkpointer.latest_step() == 2
         checkpointer.save(make_state(3), make_meta(3))
         assert_same(checkpointer.restore(abstract(make_state(3)))[0], make_state(3))
@@ -290,20 +295,20 @@ def test_removing_a_folder_by_hand_is_noticed(tmp_path):
 # ---------------------------------------------------------------------------------- refusals
 
 
-def test_later_format_is_refused(tmp_path):
-    save_one(tmp_path)
-    path = tmp_path / "checkpoints/3/meta/metadata"
+def test_later_format_is_refused(place):
+    save_one(place)
+    path = place / "checkpoints/3/meta/metadata"
     path.write_text(json.dumps(sealed(dict(json.loads(path.read_text()), format_version=2))))
     with pytest.raises(UserError, match=r"format version 2.*reads up to 1"):
-        checkpoint.read_meta(tmp_path)
+        checkpoint.read_meta(place)
 
 
-def test_missing_checkpoints_are_named(tmp_path):
+def test_missing_checkpoints_are_named(place):
     with pytest.raises(UserError, match=r"no checkpoint in .*checkpoints"):
-        checkpoint.read_meta(tmp_path / "nowhere")
-    save_one(tmp_path)
+        checkpoint.read_meta(place / "nowhere")
+    save_one(place)
     with pytest.raises(UserError, match=r"no checkpoint of step 8 .* There are: 3"):
-        checkpoint.read_meta(tmp_path, 8)
+        checkpoint.read_meta(place, 8)
 
 
 @pytest.mark.parametrize(
@@ -322,21 +327,21 @@ def test_missing_checkpoints_are_named(tmp_path):
         ({"width": 16}, r"batch_stats.backbone.bn.mean: float32\[8\]", "other widths"),
     ],
 )
-def test_checkpoint_of_another_model(tmp_path, other, named, cause):
-    save_one(tmp_path)
+def test_checkpoint_of_another_model(place, other, named, cause):
+    save_one(place)
     with (
-        Checkpointer(tmp_path, keep=2) as checkpointer,
+        Checkpointer(place, keep=2) as checkpointer,
         pytest.raises(UserError, match="another model") as caught,
     ):
         checkpointer.restore(abstract(make_state(3, **other)))
     message = str(caught.value)
-    assert str(tmp_path / "checkpoints/3/state") in message
+    assert str(place / "checkpoints/3/state") in message
     assert cause in message
     assert '5 classes, model.backbone = "resnet50"' in message
     state = make_state(3, **other)
     variables = {"params": state.params, "batch_stats": state.batch_stats, "memory": state.memory}
     with pytest.raises(UserError, match=named):
-        checkpoint.restore_for_inference(tmp_path, abstract(variables))
+        checkpoint.restore_for_inference(place, abstract(variables))
 
 
 def test_prepare_workdir(tmp_path):
