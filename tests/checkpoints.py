@@ -120,6 +120,16 @@ def remove(path):
         shutil.rmtree(path)
 
 
+def empty(folder):
+    """Leaves a folder with nothing in it, which in a bucket is one with its marker alone."""
+    for path in files.files_below(folder):
+        if not files.in_bucket(folder) or path != folder / "commit_success.txt":
+            path.unlink()
+    if not files.in_bucket(folder):
+        remove(folder)
+        folder.mkdir()
+
+
 def forget_array(path):
     """The list of arrays lacks one."""
     listed = json.loads(path.read_text())
@@ -143,7 +153,7 @@ DAMAGES = {
         lambda path: path.write_text(path.read_text().replace('"step": 3', '"step": 4')),
         "it was changed after it had been written",
     ),
-    "empty folder": ("", lambda path: (remove(path), path.mkdir()), "meta/metadata cannot be read"),
+    "empty folder": ("", empty, "meta/metadata cannot be read"),
 }
 
 

@@ -3,8 +3,6 @@
 import itertools
 import json
 import logging
-import os
-import shutil
 
 import jax
 import numpy as np
@@ -14,6 +12,7 @@ from memseg_jax import checkpoint
 from memseg_jax.checkpoint import Checkpointer, DamagedCheckpoint
 from memseg_jax.checkpoint.meta import sealed
 from memseg_jax.errors import UserError
+from memseg_jax.runtime import files
 from tests import tiny
 from tests.checkpoints import (
     DAMAGES,
@@ -27,6 +26,7 @@ from tests.checkpoints import (
     make_meta,
     make_state,
     save_one,
+    size,
 )
 
 # A failed read leaves unfinished work inside the library, which complains when it is collected.
@@ -39,17 +39,24 @@ WIDTH = 256  # of the states here: some arrays get files of their own, some shar
 
 
 @pytest.fixture(scope="module")
-def saved(tmp_path_factory):
-    """A workdir with the steps 1, 2 and 3, to be copied."""
-    workdir = tmp_path_factory.mktemp("saved")
-    for step in (1, 2, 3):
-        save_one(workdir, step, miou=step / 10, state=make_state(step, width=WIDTH))
-    return workdir
+def saved():
+    """Of each kind of place: all files of a workdir with the steps 1, 2 and 3, to be copied."""
+    return {}
 
 
 @pytest.fixture
-def workdir(saved, tmp_path):
-    return shutil.copytree(saved, tmp_path / "run")
+def workdir(saved, place):
+    """A workdir with the steps 1, 2 and 3."""
+    kind = files.in_bucket(place)
+    if kind not in saved:
+        for step in (1, 2, 3):
+            save_one(place / "saved", step, step / 10, make_state(step, width=WIDTH))
+        found = files.files_below(place / "saved")
+        saved[kind] = {p.relative_to(place / "saved").as_posix(): p.read_bytes() for p in found}
+    for name, content in saved[kind].items():
+        files.make_folder((place / "run" / name).parent)
+        (place / "run" / name).write_bytes(content)
+    return place / "run"
 
 
 def resume(workdir, state=None):
@@ -101,7 +108,7 @@ def test_a_flipped_bit_anywhere_is_reported_or_changes_nothing(workdir):
 
 def test_a_changed_value_is_named_with_both_checksums(workdir):
     path = largest(workdir, 3)
-    flip(path, path.stat().st_size // 2)
+    flip(path, size(path) // 2)
     with pytest.raises(DamagedCheckpoint) as caught, Checkpointer(workdir, keep=5) as checkpointer:
         checkpointer.restore(abstract(make_state(3, width=WIDTH)))
     record = checkpoint.read_meta(workdir, 3)[1]["checksums"]
@@ -157,8 +164,8 @@ def test_a_run_goes_on_from_the_last_good_step(workdir, capsys, caplog, damage):
     assert any("going on from step 2 instead of step 3" in text for text in warnings)
     # Kept as it is, where nothing takes it for a checkpoint.
     assert checkpoint.all_steps(workdir) == [1, 2]
-    assert not (workdir / "checkpoints/3").exists()
-    kept = sorted(path for path in (workdir / "damaged/3").rglob("*") if path.is_file())
+    assert not files.exists(workdir / "checkpoints/3")
+    kept = files.files_below(workdir / "damaged/3")
     assert [path.read_bytes() for path in kept] == before
     assert verify(workdir) == 0
     assert "found damaged earlier and not used: 3" in capsys.readouterr().out
@@ -169,7 +176,7 @@ def test_a_run_goes_on_twice_from_before_the_same_step(workdir):
         halve(largest(workdir, 3))
         state, _ = resume(workdir)
         assert int(state.step) == 2
-        assert len(list((workdir / "damaged").iterdir())) == count
+        assert len(files.names(workdir / "damaged")) == count
         save_one(workdir, 3, state=make_state(3, width=WIDTH))
     assert_same(resume(workdir)[0], make_state(3, width=WIDTH))
 
@@ -180,20 +187,20 @@ def test_a_run_without_a_good_checkpoint_does_not_start_again(workdir):
     with pytest.raises(UserError, match=r"no good checkpoint.*\n  step 3: .*\n  step 2: .*\n  st"):
         resume(workdir)
     assert checkpoint.all_steps(workdir) == [1, 2, 3]
-    assert not (workdir / "damaged").exists()
+    assert not files.exists(workdir / "damaged")
 
 
-def test_a_run_does_not_go_back_to_the_weights_it_started_from(tmp_path):
+def test_a_run_does_not_go_back_to_the_weights_it_started_from(place):
     state = make_state(0, width=8)
     variables = {"params": state.params, "batch_stats": state.batch_stats, "memory": state.memory}
     checkpoint.write_weights(
-        tmp_path, jax.tree.map(np.asarray, variables), make_meta(0) | {"origin": {"file": "x"}}
+        place, jax.tree.map(np.asarray, variables), make_meta(0) | {"origin": {"file": "x"}}
     )
-    assert resume(tmp_path, state) is None
-    save_one(tmp_path, 5)
-    halve(largest(tmp_path, 5))
+    assert resume(place, state) is None
+    save_one(place, 5)
+    halve(largest(place, 5))
     with pytest.raises(UserError, match="no good checkpoint of this run is left"):
-        resume(tmp_path, state)
+        resume(place, state)
 
 
 def test_another_run_is_refused_before_anything_is_moved(workdir):
@@ -218,8 +225,8 @@ def test_all_is_well(workdir, capsys):
     assert verify(workdir) == 0
     lines = capsys.readouterr().out.splitlines()
     assert [line.split()[0] for line in lines[1:4]] == ["1", "2", "3"]
-    size = sum(np.asarray(x).nbytes for x in jax.tree.leaves(make_state(1, width=WIDTH)))
-    assert all(line.endswith(f"{size / 1e6:.1f}  ok") for line in lines[1:4])
+    total = sum(np.asarray(x).nbytes for x in jax.tree.leaves(make_state(1, width=WIDTH)))
+    assert all(line.endswith(f"{total / 1e6:.1f}  ok") for line in lines[1:4])
     assert lines[4].startswith("all 3 checkpoints in ")
 
 
@@ -240,8 +247,7 @@ def test_every_damaged_array_is_listed(workdir, capsys):
     assert "steps 1, 2. Training goes on from step 3." in shown
 
 
-def test_a_workdir_without_checkpoints(tmp_path, capsys):
-    assert verify(tmp_path) == 1
+def test_a_workdir_without_checkpoints(place, capsys):
+    assert verify(place) == 1
     assert "there is no checkpoint in" in capsys.readouterr().err
-    assert list(tmp_path.iterdir()) == []
-    assert os.path.isdir(tmp_path)
+    assert files.names(place) == []

@@ -18,14 +18,17 @@ import pytest
 from memseg_jax import checkpoint
 from memseg_jax.checkpoint import Checkpointer
 from memseg_jax.errors import UserError
+from memseg_jax.runtime import files
 from tests.checkpoints import (
     abstract,
     assert_same,
+    files_of,
     halve,
     make_meta,
     make_state,
     save_one,
     tamper,
+    unlink,
 )
 
 # ------------------------------------------------------------------------------------- kills
@@ -46,10 +49,10 @@ CHILD = """
 """
 
 
-def test_sigkill_in_the_middle_of_a_save(tmp_path):
+def test_sigkill_in_the_middle_of_a_save(place):
     root = str(Path(__file__).resolve().parents[2])
-    code = CHILD.format(root=root, workdir=str(tmp_path))
-    folder = tmp_path / checkpoint.FOLDER
+    code = CHILD.format(root=root, workdir=str(place))
+    folder = place / checkpoint.FOLDER
     done = 0
     for _ in range(2):
         child = subprocess.Popen(
@@ -59,35 +62,34 @@ def test_sigkill_in_the_middle_of_a_save(tmp_path):
             for _ in range(3):
                 assert child.stdout.readline(), "the child failed"
             deadline = time.monotonic() + 30
-            while not any("tmp" in path.name for path in folder.iterdir()):
+            while files.names(folder) == files.complete_folders(folder):
                 assert time.monotonic() < deadline
         finally:
             child.send_signal(signal.SIGKILL)
             child.communicate()
         # Two saves were complete when the third had started.
-        step, meta = checkpoint.read_meta(tmp_path)
+        step, meta = checkpoint.read_meta(place)
         assert step >= done + 2
         assert meta["step"] == step
         done = step
-    with Checkpointer(tmp_path, keep=2) as checkpointer:
-        assert not [path.name for path in folder.iterdir() if not path.name.isdecimal()]
+    with Checkpointer(place, keep=2) as checkpointer:
+        assert files.names(folder) == files.complete_folders(folder)
         restored, _ = checkpointer.restore(abstract(make_state(1, 20000)))
         assert_same(restored, make_state(done, 20000))
         checkpointer.save(make_state(done + 1, 20000), make_meta(done + 1))
-    assert checkpoint.all_steps(tmp_path)[-1] == done + 1
+    assert checkpoint.all_steps(place)[-1] == done + 1
 
 
-def test_half_deleted_old_checkpoint_does_no_harm(tmp_path):
-    save_one(tmp_path, 1)
-    save_one(tmp_path, 2)
-    for path in (tmp_path / "checkpoints/1").iterdir():
-        if path.is_file():
+def test_half_deleted_old_checkpoint_does_no_harm(place):
+    save_one(place, 1)
+    save_one(place, 2)
+    for path in files_of(place, 1):
+        if path.parent == place / "checkpoints/1" or path.name == "metadata":
             path.unlink()
-    tamper(tmp_path, 1, "meta/metadata", Path.unlink)
-    with Checkpointer(tmp_path, keep=1) as checkpointer:
+    with Checkpointer(place, keep=1) as checkpointer:
         assert_same(checkpointer.restore(abstract(make_state(2)))[0], make_state(2))
         checkpointer.save(make_state(3), make_meta(3))
-    assert checkpoint.all_steps(tmp_path) == [3]
+    assert checkpoint.all_steps(place) == [3]
 
 
 # ------------------------------------------------------------ full disks, unwritable folders
@@ -207,24 +209,24 @@ def test_a_disk_that_stays_full_ends_the_run_and_leaves_the_last_good_step(tmp_p
 @pytest.mark.parametrize(
     ("pattern", "change", "named"),
     [
-        ("meta/metadata", Path.unlink, "meta/metadata"),
+        ("meta/metadata", unlink, "meta/metadata"),
         ("meta/metadata", halve, "meta/metadata"),
-        ("state/_METADATA", Path.unlink, "state"),
+        ("state/_METADATA", unlink, "state"),
         ("state/_METADATA", halve, "state"),
         ("state/**/d/*", halve, "state"),
-        ("state/**/d/*", Path.unlink, "state"),
-        ("state/manifest.ocdbt", Path.unlink, "state"),
+        ("state/**/d/*", unlink, "state"),
+        ("state/manifest.ocdbt", unlink, "state"),
     ],
 )
-def test_damaged_checkpoint_is_named(tmp_path, pattern, change, named):
+def test_damaged_checkpoint_is_named(place, pattern, change, named):
     state = make_state(2, width=512)
-    save_one(tmp_path, 1, state=make_state(1, width=512))
-    save_one(tmp_path, 2, state=state)
-    tamper(tmp_path, 2, pattern, change)
-    with Checkpointer(tmp_path, keep=2) as checkpointer:
+    save_one(place, 1, state=make_state(1, width=512))
+    save_one(place, 2, state=state)
+    tamper(place, 2, pattern, change)
+    with Checkpointer(place, keep=2) as checkpointer:
         with pytest.raises(UserError, match="step 2 is damaged") as caught:
             checkpointer.restore(abstract(state))
-        assert str(tmp_path / "checkpoints/2" / named) in str(caught.value)
+        assert str(place / "checkpoints/2" / named) in str(caught.value)
         assert "Other checkpoints of this run: 1. Evaluate or predict" in str(caught.value)
         restored, _ = checkpointer.restore(abstract(state), step=1)
     assert_same(restored, make_state(1, width=512))

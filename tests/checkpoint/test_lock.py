@@ -18,11 +18,11 @@ from tests import tiny
 
 HOLDER = """
     import sys, time
-    from pathlib import Path
     from memseg_jax.checkpoint import RunLock
     from memseg_jax.errors import UserError
+    from memseg_jax.runtime import files
     try:
-        with RunLock(Path({folder!r}), 10):
+        with RunLock(files.place({folder!r}), 10):
             print("holds", flush=True)
             sys.stdin.readline()
     except UserError as error:
@@ -45,45 +45,45 @@ def rewrite(folder, **changes):
 
 
 @pytest.fixture
-def left_behind(tmp_path):
+def left_behind(place):
     """A workdir with the lock of a holder that did not release it."""
-    with RunLock(tmp_path, 10):
-        text = (tmp_path / "run.lock").read_text()
-    (tmp_path / "run.lock").write_text(text)
-    return tmp_path
+    with RunLock(place, 10):
+        text = (place / "run.lock").read_text()
+    (place / "run.lock").write_text(text)
+    return place
 
 
-def test_held_and_released(tmp_path):
-    with RunLock(tmp_path, 10) as lock:
+def test_held_and_released(place):
+    with RunLock(place, 10) as lock:
         lock.check()
-        assert content(tmp_path)["process"] == os.getpid()
+        assert content(place)["process"] == os.getpid()
         with pytest.raises(UserError, match=rf"in use by process {os.getpid()} on .* since 20"):
-            RunLock(tmp_path, 10).__enter__()
+            RunLock(place, 10).__enter__()
         lock.check()
-    assert list(tmp_path.iterdir()) == []
-    with pytest.raises(ValueError, match="any"), RunLock(tmp_path, 10):
+    assert files.names(place) == []
+    with pytest.raises(ValueError, match="any"), RunLock(place, 10):
         raise ValueError("any error")
-    assert list(tmp_path.iterdir()) == []
+    assert files.names(place) == []
 
 
-def test_a_process_that_lives_and_one_that_was_killed(tmp_path, caplog):
-    holder = start_holder(tmp_path)
+def test_a_process_that_lives_and_one_that_was_killed(place, caplog):
+    holder = start_holder(place)
     try:
         assert holder.stdout.readline() == "holds\n"
         with pytest.raises(
             UserError, match=rf"in use by process {holder.pid} on .*another --workd"
         ):
-            RunLock(tmp_path, 10).__enter__()
+            RunLock(place, 10).__enter__()
     finally:
         holder.send_signal(signal.SIGKILL)
         holder.communicate()
-    with RunLock(tmp_path, 10) as lock:
+    with RunLock(place, 10) as lock:
         assert f"taking over the workdir from process {holder.pid}" in caplog.text
         lock.check()
 
 
-def test_of_two_that_start_at_the_same_moment_one_wins(tmp_path):
-    holders = [start_holder(tmp_path) for _ in range(2)]
+def test_of_two_that_start_at_the_same_moment_one_wins(place):
+    holders = [start_holder(place) for _ in range(2)]
     said = [holder.stdout.readline() for holder in holders]
     for holder in holders:
         holder.communicate("\n")
@@ -107,37 +107,37 @@ def test_a_holder_elsewhere_counts_as_dead_when_it_was_silent_for_long(left_behi
         lock.check()
 
 
-def test_it_is_renewed(tmp_path):
-    with RunLock(tmp_path, 0.02) as lock:
-        first = content(tmp_path)["renewed"]
+def test_it_is_renewed(place):
+    with RunLock(place, 0.02) as lock:
+        first = content(place)["renewed"]
         limit = time.monotonic() + 60
-        while content(tmp_path)["renewed"] == first:
+        while content(place)["renewed"] == first:
             assert time.monotonic() < limit
             time.sleep(0.01)
         lock.check()
 
 
-def test_a_lost_lock_is_noticed_and_left_to_the_new_holder(tmp_path):
-    with RunLock(tmp_path, 0.02) as lock:
-        rewrite(tmp_path, id="another", process=7)
+def test_a_lost_lock_is_noticed_and_left_to_the_new_holder(place):
+    with RunLock(place, 0.02) as lock:
+        rewrite(place, id="another", process=7)
         with pytest.raises(UserError, match=r"process 7 on .* has taken the folder. Nothing more"):
             lock.check()
         time.sleep(0.5)  # some renewals
-    assert content(tmp_path)["id"] == "another"
-    (tmp_path / "run.lock").unlink()
+    assert content(place)["id"] == "another"
+    (place / "run.lock").unlink()
     with pytest.raises(UserError, match="it was removed"):
         lock.check()
 
 
 @pytest.mark.parametrize("text", ["", "{", "[]", '{"id": 1}'])
-def test_a_file_that_says_nothing_is_taken_over(tmp_path, text):
-    (tmp_path / "run.lock").write_text(text)
-    with RunLock(tmp_path, 10) as lock:
+def test_a_file_that_says_nothing_is_taken_over(place, text):
+    (place / "run.lock").write_text(text)
+    with RunLock(place, 10) as lock:
         lock.check()
 
 
-def test_of_many_that_replace_a_file_one_wins(tmp_path):
-    path = tmp_path / "file"
+def test_of_many_that_replace_a_file_one_wins(place):
+    path = place / "file"
     for before in (None, "old"):
         won = []
 
@@ -151,13 +151,13 @@ def test_of_many_that_replace_a_file_one_wins(tmp_path):
         for thread in threads:
             thread.join()
         assert won == [path.read_text()]
-        assert list(tmp_path.iterdir()) == [path]
+        assert files.names(place) == ["file"]
         path.write_text("old")
 
 
-def test_the_program_refuses_a_folder_in_use(tmp_path, capsys, quiet_entry):
-    with RunLock(tmp_path, 10):
-        arguments = f"--config.data.root={tiny.data_root()}", "--workdir", tmp_path
+def test_the_program_refuses_a_folder_in_use(place, capsys, quiet_entry):
+    with RunLock(place, 10):
+        arguments = f"--config.data.root={tiny.data_root()}", "--workdir", place
         assert tiny.run(*arguments) == 1
         assert "is in use by process" in capsys.readouterr().err
-        assert [path.name for path in tmp_path.iterdir()] == ["run.lock"]
+        assert files.names(place) == ["run.lock"]
