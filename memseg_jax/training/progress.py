@@ -9,6 +9,9 @@ import io
 import logging
 import math
 import os
+import pathlib
+import shutil
+import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
@@ -143,7 +146,7 @@ class MetricWriter:
         self._file: growing.GrowingFile | None = None
         columns, rows = self._read()
         self._rewrite(columns, [row for row in rows if int(row["step"]) <= start_step])
-        self._board = _tensorboard(folder / "tensorboard", start_step)
+        self._board = _Board.open(folder / "tensorboard", start_step)
 
     def write(self, step: int, values: Mapping[str, float]) -> None:
         """Adds one row.
@@ -160,18 +163,17 @@ class MetricWriter:
         cells = {"step": str(int(step))} | {n: f"{v:.9g}" for n, v in numbers.items()}
         self._file.append(_csv_text(self._columns, [cells]))
         if self._board:
-            for name, value in numbers.items():
-                self._board.add_scalar(name, value, int(step))
-            if not files.in_bucket(self._path):  # there, its thread writes it every two minutes
-                self._board.flush()
+            self._board.write(int(step), numbers)
 
     def flush(self) -> None:
         """Returns when all rows are in metrics.csv.
 
         Raises:
-            UserError: they cannot be written.
+            UserError: metrics.csv cannot be written.
         """
         self._file.flush()
+        if self._board:
+            self._board.publish()
 
     def close(self) -> None:
         """Closes the files. May be called twice."""
@@ -219,23 +221,50 @@ def _csv_text(columns: list[str], rows: list[dict[str, str]]) -> str:
     return text.getvalue()
 
 
-def _tensorboard(folder: files.Place, start_step: int):
-    """Returns a tensorboardX writer, or None where it is not installed or cannot write."""
-    try:
-        import tensorboardX
-    except ImportError:
-        return None
-    except Exception as error:  # A broken protobuf must not stop a training.
-        logging.warning("TensorBoard files are not written: %s", error)
-        return None
-    purge = start_step + 1 if start_step else None
-    try:
-        return tensorboardX.SummaryWriter(logdir=str(folder), purge_step=purge)
-    except Exception as error:
-        if not files.in_bucket(folder):  # there it is another client, with errors of its own
-            raise
-        log.warning("TensorBoard files are not written to %s: %s", folder, error)
-        return None
+class _Board:
+    """TensorBoard's file, which its library writes on a disk only; for a bucket it is copied.
+
+    Its own way into buckets takes another client, which keeps a program from ending for minutes if
+    the bucket cannot be reached then.
+    """
+
+    def __init__(self, writer: Any, local: pathlib.Path, folder: files.Place):
+        self._writer, self._local, self._folder = writer, local, folder
+
+    @classmethod
+    def open(cls, folder: files.Place, start_step: int) -> "_Board | None":
+        """Opens a new file; None where tensorboardX is not installed."""
+        try:
+            import tensorboardX
+        except ImportError:
+            return None
+        except Exception as error:  # A broken protobuf must not stop a training.
+            logging.warning("TensorBoard files are not written: %s", error)
+            return None
+        local = folder
+        if files.in_bucket(folder):
+            local = pathlib.Path(tempfile.mkdtemp(prefix="memseg_jax_"))
+        purge = start_step + 1 if start_step else None
+        return cls(tensorboardX.SummaryWriter(str(local), purge_step=purge), local, folder)
+
+    def write(self, step: int, numbers: Mapping[str, float]) -> None:
+        for name, value in numbers.items():
+            self._writer.add_scalar(name, value, step)
+        self._writer.flush()
+
+    def publish(self) -> None:
+        """Copies the file to where it belongs; trouble with it ends no run."""
+        if self._local != self._folder:
+            try:
+                files.copy_folder(self._local, self._folder)
+            except UserError as error:
+                log.warning("%s", error)
+
+    def close(self) -> None:
+        self._writer.close()
+        self.publish()
+        if self._local != self._folder:
+            shutil.rmtree(self._local, ignore_errors=True)
 
 
 class Rates(NamedTuple):

@@ -1,9 +1,11 @@
 import csv
+import io
 import math
 
 import pytest
 
 from memseg_jax.errors import UserError
+from memseg_jax.runtime import files
 from memseg_jax.training.progress import (
     MetricWriter,
     ProgressLine,
@@ -14,8 +16,7 @@ from memseg_jax.training.progress import (
 
 
 def read(workdir):
-    with (workdir / "metrics.csv").open(newline="") as file:
-        return list(csv.DictReader(file))
+    return list(csv.DictReader(io.StringIO((workdir / "metrics.csv").read_text())))
 
 
 def steps(workdir):
@@ -78,51 +79,52 @@ def test_rows_are_on_disk_at_once(tmp_path):
         assert read(tmp_path / "new" / "folder") == [{"step": "50", "loss": "1.5", "lr": "0.01"}]
 
 
-def test_new_names_add_columns(tmp_path):
-    with MetricWriter(tmp_path) as writer:
+def test_new_names_add_columns(place):
+    with MetricWriter(place) as writer:
         writer.write(1, {"loss": 3})
         writer.write(2, {"mIoU": math.nan})
         writer.write(3, {"loss": 1})
-    assert read(tmp_path) == [
+    assert read(place) == [
         {"step": "1", "loss": "3", "mIoU": ""},
         {"step": "2", "loss": "", "mIoU": "nan"},
         {"step": "3", "loss": "1", "mIoU": ""},
     ]
-    assert sorted(p.name for p in tmp_path.iterdir() if p.is_file()) == ["metrics.csv"]
+    assert "metrics.csv" in files.names(place)
+    assert not [name for name in files.names(place) if "tmp" in name]
 
 
-def test_resume_drops_rows_after_the_checkpoint(tmp_path):
-    with MetricWriter(tmp_path) as writer:
+def test_resume_drops_rows_after_the_checkpoint(place):
+    with MetricWriter(place) as writer:
         for step in (10, 20, 30, 40):
             writer.write(step, {"loss": step})
-    with MetricWriter(tmp_path, start_step=20) as writer:
-        assert steps(tmp_path) == [10, 20]
+    with MetricWriter(place, start_step=20) as writer:
+        assert steps(place) == [10, 20]
         writer.write(30, {"loss": 0.5, "lr": 1})
-    assert steps(tmp_path) == [10, 20, 30]
-    assert read(tmp_path)[0] == {"step": "10", "loss": "10", "lr": ""}
+    assert steps(place) == [10, 20, 30]
+    assert read(place)[0] == {"step": "10", "loss": "10", "lr": ""}
 
 
 @pytest.mark.parametrize("torn", ["20", "20,0.", "20,0.25,7", "20,\0\0\0\n", "x,1\n", "20\n"])
-def test_torn_last_line_is_dropped(tmp_path, torn):
-    (tmp_path / "metrics.csv").write_text(f"step,loss,lr\n10,0.5,0.01\n{torn}")
-    with MetricWriter(tmp_path, start_step=100) as writer:
+def test_torn_last_line_is_dropped(place, torn):
+    (place / "metrics.csv").write_text(f"step,loss,lr\n10,0.5,0.01\n{torn}")
+    with MetricWriter(place, start_step=100) as writer:
         writer.write(110, {"loss": 0.1, "lr": 0.02})
-    assert steps(tmp_path) == [10, 110]
+    assert steps(place) == [10, 110]
 
 
 @pytest.mark.parametrize("text", ["", "st", "step,lo"])
-def test_file_killed_at_birth(tmp_path, text):
-    (tmp_path / "metrics.csv").write_text(text)
-    with MetricWriter(tmp_path) as writer:
+def test_file_killed_at_birth(place, text):
+    (place / "metrics.csv").write_text(text)
+    with MetricWriter(place) as writer:
         writer.write(1, {"loss": 2})
-    assert read(tmp_path) == [{"step": "1", "loss": "2"}]
+    assert read(place) == [{"step": "1", "loss": "2"}]
 
 
-def test_foreign_file_is_refused_and_left_alone(tmp_path):
-    (tmp_path / "metrics.csv").write_text("a,b\n1,2\n")
+def test_foreign_file_is_refused_and_left_alone(place):
+    (place / "metrics.csv").write_text("a,b\n1,2\n")
     with pytest.raises(UserError, match=r"metrics\.csv is not a metrics file"):
-        MetricWriter(tmp_path)
-    assert (tmp_path / "metrics.csv").read_text() == "a,b\n1,2\n"
+        MetricWriter(place)
+    assert (place / "metrics.csv").read_text() == "a,b\n1,2\n"
 
 
 def test_workdir_that_is_a_file(tmp_path):
@@ -131,8 +133,14 @@ def test_workdir_that_is_a_file(tmp_path):
         MetricWriter(tmp_path / "runs")
 
 
-def test_tensorboard_files(tmp_path):
+def test_tensorboard_files(place):
     pytest.importorskip("tensorboardX")
-    with MetricWriter(tmp_path) as writer:
+    with MetricWriter(place) as writer:
         writer.write(1, {"loss/total": 2})
-    assert list((tmp_path / "tensorboard").iterdir())
+        writer.flush()
+        (name,) = files.names(place / "tensorboard")
+        writer.write(2, {"accuracy": 2})
+    assert files.names(place / "tensorboard") == [name]
+    content = files.read_bytes(place / "tensorboard" / name)
+    assert b"loss/total" in content
+    assert b"accuracy" in content
