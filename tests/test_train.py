@@ -16,7 +16,7 @@ from PIL import Image
 from memseg_jax import checkpoint
 from memseg_jax.data import open_split
 from memseg_jax.models.segmentor import build_segmentor
-from memseg_jax.runtime import compilation
+from memseg_jax.runtime import compilation, files
 from memseg_jax.training import optimizer
 from memseg_jax.training.state import abstract_state
 from tests import tiny
@@ -31,8 +31,8 @@ LOSSES = ("loss", *TERMS, "loss_memory", "lr", "grad_norm")
 
 def rows(workdir, column="loss"):
     """The rows of metrics.csv that have a value in a column."""
-    with open(workdir / "metrics.csv", newline="") as file:
-        return [row for row in csv.DictReader(file) if row[column]]
+    text = (workdir / "metrics.csv").read_text()
+    return [row for row in csv.DictReader(text.splitlines()) if row[column]]
 
 
 @functools.cache
@@ -178,6 +178,38 @@ def test_killed_with_workers_and_continued_is_the_run_that_never_stopped(tmp_pat
 @pytest.mark.parametrize("changes", [(), ("--config.data.threads=0", "--config.data.prefetch=1")])
 def test_killed_without_workers_and_continued_is_the_run_that_never_stopped(tmp_path, changes):
     kill_and_go_on(tmp_path, *changes)
+
+
+@pytest.mark.slow
+def test_killed_in_a_bucket_and_continued_is_the_run_on_a_disk_that_never_stopped(bucket):
+    kill_and_go_on(bucket)
+    assert files.names(bucket) == sorted(
+        ["checkpoints", "examples.png", "metrics.csv", "metrics.json", "per_class.csv"]
+        + ["scores.json"] + ["tensorboard"] * ("tensorboard" in files.names(bucket))
+    )  # fmt: skip
+
+    def run(mode, *arguments):
+        root = f"--config.data.root={tiny.data_root()}"
+        return tiny.program(root, "--workdir", bucket, "--mode", mode, *arguments)
+
+    verified = run("verify")
+    assert "all 2 checkpoints in gs://" in verified.stdout, verified.stderr
+    files.write_text(bucket / "metrics.json", "")
+    evaluated = run("evaluate", f"--config.eval.save_predictions={bucket}/maps")
+    assert evaluated.returncode == 0, evaluated.stderr
+    for name in ("per_class.csv", "examples.png"):
+        assert (bucket / name).read_bytes() == (tiny.trained()[0] / name).read_bytes()
+    assert json.loads(files.read_text(bucket / "metrics.json"))["images"] == 4
+    maps = files.files_below(bucket / "maps")
+    assert [path.name for path in maps] == [f"{number:02d}.png" for number in range(4)]
+    for path in sorted((tiny.data_root() / "images/val").iterdir()):
+        (bucket / "photos" / path.name).write_bytes(path.read_bytes())
+    predicted = run("predict", "--input", f"{bucket}/photos/0[12].png")
+    assert predicted.returncode == 0, predicted.stderr
+    assert "2 pictures segmented" in predicted.stdout
+    assert [p.name for p in files.files_below(bucket / "predictions")] == [
+        f"{number}{ending}" for number in ("01", "02") for ending in (".png", "_overlay.jpg")
+    ]
 
 
 @pytest.mark.slow
