@@ -105,6 +105,7 @@ class Door(http.server.ThreadingHTTPServer):
 
 class _Handler(http.server.BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
+    disable_nagle_algorithm, wbufsize = True, -1  # or every answer waits for 40 ms
 
     def log_message(self, *arguments):
         pass

@@ -353,3 +353,23 @@ def test_the_last_evaluation_is_made_up_for(tmp_path, capsys, monkeypatch, compi
     assert tiny.run(*run) == 0, capsys.readouterr().err
     assert json.loads((tmp_path / "run" / "metrics.json").read_text())["step"] == STEPS
     assert checkpoint.read_scores(tmp_path / "run")[STEPS]["mIoU"] > 0
+
+
+def test_in_a_bucket_a_step_makes_no_request(door, capsys, monkeypatch, three_convolutions):
+    # What is written in the background, or looked at, every few seconds is left out.
+    monkeypatch.setattr(files, "_SECONDS_BETWEEN_LOOKS", 1000)
+    values = {"loss": 1.0, "loss_stage2": 1.0, "lr": 0.1}
+    made = {}
+    for epochs in (1, 40):
+        tiny.replace_training_step(monkeypatch, fake_step(values))
+        before = len(door.passed)
+        status = tiny.run(
+            f"--config.data.root={tiny.data_root()}", "--workdir", door.folder / str(epochs),
+            f"--config.train.epochs={epochs}", "--config.checkpoint.every=1000",
+        )  # fmt: skip
+        assert status == 0, capsys.readouterr().err
+        made[epochs] = len(door.passed) - before
+        assert len(rows(door.folder / str(epochs))) == 4 * epochs  # a line for every step
+    # Both have saved, evaluated and tidied up once. Libraries differ by a few from run to run.
+    assert made[40] - made[1] < 30, made
+    assert made[1] < 250
