@@ -12,6 +12,7 @@ import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 
@@ -148,11 +149,13 @@ def test_parts_of_an_evaluation_add_up():
 
 
 def start(
-    count, workdir, *arguments, root=None, devices=1, program=PROGRAM, heartbeat=300, last=()
-):
+    count, workdir, *arguments, root=None, devices=1, program=PROGRAM, heartbeat=300, last=(),
+    homes=None,
+):  # fmt: skip
     """Starts the processes of one run; their output goes to files beside the workdir.
 
-    `last` are further arguments of the last process.
+    `last` are further arguments of the last process. With a folder `homes`, each process has a disk
+    of its own there, as far as a process can tell, and the output goes there.
     """
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
@@ -173,10 +176,15 @@ def start(
             command += [f"--num_processes={count}", f"--process_id={index}"]
         if index == count - 1:
             command += last
-        path = workdir.with_name(f"{workdir.name}.{time.monotonic_ns()}.{index}.log")
+        beside, own, place = workdir, env, tiny.ROOT
+        if homes:
+            beside = homes / "run"
+            place = tempfile.mkdtemp(dir=homes)
+            own = env | {"HOME": place, "TMPDIR": place, "PYTHONPATH": str(tiny.ROOT)}
+        path = beside.with_name(f"{beside.name}.{time.monotonic_ns()}.{index}.log")
         with open(path, "w") as file:
             process = subprocess.Popen(
-                list(map(str, command)), cwd=tiny.ROOT, env=env, stdout=file, stderr=file
+                list(map(str, command)), cwd=place, env=own, stdout=file, stderr=file
             )
         process.log = path
         processes.append(process)
@@ -209,8 +217,8 @@ def wait_for(condition, processes):
 
 
 def rows(workdir, column="loss"):
-    with open(workdir / "metrics.csv", newline="") as file:
-        return [row for row in csv.DictReader(file) if row[column]]
+    text = (workdir / "metrics.csv").read_text()
+    return [row for row in csv.DictReader(text.splitlines()) if row[column]]
 
 
 def assert_same_run(workdir, other):
@@ -232,15 +240,11 @@ def alone(tmp_path_factory):
     return workdir
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("fsdp", [1, 4])
-def test_two_processes_are_killed_and_go_on_as_two_and_as_one(alone, tmp_path, fsdp):
-    workdir = tmp_path / "run"
-    # Two devices of each process: parameters lie on both, and on both processes.
-    options = {"devices": 2} if fsdp > 1 else {}
+def kill_two_and_go_on(alone, workdir, *arguments, homes=None, **options):
+    """Kills two processes twice, once as they go on; the rest is done by one."""
     done = 0
     for _ in range(2):
-        processes = start(2, workdir, f"--config.sharding.fsdp={fsdp}", **options)
+        processes = start(2, workdir, *arguments, homes=homes, **options)
         wait_for(lambda last=done: max(checkpoint.all_steps(workdir), default=0) > last, processes)
         for process in processes:
             os.kill(process.pid, signal.SIGKILL)
@@ -249,9 +253,24 @@ def test_two_processes_are_killed_and_go_on_as_two_and_as_one(alone, tmp_path, f
         assert f"resuming at step {done} of {STEPS}" in logs[0] or not done
         done = checkpoint.all_steps(workdir)[-1]
     assert done < STEPS
-    (log,) = run(1, workdir)
+    (log,) = run(1, workdir, homes=homes)
     assert f"resuming at step {done} of {STEPS}" in log
     assert_same_run(workdir, alone)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("fsdp", [1, 4])
+def test_two_processes_are_killed_and_go_on_as_two_and_as_one(alone, tmp_path, fsdp):
+    workdir = tmp_path / "run"
+    # Two devices of each process: parameters lie on both, and on both processes.
+    options = {"devices": 2} if fsdp > 1 else {}
+    kill_two_and_go_on(alone, workdir, f"--config.sharding.fsdp={fsdp}", **options)
+
+
+@pytest.mark.slow
+def test_two_processes_in_a_bucket_are_killed_and_go_on_as_two_and_as_one(alone, bucket, tmp_path):
+    kill_two_and_go_on(alone, bucket / "run", homes=tmp_path)
+    assert checkpoint.all_steps(bucket / "run") == checkpoint.all_steps(alone)
 
 
 @pytest.mark.slow
