@@ -368,8 +368,8 @@ def test_in_a_bucket_a_step_makes_no_request(door, capsys, monkeypatch, three_co
             f"--config.train.epochs={epochs}", "--config.checkpoint.every=1000",
         )  # fmt: skip
         assert status == 0, capsys.readouterr().err
-        made[epochs] = len(door.passed) - before
+        # The library below asks for the parts of a checkpoint now more often and now less.
+        made[epochs] = len([x for x in door.passed[before:] if "checkpoints" not in x])
         assert len(rows(door.folder / str(epochs))) == 4 * epochs  # a line for every step
-    # Both have saved, evaluated and tidied up once. Libraries differ by a few from run to run.
-    assert made[40] - made[1] < 30, made
-    assert made[1] < 250
+    # Both have saved and evaluated once. A minute more or less makes a few: the lock is renewed.
+    assert made[40] < made[1] + 30 < 100, made

@@ -1,23 +1,25 @@
 """What checkpoints in a bucket cost: requests are counted at the server's door."""
 
+import re
+
 from memseg_jax import checkpoint
 from memseg_jax.checkpoint import Checkpointer
 from tests.checkpoints import abstract, make_meta, make_state
 
 
 def test_a_save_makes_no_more_requests_as_a_run_grows_older(door):
-    counts = []
     with Checkpointer(door.folder, keep=2) as checkpointer:
         for step in range(1, 11):
-            before = len(door.passed)
+            door.passed.clear()
             checkpointer.save(make_state(step), make_meta(step))
             checkpointer.record_scores(step, {"mIoU": 0.5})
             checkpointer.wait_until_finished()
-            counts.append(len(door.passed) - before)
+            # Whose objects were asked for: of the checkpoints that are kept, the new one, and the
+            # one that goes. How often the library below asks differs from one save to the next.
+            steps = re.findall(r"checkpoints(?:%2F|/)(\d+)", " ".join(door.passed))
+            assert set(map(int, steps)) <= {step - 2, step - 1, step}
+            assert len(door.passed) < 400
     assert checkpoint.all_steps(door.folder) == [9, 10]
-    # The first ones have nothing to remove. Libraries differ by a few from one to the next.
-    assert max(counts[5:]) < 1.3 * max(counts[2:5]), counts
-    assert max(counts) < 200, counts
 
 
 def test_a_listing_makes_one_request_and_one_a_checkpoint(door):

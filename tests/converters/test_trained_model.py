@@ -1,5 +1,6 @@
 """Trained weights in both frameworks: the same labels on every image, and not a bit lost."""
 
+import io
 import os
 from pathlib import Path
 
@@ -15,6 +16,7 @@ from memseg_jax.data.images import read_image
 from memseg_jax.data.transforms import evaluation_transform
 from memseg_jax.inference import Predictor
 from memseg_jax.models.segmentor import build_segmentor
+from memseg_jax.runtime import files
 from memseg_jax.runtime.sharding import make_mesh
 from memseg_jax.training.state import abstract_variables
 from tests import tiny
@@ -30,14 +32,17 @@ def torch_labels(model, image: np.ndarray, evaluation) -> tuple[np.ndarray, np.n
     return logits.argmax(dim=1)[0].numpy(), logits.softmax(dim=1).amax(dim=1)[0].numpy()
 
 
-def compare(workdir: Path, images: list[np.ndarray], scratch: Path) -> float:
+def compare(workdir: Path, images: list[np.ndarray], scratch: files.Place) -> float:
     """Sends a trained model to PyTorch and back; returns the share of labels that differ."""
     there = orbax_to_torch.convert(workdir, "last", scratch / "there.pth")
     meta = checkpoint.read_meta(workdir, "last")[1]
     config = ml_collections.ConfigDict(meta["config"])
     torch_to_orbax.convert(there, config, scratch / "back")
     again = orbax_to_torch.convert(scratch / "back", "last", scratch / "again.pth")
-    first, second = (torch.load(path, weights_only=True)["model"] for path in (there, again))
+    first, second = (
+        torch.load(io.BytesIO(files.read_bytes(path)), weights_only=True)["model"]
+        for path in (there, again)
+    )
     assert list(first) == list(second)
     assert all(torch.equal(first[key], second[key]) for key in first)
 
@@ -60,11 +65,11 @@ def compare(workdir: Path, images: list[np.ndarray], scratch: Path) -> float:
 
 
 @pytest.mark.usefixtures("compilations")
-def test_a_model_trained_on_generated_images(tmp_path):
+def test_a_model_trained_on_generated_images(place):
     workdir, result = tiny.trained()
     assert result.returncode == 0, result.stderr
     paths = sorted((tiny.data_root() / "images" / "val").glob("*.png"))
-    assert compare(workdir, [read_image(path) for path in paths], tmp_path) == 0
+    assert compare(workdir, [read_image(path) for path in paths], place) == 0
 
 
 @pytest.mark.slow
