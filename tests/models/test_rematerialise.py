@@ -118,9 +118,3 @@ def test_a_gpu_needs_less_memory():
     assert result.returncode == 0, result.stderr[-4000:]
     none, blocks = map(int, result.stdout.split())
     assert blocks < 0.7 * none
-
-
-def test_the_config_of_an_earlier_checkpoint_has_no_such_field():
-    config = small("resnet18", "none")
-    del config.model["remat"]
-    assert not build_segmentor(config).remat
