@@ -1,4 +1,4 @@
-"""Whether the processes of a run are of one mind before it starts."""
+"""Whether the processes of a run agree, checked before it starts."""
 
 import time
 from pathlib import Path
@@ -31,7 +31,7 @@ def check_processes_agree(config: Any, fingerprint: str, workdir: Path | None) -
     distributed.check_same("config", values)
     if workdir is None:
         return
-    # A folder of the same name on another disk would do until the first checkpoint.
+    # A folder of the same name on another disk would go unnoticed until the first checkpoint.
     sign = workdir / ".processes"
 
     def write() -> str:

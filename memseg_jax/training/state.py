@@ -68,7 +68,7 @@ def init_array(
     """Initial value of one array by the last part of its name, as PyTorch initialises layers.
 
     Args:
-        path: "/"-separated name; the last part tells the kind.
+        path: "/"-separated name; the last part gives the kind.
         shape: shape of the array.
         fan_in: inputs of one output of the layer it belongs to.
         rng: source of the random numbers.

@@ -113,7 +113,7 @@ def test_names_of_timm_are_used_in_messages(tmp_path):
 def test_values_that_are_not_finite(tmp_path, key, value):
     tensors = torch_dict(narrow("resnet18"))
     tensors[key].view(-1)[1] = value
-    with pytest.raises(UserError, match=f"{re.escape(key)} has 1 values of .* not finite"):
+    with pytest.raises(UserError, match=f"in {re.escape(key)}, 1 of .* not finite"):
         refused(tmp_path, tensors)
 
 

@@ -139,7 +139,7 @@ DAMAGE = {
         changed("bottleneck.1.weight", torch.zeros(16, dtype=torch.float16)),
         "bottleneck.1.weight is float16; expected float32",
     ),
-    "nan": (not_finite, "bottleneck.0.weight has 1 values of 9216 that are not finite"),
+    "nan": (not_finite, "in bottleneck.0.weight, 1 of 9216 values are not finite"),
 }
 
 
