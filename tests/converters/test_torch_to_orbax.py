@@ -290,6 +290,7 @@ def workdir(tmp_path, capsys):
     return tmp_path / "run"
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("quiet_entry")
 def test_every_mode_starts_from_a_converted_checkpoint(workdir, compilations, tmp_path, capsys):
     data = f"--config.data.root={tiny.data_root()}"

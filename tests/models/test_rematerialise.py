@@ -60,6 +60,7 @@ def test_every_block_is_computed_again_and_no_name_changes(backbone):
     assert variables[0] == variables[1]
 
 
+@pytest.mark.slow
 def test_a_step_has_the_same_numbers_():
     jax.config.update("jax_enable_x64", True)
     try:
