@@ -97,6 +97,7 @@ class Checkpointer:
         self._folder = prepare_workdir(self._workdir / FOLDER)
         self._keep = keep
         self._saving: int | None = None  # the step of the last save until it is known to be over
+        self._failed = False  # since the last save that was completed
         self._remove_leftovers()
         handlers = ocp.CompositeCheckpointHandler(
             state=write_now or ocp.PyTreeCheckpointHandler(), meta=ocp.JsonCheckpointHandler()
@@ -257,6 +258,9 @@ class Checkpointer:
                 self._wait()
         finally:
             self._saving = None
+        if self._failed:  # writes that were under way then may have come after the removal
+            self._failed = False
+            self._remove_leftovers()
         self.tidy()
 
     def close(self) -> None:
@@ -306,7 +310,7 @@ class Checkpointer:
         self._saving = None
         failed = any_process(error is not None)
         if failed:
-            self._remove_leftovers()
+            self._after_failure()
             log.warning(
                 "saving the checkpoint of step %s in %s failed: %s. The last good one is of step "
                 "%s. Trying again now, at step %d.",
@@ -328,7 +332,7 @@ class Checkpointer:
             reason = _reason(error)
             if reason is None and not isinstance(error, OSError):
                 raise
-            self._remove_leftovers()
+            self._after_failure()
             # What this process sees: the others need not come here.
             last = max(all_steps(self._workdir), default=None)
             raise UserError(
@@ -343,6 +347,10 @@ class Checkpointer:
         for folder in self._folder.glob(f"{self._saving}{_UNFINISHED}*"):
             for path in [*folder.rglob("*"), folder]:
                 files.flush(path)
+
+    def _after_failure(self) -> None:
+        self._failed = True
+        self._remove_leftovers()
 
     def _remove_leftovers(self) -> None:
         """Removes the folders of saves that did not come to their end."""
