@@ -17,7 +17,7 @@ from memseg_jax import command_line
 from memseg_jax.models.attention import attend, attend_at_once
 
 FLAGS = {
-    "tokens": "numbers of positions, separated by commas (default: 1024,4096)",
+    "tokens": "numbers of positions, comma-separated (default: 1024,4096)",
     "batch": "images (default: 1)",
     "dim": "channels (default: 256)",
     "dtype": "float32 or bfloat16 (default: float32)",

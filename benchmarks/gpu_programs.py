@@ -1,6 +1,6 @@
 """What convolutions and whole training steps compile to on an H200, without one.
 
-    pip install jax-cuda13-plugin jax-cuda13-pjrt    # both of the version of jax
+    pip install jax-cuda13-plugin jax-cuda13-pjrt    # both in the version of jax
     python -m benchmarks.gpu_programs                # the forms of single convolutions
     python -m benchmarks.gpu_programs --config configs/ade20k_resnet50.py --devices 8
 

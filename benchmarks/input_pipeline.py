@@ -5,11 +5,11 @@
     python -m benchmarks.input_pipeline --config configs/ade20k_resnet50.py --config.data.root=DATA
     python -m benchmarks.input_pipeline --packed
 
-Without --config: one config of every data set. Without a root: generated files of the usual size
-and format, so the rates tell about sizes and augmentation rather than about those photographs.
-With --packed: reading and decoding alone, from the folders and from the same images packed.
-Times of a core are of the processor: what else the machine does, and waiting for the disk, do not
-count; the rates of threads and workers are by the clock.
+Without --config: one config per data set. Without a root: generated files of the usual size and
+format, so the rates reflect sizes and augmentation rather than the original photographs. With
+--packed: reading and decoding alone, from the folders and from the same images packed. Times per
+core are processor times: other load on the machine and waiting for the disk do not count; the rates
+of threads and workers are by the clock.
 """
 
 import collections
@@ -116,7 +116,7 @@ def _measure(config: Any, values: Any, files: str) -> int:
     whole, count = _core_seconds(samples.__getitem__, seconds)
     with _timed_steps() as spent:
         _, timed = _core_seconds(samples.__getitem__, seconds / 2)
-    # One call more than is counted warms up.
+    # One extra call, which is not counted, warms up.
     parts = {"read, decode": reading} | {name: spent[name] / (timed + 1) for name in STEPS}
     parts["rest"] = max(whole - sum(parts.values()), 0.0)
     rates = {f"{config.data.threads} threads": _rate(source, config, seconds)}

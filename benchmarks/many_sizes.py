@@ -6,8 +6,8 @@
     python -m benchmarks.many_sizes --plan 12 --config configs/ade20k_resnet50.py:ms_flip
 
 Without --config: every published config of ADE20K and COCO-Stuff. The counts are arithmetic on the
-sizes alone. --run evaluates as many images, with random weights and few channels, first padded and
-then at their exact sizes, and compares. --plan proposes values for config.eval.canvases.
+sizes alone. --run evaluates that many images, with random weights and few channels, first padded
+and then at their exact sizes, and compares. --plan proposes values for config.eval.canvases.
 
 The sizes are drawn to look like those of photographs: mostly 4:3 and 3:2, a quarter of them
 upright, some square, a few panoramas. They are not those of the data sets.
@@ -90,8 +90,8 @@ def _run(argv: Sequence[str], header: bool) -> int:
         width = measure.number("width", values.width, 0.0625)
         facts |= compare(config, drawn[:images], width)
         print(
-            f"{images} images: {facts['compiled']} programs in place of {facts['compiled_exact']}, "
-            f"{facts['seconds']:.1f} s in place of {facts['seconds_exact']:.1f} s with compiling; "
+            f"{images} images: {facts['compiled']} programs instead of {facts['compiled_exact']}, "
+            f"{facts['seconds']:.1f} s instead of {facts['seconds_exact']:.1f} s with compiling; "
             f"largest difference of a probability {facts['difference']:.2g}, other labels "
             f"{facts['moved']:.2g} of the pixels"
         )
@@ -131,8 +131,8 @@ def pass_sizes(
 def plan_canvases(passes: Iterable[Size], number: int) -> list[Size]:
     """Canvases that hold all sizes with little padding.
 
-    Starts with a canvas for every size and joins, again and again, the two whose common canvas
-    costs the fewest pixels more.
+    Starts with a canvas for every size and joins, again and again, the two whose common canvas adds
+    the fewest pixels.
 
     Args:
         passes: sizes, as often as they occur.
@@ -257,7 +257,7 @@ def compare(
 
 
 class _compilations:
-    """Notes in a `with` block what predictors compile."""
+    """Records in a `with` block what predictors compile."""
 
     def __init__(self, made: list[str]):
         self._made = made

@@ -38,7 +38,7 @@ torch.set_num_threads(CORES)
 
 DEFAULT_CONFIG = "configs/ade20k_resnet50.py"
 _LEAST_ROUNDS = 3
-_SHORT = 0.05  # calls that take less are repeated within a round until it takes about so long
+_SHORT = 0.05  # calls that take less are repeated within a round until it takes about this long
 _LONG = 5.0  # calls that take longer are announced
 _PAUSE = 0.05  # between two calls; threads that still wait for work in a loop give up
 
@@ -166,10 +166,10 @@ def finished(call: Callable[[], Any]) -> Callable[[], Any]:
 
 
 def compare(candidates: Sequence[Candidate], seconds: float) -> list[dict[str, Any]]:
-    """Measures candidates in turn, so that what else the machine does meets all of them alike.
+    """Measures candidates in turn, so that other load on the machine affects all of them alike.
 
     Every candidate runs once before (to compile what is compiled at first use), once for its
-    memory, and then in rounds, once a round, until `seconds` are over; three rounds at least.
+    memory, and then in rounds, once per round, until `seconds` are over; three rounds at least.
 
     Args:
         candidates: the first one is what the others are compared with.
@@ -328,7 +328,7 @@ def training_step(
         model: the segmentor of the config.
         variables: its parameters, statistics and memory.
         batch: "image" and "label".
-        epoch_steps: steps of an epoch.
+        epoch_steps: steps per epoch.
 
     Returns:
         A function that takes one step and returns its metrics, and the memory of the program.

@@ -26,8 +26,8 @@ def prepare(values: Any) -> tuple[ml_collections.ConfigDict, Segmentor, dict[str
     """Reads the flags; returns the config for them, the model and random variables.
 
     Dropout is off, so that both sides compute the same numbers, and there is one replica group,
-    because the PyTorch twin is one process. The memory's rows are filled, as in all steps but the
-    first ones.
+    because the PyTorch twin is one process. The memory's rows are filled, as in all but the first
+    steps.
     """
     config = values.config.copy_and_resolve_references()
     if values.crop != "config":

@@ -1,6 +1,6 @@
 """What `config.model.precision` costs on a TPU v5e, by its compiler's estimate; nothing runs.
 
-pip install "jax[tpu]"    # of the version of jax
+pip install "jax[tpu]"    # in the version of jax
 python -m benchmarks.precision
 
 For each type and precision: the cycles that the compiler expects the convolution to take.

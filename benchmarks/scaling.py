@@ -4,8 +4,8 @@
     python -m benchmarks.scaling --config configs/ade20k_resnet50.py --crops 256,384,512 \
         --batches 1,2,4 --classes 19,75,150
 
-One of the three varies at a time; the first value of the others stays. Compiles one program for
-every value.
+One of the three varies at a time; the others keep their first value. Compiles one program per
+value.
 """
 
 import json
@@ -25,7 +25,7 @@ from memseg_jax.training.program import random_batch
 from memseg_jax.training.state import init_variables
 
 FLAGS = {
-    "batches": "numbers of images, separated by commas (default: 2,4,8)",
+    "batches": "numbers of images, comma-separated (default: 2,4,8)",
     "crops": "sides of the square images (default: 96,128,192)",
     "classes": "numbers of classes (default: 10,50,150)",
 }
@@ -83,7 +83,7 @@ def _candidate(config: ml_collections.ConfigDict) -> measure.Candidate:
 
 
 def _report(config: str, rows: Sequence[dict[str, Any]]) -> None:
-    """Prints what grew, how far, and how far the costs did."""
+    """Prints what grew, by how much, and by how much the costs grew."""
     first = rows[0]
     print(f"\ntraining step of {config}: ratios to the first row\n")
     print("| batch | pixels | classes | size | arithmetic | time | ms | peak memory |")

@@ -13,7 +13,7 @@ https://download.openmmlab.com/pretrain/third_party/hrnetv2_w48-d2186c55.pth
 more.
 
 `--config configs/ade20k_hrnet.py:ms_flip` is the test with several scales and mirror images (ms +
-flip), `:2025,ms_flip` both; with `--mode evaluate` it takes `--workdir runs/ade20k_hrnet`, too.
+flip), `:2025,ms_flip` both; for `--mode evaluate` add `--workdir runs/ade20k_hrnet`.
 """
 
 import ml_collections

@@ -10,7 +10,7 @@ Recipe: batch 16, learning rate 0.004, 180 epochs of 1263 steps, crops of 512x51
 https://download.openmmlab.com/pretrain/third_party/resnest101_d2-f3b931b2.pth
 
 `--config configs/ade20k_resnest101.py:ms_flip` is the test with several scales and mirror images
-(ms + flip); with `--mode evaluate` it takes `--workdir runs/ade20k_resnest101`, too.
+(ms + flip); for `--mode evaluate` add `--workdir runs/ade20k_resnest101`.
 """
 
 import ml_collections

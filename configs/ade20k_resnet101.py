@@ -10,7 +10,7 @@ Recipe: batch 16, learning rate 0.01, 130 epochs of 1263 steps, crops of 512x512
 https://download.openmmlab.com/pretrain/third_party/resnet101_v1c-e67eebb6.pth
 
 `--config configs/ade20k_resnet101.py:ms_flip` is the test with several scales and mirror images (ms
-+ flip); with `--mode evaluate` it takes `--workdir runs/ade20k_resnet101`, too.
++ flip); for `--mode evaluate` add `--workdir runs/ade20k_resnet101`.
 """
 
 import ml_collections

@@ -12,7 +12,7 @@ https://download.openmmlab.com/pretrain/third_party/resnet50_v1c-2cccc1ad.pth
 The baseline without memory (published: 43.19) is `--config.model.memory.enabled=False`.
 
 `--config configs/ade20k_resnet50.py:ms_flip` is the test with several scales and mirror images (ms
-+ flip); with `--mode evaluate` it takes `--workdir runs/ade20k_resnet50`, too.
++ flip); for `--mode evaluate` add `--workdir runs/ade20k_resnet50`.
 """
 
 import ml_collections

@@ -10,7 +10,7 @@ Recipe: batch 16, learning rate 0.01, 130 epochs of 1263 steps, crops of 512x512
 file of release v0.1-vitjx of https://github.com/rwightman/pytorch-image-models
 
 `--config configs/ade20k_vit.py:ms_flip` is the test with several scales and mirror images (ms +
-flip); with `--mode evaluate` it takes `--workdir runs/ade20k_vit`, too.
+flip); for `--mode evaluate` add `--workdir runs/ade20k_vit`.
 """
 
 import ml_collections

@@ -3,7 +3,7 @@
     python -m memseg_jax.main --config configs/camvid_resnet18.py --config.data.root=CAMVID
 
 where CAMVID holds `train/`, `trainannot/`, `val/`, `valannot/`, `test/`, `testannot/` and the list
-files `train.txt`, `val.txt`, `test.txt` with one file stem a line. Score on the test split with
+files `train.txt`, `val.txt`, `test.txt` with one file stem per line. Score on the test split with
 `--mode evaluate --config.data.eval_split=test`.
 """
 

@@ -10,7 +10,7 @@ Recipe: batch 16, learning rate 0.01, 500 epochs of 217 steps, crops of 512x1024
 ImageNet weights: https://download.openmmlab.com/pretrain/third_party/hrnetv2_w48-d2186c55.pth
 
 `--config configs/cityscapes_hrnet.py:ms_flip` is the test with several scales and mirror images (ms
-+ flip); with `--mode evaluate` it takes `--workdir runs/cityscapes_hrnet`, too.
++ flip); for `--mode evaluate` add `--workdir runs/cityscapes_hrnet`.
 """
 
 import ml_collections

@@ -10,7 +10,7 @@ Recipe: batch 16, learning rate 0.01, 440 epochs of 217 steps, crops of 512x1024
 ImageNet weights: https://download.openmmlab.com/pretrain/third_party/resnet101_v1c-e67eebb6.pth
 
 `--config configs/cityscapes_resnet101.py:ms_flip` is the test with several scales and mirror images
-(ms + flip); with `--mode evaluate` it takes `--workdir runs/cityscapes_resnet101`, too.
+(ms + flip); for `--mode evaluate` add `--workdir runs/cityscapes_resnet101`.
 """
 
 import ml_collections

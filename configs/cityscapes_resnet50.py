@@ -11,11 +11,11 @@ https://download.openmmlab.com/pretrain/third_party/resnet50_v1c-2cccc1ad.pth
 
 The published score is that of the benchmark server on the test split, whose labels are not public.
 Here `val` is scored, which is part of the training split `trainval`: that shows how the training
-goes, not how good the model is. For a score of unseen images, train on `train` alone:
+goes, not how good the model is. For a score on unseen images, train on `train` alone:
 `--config.data.train_split=train`.
 
 `--config configs/cityscapes_resnet50.py:ms_flip` is the test with several scales and mirror images
-(ms + flip); with `--mode evaluate` it takes `--workdir runs/cityscapes_resnet50`, too.
+(ms + flip); for `--mode evaluate` add `--workdir runs/cityscapes_resnet50`.
 """
 
 import ml_collections

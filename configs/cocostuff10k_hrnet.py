@@ -13,8 +13,7 @@ https://download.openmmlab.com/pretrain/third_party/hrnetv2_w48-d2186c55.pth
 ReLU more.
 
 `--config configs/cocostuff10k_hrnet.py:ms_flip` is the test with several scales and mirror images
-(ms + flip), `:2025,ms_flip` both; with `--mode evaluate` it takes `--workdir
-runs/cocostuff10k_hrnet`, too.
+(ms + flip), `:2025,ms_flip` both; for `--mode evaluate` add `--workdir runs/cocostuff10k_hrnet`.
 """
 
 import ml_collections

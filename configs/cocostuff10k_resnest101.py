@@ -10,7 +10,7 @@ Recipe: batch 32, learning rate 0.001, 150 epochs of 281 steps, crops of 512x512
 https://download.openmmlab.com/pretrain/third_party/resnest101_d2-f3b931b2.pth
 
 `--config configs/cocostuff10k_resnest101.py:ms_flip` is the test with several scales and mirror
-images (ms + flip); with `--mode evaluate` it takes `--workdir runs/cocostuff10k_resnest101`, too.
+images (ms + flip); for `--mode evaluate` add `--workdir runs/cocostuff10k_resnest101`.
 """
 
 import ml_collections

@@ -10,7 +10,7 @@ Recipe: batch 16, learning rate 0.001, 110 epochs of 562 steps, crops of 512x512
 https://download.openmmlab.com/pretrain/third_party/resnet101_v1c-e67eebb6.pth
 
 `--config configs/cocostuff10k_resnet101.py:ms_flip` is the test with several scales and mirror
-images (ms + flip); with `--mode evaluate` it takes `--workdir runs/cocostuff10k_resnet101`, too.
+images (ms + flip); for `--mode evaluate` add `--workdir runs/cocostuff10k_resnet101`.
 """
 
 import ml_collections

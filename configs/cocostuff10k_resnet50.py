@@ -9,10 +9,10 @@ where DATA holds `images/`, `annotations/` and `imageLists/`. Recipe: batch 16, 
 110 epochs of 562 steps, crops of 512x512. The published model starts from ImageNet weights:
 https://download.openmmlab.com/pretrain/third_party/resnet50_v1c-2cccc1ad.pth
 
-There is no validation split: the test split is scored during the training, too.
+There is no validation split: the test split is scored during training, too.
 
 `--config configs/cocostuff10k_resnet50.py:ms_flip` is the test with several scales and mirror
-images (ms + flip); with `--mode evaluate` it takes `--workdir runs/cocostuff10k_resnet50`, too.
+images (ms + flip); for `--mode evaluate` add `--workdir runs/cocostuff10k_resnet50`.
 """
 
 import ml_collections

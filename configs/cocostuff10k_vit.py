@@ -13,8 +13,7 @@ that file of release v0.1-vitjx of https://github.com/rwightman/pytorch-image-mo
 position table for 512x512 images instead of 473x473, and ASPP dilations 1, 12, 24, 36.
 
 `--config configs/cocostuff10k_vit.py:ms_flip` is the test with several scales and mirror images (ms
-+ flip), `:2025,ms_flip` both; with `--mode evaluate` it takes `--workdir runs/cocostuff10k_vit`,
-too.
++ flip), `:2025,ms_flip` both; for `--mode evaluate` add `--workdir runs/cocostuff10k_vit`.
 """
 
 import ml_collections

@@ -47,16 +47,16 @@ def get_config() -> ml_collections.ConfigDict:
     data.num_val = 0
     data.workers = 0  # worker processes; 0: threads of the main process
     data.threads = 4
-    data.prefetch = 4  # batches that are prepared ahead
+    data.prefetch = 4  # batches prepared ahead
 
     config.augment = augment = ml_collections.ConfigDict()
-    augment.base_size = (2048, 512)  # long and short side that scale 1 means; empty: image's own
+    augment.base_size = (2048, 512)  # long and short side at scale 1; empty: image's own
     augment.keep_ratio = True
     augment.scale_range = (0.5, 2.0)
     augment.crop = (512, 512)  # height, width
     augment.max_category_share = 0.75  # a crop in which one class covers more is drawn again
     augment.flip = 0.5  # probability
-    augment.flip_pairs = ()  # pairs of classes that a mirror exchanges, e.g. ((14, 15),)
+    augment.flip_pairs = ()  # pairs of classes that mirroring swaps, e.g. ((14, 15),)
     augment.rotation = 0.0  # probability
     augment.rotation_degrees = 30
     augment.photometric = True
@@ -64,13 +64,13 @@ def get_config() -> ml_collections.ConfigDict:
     config.eval = evaluate = ml_collections.ConfigDict()
     evaluate.base_size = (2048, 512)
     evaluate.keep_ratio = True
-    evaluate.scales = (1.0,)  # the mean over these factors on the image's size is the prediction
+    evaluate.scales = (1.0,)  # scores are averaged over these factors on the image's size
     evaluate.flip = False  # also over mirror images
     evaluate.mode = "whole"  # or "slide"
     evaluate.window = (512, 512)  # height, width of a sliding window
     evaluate.stride = (341, 341)
     evaluate.softmax_before_resize = False
-    evaluate.batch_size = 1  # images (whole) or windows (slide) in one forward, per device
+    evaluate.batch_size = 1  # images (whole) or windows (slide) per forward pass and device
     # Images of many sizes: the first `exact_sizes` sizes get a compiled program each, all others
     # are padded, with the padding masked out in every layer: to the smallest of `canvases` that
     # holds them, or else to 1, 2, 3, 4, 6, 8, 12, ... times `size_multiple`.
@@ -92,13 +92,13 @@ def get_config() -> ml_collections.ConfigDict:
     model.activation = "relu"  # of the head; or "leaky_relu" (slope 0.01)
     model.auxiliary = True
     model.compute_dtype = "float32"  # or "bfloat16"; parameters and statistics stay float32
-    # Convolutions and matrix products of float32: "highest" computes with all digits. "high" and
-    # "default" are faster: on TPUs with 16 and 8 digits (binary) of every factor, on GPUs both with
-    # 11 (TF32). On CPUs, and with compute_dtype "bfloat16", it makes no difference.
+    # Convolutions and matrix products of float32: "highest" computes in full precision. "high" and
+    # "default" are faster: on TPUs with 16 and 8 significant bits of every factor, on GPUs both
+    # with 11 (TF32). On CPUs, and with compute_dtype "bfloat16", it makes no difference.
     model.precision = "highest"
     # What a training step keeps for its backward pass. "none": everything. "blocks": the inputs of
     # residual and transformer blocks, of the attentions and of the layers between them; the inside
-    # is computed a second time. The numbers are the same, the memory is a fraction.
+    # is recomputed. The numbers are the same, the memory is a fraction.
     model.remat = "none"
 
     model.memory = memory = ml_collections.ConfigDict()
@@ -130,30 +130,31 @@ def get_config() -> ml_collections.ConfigDict:
 
     config.train = train = ml_collections.ConfigDict()
     train.batch_size = 16
-    # Parts that a batch is computed in, one after the other, where it does not fit into memory as a
-    # whole. Losses, gradients and memory are those of the whole batch, with two exceptions: every
-    # part is normalised with its own batch statistics, as if it were the batch, and draws its own
-    # dropout. Costs one more forward pass of the backbone: the memory's update comes first.
+    # Gradient accumulation: parts in which a batch is computed, one after the other, where it does
+    # not fit into memory as a whole. Losses, gradients and memory are those of the whole batch,
+    # with two exceptions: every part is normalised with its own batch statistics, as if it were the
+    # batch, and draws its own dropout. Costs one more forward pass of the backbone: the memory's
+    # update comes first.
     train.accumulate = 1
     train.epochs = 130
     train.log_every = 50  # steps
     train.eval_every = 10  # epochs; 0: only at the end
     # What to do about a step whose loss, gradients or result are not finite. Such a step never
     # changes the model. "raise": end the run. "skip": go on. "rollback": go back to the state of
-    # the last checkpoint and on with the data after the step.
+    # the last checkpoint and continue with the data after the step.
     train.on_nonfinite = "raise"
     train.max_nonfinite = 10  # skipped steps, or rollbacks, in a row that end the run
     # Minutes without a finished step after which all stacks are printed; 0: never.
     train.watchdog_minutes = 10.0
-    # Steps of a start whose trace is written to <workdir>/profile, for TensorBoard or Perfetto,
-    # after the first few, which are slower; 0: none.
+    # Steps that are traced after every start, into <workdir>/profile, for TensorBoard or Perfetto.
+    # The first few, which are slower, are left out; 0: none.
     train.profile_steps = 0
 
     config.checkpoint = checkpoint = ml_collections.ConfigDict()
     checkpoint.every = 1000  # steps; also at every evaluation and at the end
-    checkpoint.keep = 2  # the last ones; the best by mIoU is kept besides
-    # A run that trains holds its workdir (run.lock). One on another host that has not renewed its
-    # hold for so many minutes counts as dead.
+    checkpoint.keep = 2  # the last ones; the best by mIoU is kept as well
+    # A training run locks its workdir (run.lock). A run on another host that has not renewed its
+    # lock for this many minutes counts as dead.
     checkpoint.lock_minutes = 10.0
     return config
 
@@ -197,13 +198,13 @@ def words_of(arg: str | None, forms: bool = False) -> frozenset[str]:
         The words: "ms_flip" and, with `forms`, "2021" or "2025".
 
     Raises:
-        UserError: there is a word that means nothing, or both forms.
+        UserError: a word is not known, or both forms are given.
     """
     words = frozenset(arg.split(",") if arg else ())
     known = {word: _WORDS[word] for word in _WORDS if forms or word == "ms_flip"}
     meanings = ", ".join(f"{word} ({meaning})" for word, meaning in known.items())
     for word in sorted(words - set(known)):
-        raise UserError(f"--config FILE:{arg}: this config does not know {word!r}, but: {meanings}")
+        raise UserError(f"--config FILE:{arg}: this config has no {word!r}. It has: {meanings}")
     if words >= {"2021", "2025"}:
         raise UserError(f"--config FILE:{arg}: choose one of 2021 and 2025")
     return words
@@ -216,11 +217,11 @@ def set_ms_flip(
 ) -> None:
     """Sets the reference's test with several scales and mirror images.
 
-    The reference recorded these settings after the models were published; its scores with them are
-    0.0 to 0.3 from the published ones.
+    The reference recorded these settings after the models were published; its scores with them
+    differ from the published ones by 0.0 to 0.3.
 
     Args:
-        config: is changed.
+        config: changed in place.
         scales: factors on the image's size.
         window: height and width of sliding windows; None: whole images.
     """

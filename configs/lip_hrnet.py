@@ -12,7 +12,7 @@ https://download.openmmlab.com/pretrain/third_party/hrnetv2_w48-d2186c55.pth
 `--config configs/lip_hrnet.py:2025` is the reference's present form, whose stem has one ReLU more.
 
 `--config configs/lip_hrnet.py:ms_flip` is the test with mirror images (flip), `:2025,ms_flip` both;
-with `--mode evaluate` it takes `--workdir runs/lip_hrnet`, too.
+for `--mode evaluate` add `--workdir runs/lip_hrnet`.
 """
 
 import ml_collections

@@ -9,8 +9,8 @@ Recipe: batch 40, learning rate 0.007, 150 epochs of 761 steps, crops of 473x473
 `lip_resnet50.py` for the folder DATA. The published model starts from ImageNet weights:
 https://download.openmmlab.com/pretrain/third_party/resnest101_d2-f3b931b2.pth
 
-`--config configs/lip_resnest101.py:ms_flip` is the test with mirror images (flip); with `--mode
-evaluate` it takes `--workdir runs/lip_resnest101`, too.
+`--config configs/lip_resnest101.py:ms_flip` is the test with mirror images (flip); for `--mode
+evaluate` add `--workdir runs/lip_resnest101`.
 """
 
 import ml_collections

@@ -9,8 +9,8 @@ Recipe: batch 32, learning rate 0.01, 150 epochs of 952 steps, crops of 473x473.
 `lip_resnet50.py` for the folder DATA. The published model starts from ImageNet weights:
 https://download.openmmlab.com/pretrain/third_party/resnet101_v1c-e67eebb6.pth
 
-`--config configs/lip_resnet101.py:ms_flip` is the test with mirror images (flip); with `--mode
-evaluate` it takes `--workdir runs/lip_resnet101`, too.
+`--config configs/lip_resnet101.py:ms_flip` is the test with mirror images (flip); for `--mode
+evaluate` add `--workdir runs/lip_resnet101`.
 """
 
 import ml_collections

@@ -5,15 +5,15 @@ r"""LIP with ResNet-50-D8, as published: 53.73 mIoU (single scale), 54.08 (flip)
     python -m memseg_jax.main --config configs/lip_resnet50.py --config.data.root=DATA \
         --mode evaluate
 
-where DATA holds `train_images/`, `train_segmentations/`, `val_images/` and `val_segmentations/`
-(deeper, as the archives have them, will do). Recipe: batch 32, learning rate 0.01, 150 epochs of
-952 steps, crops of 473x473. The published model starts from ImageNet weights:
+where DATA holds `train_images/`, `train_segmentations/`, `val_images/` and `val_segmentations/` (or
+deeper, as in the archives). Recipe: batch 32, learning rate 0.01, 150 epochs of 952 steps, crops of
+473x473. The published model starts from ImageNet weights:
 https://download.openmmlab.com/pretrain/third_party/resnet50_v1c-2cccc1ad.pth
 
 The second score is with flip alone: images are squashed to 473x473, at one scale.
 
-`--config configs/lip_resnet50.py:ms_flip` is the test with mirror images (flip); with `--mode
-evaluate` it takes `--workdir runs/lip_resnet50`, too.
+`--config configs/lip_resnet50.py:ms_flip` is the test with mirror images (flip); for `--mode
+evaluate` add `--workdir runs/lip_resnet50`.
 """
 
 import ml_collections

@@ -1,1 +1,1 @@
-"""Ways between PyTorch checkpoints of the reference and this project's checkpoints."""
+"""Conversion between the reference's PyTorch checkpoints and this project's checkpoints."""

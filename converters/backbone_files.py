@@ -198,7 +198,7 @@ def _can_be_resized(shape: tuple[int, ...], wanted: tuple[int, ...]) -> bool:
 
 
 def _checked(file: TorchFile, name: str, tensor: np.ndarray) -> np.ndarray:
-    """Returns a float32 copy in our layout, so that the file can be let go."""
+    """Returns a float32 copy in our layout, so that the file can be released."""
     if not np.issubdtype(tensor.dtype, np.floating):
         raise UserError(
             f"{file.path}: {name} is {tensor.dtype}; expected float32 (or another float type)"

@@ -7,8 +7,8 @@ that they name is compared. Exit status: 0 if all are within the tolerance, 2 if
 the input is bad. PyTorch is all that is needed besides this project.
 
 The input is one image through the network at once. An image file is prepared as --mode evaluate
-does it, but windows do not slide and there are no scales or flips: of a config with sliding windows
-one window is taken, from the middle of the image.
+does it, but windows do not slide and there are no scales or flips: for a config with sliding
+windows, one window is taken, from the middle of the image.
 """
 
 import contextlib
@@ -46,8 +46,8 @@ LABEL_LIMIT = 1e-3
 FLAGS = {
     "checkpoint": "file of the PyTorch model (.pth, .pt or .safetensors); required",
     "image": "image to compare on (default: random numbers, always the same)",
-    "size": "HEIGHTxWIDTH: of --image only so much is taken, from its middle; without --image the "
-    f"size of the input (default {DEFAULT_SIZE[0]}x{DEFAULT_SIZE[1]})",
+    "size": "HEIGHTxWIDTH: of --image only this much is taken, from its middle; without "
+    f"--image the size of the input (default {DEFAULT_SIZE[0]}x{DEFAULT_SIZE[1]})",
     "report": "Markdown file to write the result to",
     "sha256": "what the SHA-256 of --checkpoint must be",
     "bfloat16": (
@@ -118,7 +118,7 @@ def run_torch(
 
     with torch.device("meta"):  # no memory is taken, and nothing is initialised
         model = torch_model.build_torch_model(config).eval()
-    # The file's arrays become the model's parameters: a large model is not there twice.
+    # The file's arrays become the model's parameters: a large model is not held twice.
     state = {key: torch.from_numpy(array) for key, array in tensors.items()}
     model.load_state_dict(state, strict=True, assign=True)
     with torch.inference_mode():

@@ -54,7 +54,7 @@ _MODULES = [
     ),
     (r"decoder_stage(\d)/project", r"decoder_stage\1.", ("0", "1")),
     (r"decoder_stage(\d)/classifier", r"decoder_stage\1.", ("4", None)),
-    # A ViT has three auxiliary heads of two convolutions, the others have one of one.
+    # A ViT has three auxiliary heads of two convolutions, the others one head of one convolution.
     (r"auxiliary_decoders_(\d)/project_0", r"auxiliary_decoder.\1.", ("0", "1")),
     (r"auxiliary_decoders_(\d)/project_1", r"auxiliary_decoder.\1.", ("4", "5")),
     (r"auxiliary_decoders_(\d)/full_classifier", r"auxiliary_decoder.\1.", ("9", None)),

@@ -48,9 +48,9 @@ def flow_position(name: str) -> tuple[int, str]:
 def limit(name: str) -> float:
     """How far a tap may be off in float32, as a share of its standard deviation.
 
-    Measured between float32 and float64 in the PyTorch reference: 2e-5 at most for logits, 1e-4
-    for everything else. The limits are ten times that, and more where a sharp softmax multiplies
-    what comes in. A wrong padding, epsilon or resize shows as 1e-2 or more.
+    Measured between float32 and float64 in the PyTorch reference: 2e-5 at most for logits, 1e-4 for
+    everything else. The limits are ten times that, and more where a sharp softmax amplifies its
+    input. A wrong padding, epsilon or resize shows as 1e-2 or more.
     """
     if name.endswith("logits") or name.startswith("aux_logits"):
         return 2e-4

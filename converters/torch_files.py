@@ -99,7 +99,7 @@ def check_finite(file: TorchFile, name: str, array: np.ndarray) -> None:
     bad = array.size - int(np.count_nonzero(np.isfinite(array)))
     if bad:
         raise UserError(
-            f"{file.path}: {name} has {bad} values of {array.size} that are not finite in "
+            f"{file.path}: in {name}, {bad} of {array.size} values are not finite as "
             f"{array.dtype}. The training that wrote the file had failed, or the file was damaged."
         )
 
@@ -153,7 +153,7 @@ def import_safetensors():
 def _read_pickle(path: Path) -> object:
     torch = import_torch()
     try:
-        # Files of PyTorch before 1.6 are no archives and cannot be mapped.
+        # Files of PyTorch before 1.6 are not archives and cannot be mapped.
         mapped = zipfile.is_zipfile(path)
         return torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
     except pickle.UnpicklingError as error:

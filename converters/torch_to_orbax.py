@@ -64,7 +64,7 @@ class Conversion:
 def to_variables(
     file: TorchFile, model: Segmentor, config: ml_collections.ConfigDict
 ) -> tuple[dict[str, Any], Conversion]:
-    """Gives the tensors of a file their places in our model.
+    """Maps the tensors of a file to the arrays of our model.
 
     Args:
         file: from `torch_files.read`.
@@ -158,7 +158,7 @@ def convert(
 
 
 def report(file: TorchFile, conversion: Conversion) -> str:
-    """The whole account of a conversion: one line a tensor."""
+    """The full report of a conversion: one line per tensor."""
     lines = [
         f"file     {file.path.name}",
         f"SHA-256  {file.sha256}",

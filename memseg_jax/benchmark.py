@@ -37,7 +37,7 @@ log = logging.getLogger(__name__)
 
 FILE = "benchmark.json"
 _SECONDS = 10.0  # about this long for each measurement, ...
-_LEAST = 3  # ... but at least so many steps
+_LEAST = 3  # ... but at least this many steps
 _WARM_UP = 2
 
 
@@ -130,7 +130,7 @@ def _measure_training(
 ) -> dict[str, Any]:
     """Compiles and runs the training step; the result also holds "state"."""
     batch_size, crop = config.train.batch_size, tuple(config.augment.crop)
-    # Without data, any length of an epoch will do.
+    # Without data, any epoch length will do.
     count = 1000 * batch_size if source is None else len(source)
     epoch_steps = steps_per_epoch(count, batch_size, config.replica_groups)
     program = training_program(config, model, mesh, epoch_steps)
@@ -164,7 +164,7 @@ def _measure_training(
         "data_wait": None,
     }
     if source is not None:
-        # As many steps as there are batches read ahead do not tell how fast they are read.
+        # Batches that were read ahead do not tell how fast they are read: more steps than those.
         warm_up = _WARM_UP + config.data.prefetch
         batches = train_batches(source, config, 0, 2**31, jax.process_index(), jax.process_count())
         with batches:
@@ -180,7 +180,7 @@ def _measure_training(
 
 
 def _planned_steps(seconds: float) -> int:
-    """How many steps to measure if one takes about so many seconds: the same in all processes."""
+    """How many steps to measure if one takes about this many seconds: the same in all processes."""
     return distributed.on_primary("benchmark", lambda: max(_LEAST, math.ceil(_SECONDS / seconds)))
 
 
@@ -232,7 +232,7 @@ def _measure_evaluation(
     variables: dict[str, Any],
     source: Any,
 ) -> dict[str, Any]:
-    """Segments one image again and again, by the way that mode evaluate takes."""
+    """Segments one image again and again, the way mode evaluate does."""
     if source is None:
         rng = np.random.default_rng(0)
         image = rng.integers(0, 256, (*config.augment.crop, 3), np.uint8)

@@ -175,7 +175,7 @@ def _add_bad(report: SplitReport, files: str, error: Exception) -> None:
         report.bad_values.update(error.values)
     if len(report.bad) < _SHOWN_MESSAGES:
         text = str(error) if isinstance(error, UserError) else f"{type(error).__name__}: {error}"
-        # Messages about a file begin with its name; others need to be told it.
+        # Messages about a file begin with its name; others need it added.
         named = any(part and part in text for part in files.rstrip(")").split(" (label "))
         report.bad.append(text if named else f"{files}: {text}")
     elif len(report.bad) < _SHOWN_MESSAGES + _SHOWN_FILES:
@@ -328,8 +328,8 @@ def _warnings(report: SplitReport, class_names, ignore_label: int) -> list[str]:
     warnings = []
     if report.official_size not in (None, report.images):
         warnings.append(
-            f"the published split has {report.official_size} images, and here are {report.images}: "
-            "scores on it compare with published ones only if it is whole."
+            f"the published split has {report.official_size} images, this one {report.images}: "
+            "scores on it are comparable with published ones only if it is complete."
         )
     if not report.has_labels:
         return warnings

@@ -2,7 +2,7 @@
 
 Flags are --name=value or --name value. With --config FILE.py or FILE.py:ARG comes the config that
 the file's `get_config` returns, and --config.FIELD=VALUE overrides a field of it, wherever it
-stands. Whatever is wrong is answered with what was probably meant.
+stands in the line. Messages about errors say what was probably meant.
 """
 
 import importlib.util
@@ -274,7 +274,7 @@ def _check_override_names(fields: Mapping[str, Any], arguments: Iterable[str]) -
 def _check_override_values(fields: Mapping[str, Any], overrides: Mapping[str, Any]) -> None:
     """Refuses text where a tuple of numbers is expected, and the other way round.
 
-    Fields of other types are checked by the parser; of a tuple it takes anything.
+    Fields of other types are checked by the parser; for a tuple it accepts anything.
     """
     for field, value in overrides.items():
         example = fields.get(field)

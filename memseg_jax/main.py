@@ -28,8 +28,8 @@ examples:
   python -m memseg_jax.main --config configs/quickstart.py --mode predict --input photos/
   python -m memseg_jax.main --config configs/quickstart.py --mode benchmark
 
-A training that SIGTERM, SIGUSR1 or Ctrl-C ends saves its state and exits with status 75; the same
-command goes on. Status 1 is an error.
+Training that SIGTERM, SIGUSR1 or Ctrl-C ends saves its state and exits with status 75; the same
+command resumes it. Status 1 is an error.
 """
 TOGETHER = ("train", "evaluate", "benchmark")  # what several processes can do as one run
 FLAGS = {  # name -> (default, the modes that read it, help)
@@ -78,7 +78,7 @@ def main(argv: list[str]) -> int:
 
 
 def set_up_logging() -> None:
-    """Shows our own messages as plain lines on stderr, and of the libraries only warnings.
+    """Shows our own messages as plain lines on stderr, and only the warnings of libraries.
 
     Of several processes, the first shows them all, the others only warnings.
     """

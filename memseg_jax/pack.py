@@ -2,7 +2,8 @@
 
 The files are those of tensorflow-datasets, and so is the description beside them, but the loop is
 our own: `download_and_prepare` writes into a temporary folder that is removed if anything goes
-wrong, so that hours of work would be lost with the last file, and no split could be added later.
+wrong, so that a failure at the last file would lose hours of work, and no split could be added
+later.
 
 A file gets its name when it is written, synchronised and read back. The manifest of the split is
 brought up to date after each, so a run that was killed goes on with the next file.
@@ -34,7 +35,7 @@ from memseg_jax.data.reading import map_ahead
 from memseg_jax.errors import PROCESS_ERRORS, UserError
 from memseg_jax.runtime import files
 
-SHARD_BYTES = 128 << 20  # about, of a file
+SHARD_BYTES = 128 << 20  # approximate size of a file
 _PROBES = 8  # samples whose size tells how many go into a file
 _LOCK = ".packing.lock"
 _LEFTOVERS = (".*.array_record-*.partial", ".*.packed.json.*.tmp", ".packed-info-*")
@@ -117,8 +118,8 @@ def pack_split(source: Any, data_config: Any, split: str, folder: Path) -> str:
         raise UserError(
             f"{folder}: split {split!r} was packed from {manifest.count} samples with the "
             f"fingerprint {manifest.fingerprint}, and now there are {len(source)} with "
-            f"{source.fingerprint()}: files of the data set were added, removed or renamed. Bring "
-            "them back, or pack into another folder."
+            f"{source.fingerprint()}: files of the data set were added, removed or renamed. "
+            "Restore them, or pack into another folder."
         )
     was_complete, written, start = manifest.complete, 0, 0
     bar = tqdm(
@@ -166,7 +167,7 @@ def pack_split(source: Any, data_config: Any, split: str, folder: Path) -> str:
 
 
 def _plan(source: Any, data_config: Any, split: str, folder: Path) -> packed.Manifest:
-    """Divides the split into shards of about equal size, and writes that down."""
+    """Divides the split into shards of about equal size, and records the plan."""
     others = sorted(path.name for path in folder.iterdir() if path.name[0] != ".")
     manifests = packed.manifests(folder)
     if others and not manifests:
@@ -292,7 +293,7 @@ def _damage(folder: Path, shard: packed.Shard) -> str:
     for position, expected in enumerate(shard.checksums):
         try:
             good = packed.checksum(packed.parse(records[position])) == expected
-            reason = "its checksum is not the one that was noted"
+            reason = "its checksum is not the one in the manifest"
         except PROCESS_ERRORS:
             raise
         except packed.RECORD_ERRORS as error:
@@ -303,7 +304,7 @@ def _damage(folder: Path, shard: packed.Shard) -> str:
 
 
 def _changed_since(job: _Job, shard: packed.Shard, indices: Iterable[int]) -> bool:
-    """Whether some file of the samples is younger than their shard."""
+    """Whether some file of the samples is newer than their shard."""
     if not isinstance(job.source, folders.FileSource):
         return False
     written = (job.folder / shard.file).stat().st_mtime
@@ -333,7 +334,7 @@ def _compare(job: _Job, shard: packed.Shard, indices: Sequence[int]) -> None:
 
 
 def _describe(folder: Path, data_config: Any, manifest: packed.Manifest) -> None:
-    """Writes what tensorflow-datasets wants to know: of this split and of all complete ones."""
+    """Writes what tensorflow-datasets needs to know, for this split and all complete ones."""
     others = [
         one for one in packed.manifests(folder) if one.complete and one.split != manifest.split
     ]
@@ -396,8 +397,8 @@ def _locked(folder: Path) -> Iterator[None]:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             raise UserError(
-                f"{folder}: another process is packing into this folder. Wait for its end; one "
-                "process is enough, whatever number will read the data."
+                f"{folder}: another process is packing into this folder. Wait until it ends; "
+                "one process is enough, however many will read the data."
             ) from None
         except OSError as error:
             raise UserError(

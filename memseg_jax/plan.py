@@ -148,7 +148,7 @@ def _plan_training(
     images: int | None,
 ) -> dict[str, Any]:
     batch_size = config.train.batch_size
-    # Of data that are not known any length of an epoch will do: the program is the same.
+    # If the data are not known, any epoch length will do: the program is the same.
     epoch_steps = steps_per_epoch(images or 1000 * batch_size, batch_size, config.replica_groups)
     program = training_program(config, model, mesh, epoch_steps)
     result = _compile(
@@ -313,7 +313,7 @@ def collective_seconds(collective: Collective, topology: Topology, chip: Chip) -
         return rounds * hops * HOP + (sent / rate if rate else 0.0)
     inside = min(group, topologies.GPUS_A_HOST)
     hosts = max(group // inside, 1)
-    # First inside of every host, then every GPU with those of other hosts for its share.
+    # First inside every host, then every GPU with its counterparts on other hosts for its share.
     seconds = GPU_LATENCY + rounds * collective.size * (inside - 1) / inside / chip.link
     if hosts > 1:
         shared = rounds * collective.size / inside * (hosts - 1) / hosts
@@ -326,7 +326,7 @@ def advice(config: ml_collections.ConfigDict, devices: int, training: dict[str, 
 
     Args:
         config: the whole config.
-        devices: their number.
+        devices: number of devices.
         training: the plan of the training step.
     """
     train, images = config.train, config.train.batch_size // devices
@@ -339,7 +339,7 @@ def advice(config: ml_collections.ConfigDict, devices: int, training: dict[str, 
     if devices > 1 and held > 0.1 * (training["limit"] or math.inf):
         lines.append(
             f"--config.sharding.fsdp={_largest_divisor(devices, 8)}: parameters and optimiser, "
-            f"{format_bytes(held)}, split over so many devices"
+            f"{format_bytes(held)}, split over that many devices"
         )
     least = math.lcm(devices, config.replica_groups)
     parts = [n for n in range(2, images + 1) if train.batch_size % (least * n) == 0]
@@ -371,7 +371,7 @@ def format_plan(result: dict[str, Any], devices: Devices) -> str:
     lines.append("")
     lines.append(
         f"Training step: {result['batch_size']} crops of {crop}, "
-        f"{result['batch_size'] / count:g} a device, {arithmetic(result)}, "
+        f"{result['batch_size'] / count:g} per device, {arithmetic(result)}, "
         f"remat {result['remat']!r}, accumulate {result['accumulate']}"
     )
     lines += _describe(training)
@@ -395,7 +395,7 @@ def _describe(part: dict[str, Any]) -> list[str]:
     lines = []
     memory, limit = part["memory"], part["limit"]
     total = memory["total"]
-    line = f"  memory       {size(total) if total else 'too much'} a device"
+    line = f"  memory       {size(total) if total else 'too much'} per device"
     if "temporary" in memory:
         state = f"state {size(part['state_bytes'])}, " if "state_bytes" in part else ""
         line += f" ({state}arguments {size(memory['arguments'])}, temporary "
@@ -405,12 +405,12 @@ def _describe(part: dict[str, Any]) -> list[str]:
             line += f", {total / limit:.0%} of {size(limit)}"
         line += ": fits" if part["fits"] else ": DOES NOT FIT"
     lines.append(line)
-    lines.append(f"  arithmetic   {part['flops'] / 1e12:.3g} TFLOP a device")
+    lines.append(f"  arithmetic   {part['flops'] / 1e12:.3g} TFLOP per device")
     if part["traffic"] is None:
         return lines
-    lines.append(f"  memory reads and writes  {size(part['traffic'])} a device, roughly")
+    lines.append(f"  memory reads and writes  {size(part['traffic'])} per device, roughly")
     for kind, number, total in totals(part["collectives"]):
-        lines.append(f"  {kind:<12} {number} times, {size(total)} a device")
+        lines.append(f"  {kind:<12} {number} times, {size(total)} per device")
     if not part["collectives"]:
         lines.append("  collectives  none")
     if seconds := part["seconds"]:
@@ -439,9 +439,9 @@ def _assumptions(devices: Devices, result: dict[str, Any]) -> list[str]:
     rate = peak(chip, result["compute_dtype"], result["precision"])
     latency = "1 us for each link" if devices.topology.is_tpu else "20 us between GPUs"
     lines = [
-        f"Estimates assume {rate / 1e12:.4g} TFLOP/s a chip in {arithmetic(result)}, of which "
+        f"Estimates assume {rate / 1e12:.4g} TFLOP/s per chip in {arithmetic(result)}, of which "
         f"{EFFICIENCY:.0%} are reached; {chip.bandwidth / 1e9:g} GB/s of memory, "
-        f"{chip.link / 1e9:g} GB/s a link, by the maker; and {latency}.",
+        f"{chip.link / 1e9:g} GB/s per link, by the maker; and {latency}.",
         f"Collectives under {SMALL // 1024} KiB are small: the program waits for each of them.",
     ]
     if not devices.topology.is_tpu:

@@ -39,7 +39,7 @@ def run(workdir: str | os.PathLike) -> int:
     Raises:
         UserError: there is no checkpoint.
     """
-    # Accelerators are not needed, and the run that uses them may be going on.
+    # Accelerators are not needed, and the run that uses them may still be going on.
     jax.config.update("jax_platforms", "cpu")
     folder = files.absolute(workdir, "--workdir")
     found = records.all_steps(folder)

@@ -203,6 +203,7 @@ def test_training_is_stopped_by_the_real_program(root, tmp_path):
     assert result.stderr.count("error: ") == 1
 
 
+@pytest.mark.slow
 def test_one_pixel_wide_images_are_used(tmp_path, workdir, capsys, counting_step, compilations):
     sizes = {"train": [(32, 1), (1, 32), (1, 1)] + [(20, 36)] * 5, "val": [(32, 1), (1, 1)]}
     root = tiny.write_folder(tmp_path / "data", sizes)
@@ -315,7 +316,9 @@ def test_unreadable_input_in_the_real_program(workdir, tmp_path):
     assert "0 pictures segmented" in result.stdout
 
 
-def test_an_image_that_turns_unreadable_in_the_middle_of_a_run(root, tmp_path, capsys, monkeypatch):
+def test_an_image_that_turns_unreadable_in_the_middle_of_a_run(
+    root, tmp_path, capsys, monkeypatch, three_convolutions
+):
     path = root / "images" / "train" / "05.png"
     content = path.read_bytes()
 

@@ -38,6 +38,7 @@ def quick(monkeypatch, compilations):
 # ---- The mode -----------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_without_data_and_workdir(quick, quiet_entry, capsys, caplog, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     with caplog.at_level("INFO"):

@@ -171,6 +171,7 @@ def test_convolutions(run):
     assert "| 3x3 256 -> 512, dilation 2, groups 2, /8 | filter | " in printed
 
 
+@pytest.mark.slow
 def test_training_step(run):
     ((found,), printed) = run("training_step", *MODEL)
     check(found["results"], ["JAX", "PyTorch"])

@@ -225,7 +225,7 @@ def test_published_split_of_another_size_is_reported(tmp_path, official, warns):
     source = dataclasses.replace(ade20k.open_split(config, "training"), official_size=official)
     report = check_data.check_split(source, "training", 150)
     text = check_data.format_report(report, config.class_names)
-    assert ("the published split has 3 images, and here are 2" in text) == warns
+    assert ("the published split has 3 images, this one 2" in text) == warns
 
 
 @pytest.mark.parametrize("name", sorted(SPLITS))
@@ -320,7 +320,7 @@ def test_check_says_how_many_samples_the_published_splits_have(name, tmp_path, c
     sizes = importlib.import_module(f"memseg_jax.data.{name}").SPLIT_SIZES
     for split in (config.data.train_split, config.data.eval_split):
         here = 4 if split == "trainval" else 2
-        assert f"the published split has {sizes[split]} images, and here are {here}" in out
+        assert f"the published split has {sizes[split]} images, this one {here}" in out
 
 
 # ---- Pictures -----------------------------------------------------------------------------------
@@ -428,7 +428,7 @@ def test_split_without_public_labels(tmp_path, drawn, capsys):
     assert "the labels of this split are not public: only its images were checked" in test
     assert "never seen" not in test
     assert "no pixel is labelled" not in test
-    assert "the published split has 1525 images, and here are 2" in test
+    assert "the published split has 1525 images, this one 2" in test
     assert "pictures/test.png shows some samples" in test
     assert all((label == 255).all() for _, (_, label) in drawn[1][1])
     config.data.train_split = "test"

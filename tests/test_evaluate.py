@@ -40,7 +40,7 @@ def matrix(root, compilations, monkeypatch):
     """Returns the confusion matrix of the split of many sizes with fields of config.eval."""
     config = tiny.get_config()
     config.data.root = str(root)
-    model = build_segmentor(config)
+    model = build_segmentor(config).clone(backbone=ThreeConvolutions())
     variables = random_variables(model, 3)
     source = open_split(config.data, "val")
 

@@ -191,7 +191,7 @@ def test_killed_and_started_again(root, folder, tmp_path, capsys, when):
     done = [shard for shard in manifest.shards if shard.size]
     assert not manifest.complete
     assert bool(done) != when.startswith("before a shard")
-    with pytest.raises(UserError, match="not packed to its end"):
+    with pytest.raises(UserError, match="not completely packed"):
         open_split(config_of(root, folder).data, "train")
     stamps = {shard.file: (folder / shard.file).stat().st_mtime_ns for shard in done}
 
@@ -340,7 +340,7 @@ def test_an_unreadable_image(root, folder, capsys):
     done = sum(shard.size > 0 for shard in shards_of(folder))
     assert done > 0
     assert f"{done} of {len(shards_of(folder))} shards are packed and kept" in message
-    with pytest.raises(UserError, match="not packed to its end"):
+    with pytest.raises(UserError, match="not completely packed"):
         open_split(config_of(root, folder).data, "train")
     assert not (folder / "dataset_info.json").exists()
     assert not [name for name in contents(folder) if name.startswith(".")]

@@ -381,7 +381,7 @@ def test_what_does_not_fit_is_said_with_advice(no_compilers, quiet_entry, capsys
     monkeypatch.setattr(jax.stages.Lowered, "compile", refuse)
     assert tiny.run("--mode", "plan", "--topology", "v5e:2x4") == 1
     printed = capsys.readouterr().out
-    assert "22 GB a device, 128% of 17.2 GB: DOES NOT FIT" in printed
+    assert "22 GB per device, 128% of 17.2 GB: DOES NOT FIT" in printed
     assert "--config.model.remat=blocks" in printed
 
 

@@ -1,4 +1,4 @@
-"""The parts behind the backbone: context module, attention, memory module, decoders."""
+"""The parts after the backbone: context module, attention, memory module, decoders."""
 
 import itertools
 

@@ -1,4 +1,4 @@
-"""HRNetV2-W48: parallel branches at strides 4, 8, 16, 32 that exchange what they have seen."""
+"""HRNetV2-W48: parallel branches at strides 4, 8, 16, 32 that exchange features."""
 
 import torch
 import torch.nn.functional as F
@@ -42,7 +42,7 @@ class ExchangeModule(nn.Module):
         )
 
     def forward(self, maps: list[torch.Tensor]) -> list[torch.Tensor]:
-        """Maps and returns one [batch, channels, height, width] per branch, shapes unchanged."""
+        """Takes and returns one [batch, channels, height, width] per branch, shapes unchanged."""
         maps = [branch(x) for branch, x in zip(self.branches, maps)]
         fused = []
         for own, layers in zip(maps, self.fuse_layers):
@@ -56,7 +56,7 @@ class ExchangeModule(nn.Module):
 class HRNet(nn.Module):
     """HRNetV2: the concatenation of four branches at the resolution of the finest one.
 
-    Attributes: as of `resnet.ResNet`.
+    Attributes: as for `resnet.ResNet`.
     """
 
     auxiliary_levels = ()
@@ -84,7 +84,7 @@ class HRNet(nn.Module):
             *(Bottleneck(out, stem, 1, 1, False) for _ in range(BLOCKS - 1)),
         )
         # A transition keeps the branches and starts one more from the coarsest of them; the first
-        # one narrows its only branch besides.
+        # one also narrows its only branch.
         coarsest = out
         for stage, modules in MODULES.items():
             kept = [nn.Identity() for _ in range(stage - 1)]

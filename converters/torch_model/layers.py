@@ -1,4 +1,4 @@
-"""The layers that the PyTorch models are made of, with the names that the reference gives them."""
+"""The layers of the PyTorch models, with the names that the reference gives them."""
 
 import torch
 import torch.nn.functional as F

@@ -1,4 +1,4 @@
-"""ResNeSt-101 at output stride 8: a ResNet whose 3x3 convolutions weigh two groups of channels."""
+"""ResNeSt-101 at output stride 8: a ResNet with split attention in its 3x3 convolutions."""
 
 import torch
 import torch.nn.functional as F
@@ -12,7 +12,7 @@ REDUCTION = 4  # channels of all splits per channel inside of the attention
 
 
 class SplitAttention(nn.Module):
-    """A 3x3 convolution to two splits, mixed by weights that depend on the whole image."""
+    """A 3x3 convolution into two splits, mixed by weights that depend on the whole image."""
 
     def __init__(self, features: int, dilation: int) -> None:
         super().__init__()

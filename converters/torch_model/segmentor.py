@@ -22,7 +22,7 @@ class Segmentor(nn.Module):
 
         Args:
             backbone: a PyTorch backbone.
-            model: the same model in JAX; what it is made of is read from its fields.
+            model: the same model in JAX; its structure is read from its fields.
         """
         super().__init__()
         features, activate = model.feature_dim, model.activation
@@ -99,7 +99,7 @@ class Segmentor(nn.Module):
         return maps
 
     def _predict(self, x: torch.Tensor) -> dict[str, torch.Tensor]:
-        """Everything behind the last map [batch, channels, h, w]."""
+        """Everything after the last map [batch, channels, h, w]."""
         context = self.context_within_image_module(x)
         pixels = self.bottleneck(x)
         stage1 = self.decoder_stage1(pixels)

@@ -8,7 +8,7 @@ from converters.torch_model.resnet import ResNet
 from converters.torch_model.segmentor import Segmentor
 from converters.torch_model.vit import ViT
 
-# Module -> name of its result. A result (or a module) that is a list gives one tap an entry.
+# Module -> name of its result. A result (or a module) that is a list gives one tap per entry.
 _HEAD = {
     "backbone_net": "backbone",
     "norm_layers": "norm_layers",

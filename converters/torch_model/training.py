@@ -1,7 +1,7 @@
 """A training step as the PyTorch reference does it, in one process.
 
 `memseg_jax.training.step` computes the same numbers in another way: there the features are never
-upsampled, and no class has a turn of its own. A config's `replica_groups` plays no part here: the
+upsampled, and there is no loop over classes. A config's `replica_groups` plays no part here: the
 groups are processes of the reference, and this is one of them.
 """
 
@@ -66,7 +66,7 @@ def update_memory(
 
 
 def learning_rate(config: ml_collections.ConfigDict, step: int, total_steps: int) -> float:
-    """Returns the rate of a step: polynomial, from `optimizer.lr` down to `optimizer.min_lr`."""
+    """Returns a step's learning rate: polynomial, from `optimizer.lr` to `optimizer.min_lr`."""
     o = config.optimizer
     return (o.lr - o.min_lr) * (1 - step / total_steps) ** o.power + o.min_lr
 

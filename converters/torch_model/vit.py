@@ -1,4 +1,4 @@
-"""ViT-Large with patches of 16x16 pixels: a plain transformer that hands out four feature maps."""
+"""ViT-Large with patches of 16x16 pixels: a plain transformer that returns four feature maps."""
 
 import torch
 import torch.nn.functional as F
@@ -9,7 +9,7 @@ from converters.torch_model.layers import resize
 PATCH = 16
 CHANNELS = 1024
 HEAD_CHANNELS = 64
-OUTPUTS = (9, 14, 19, 23)  # blocks whose results are handed out, counted from 0
+OUTPUTS = (9, 14, 19, 23)  # blocks whose results are returned, counted from 0
 
 # Side of the square grid of learned positions; see `memseg_jax.models.vit`.
 VARIANTS = {"vitlarge": 512 // PATCH, "vitlarge_473": 473 // PATCH}
@@ -78,9 +78,9 @@ class ViT(nn.Module):
     Attributes:
         cls_token: [1, 1, channels].
         pos_embed: [1, 1 + side * side, channels]: the class token's entry, then the square's rows.
-        embedded: has no effect; its input are the tokens with their positions.
+        embedded: has no effect; its input is the tokens with their positions.
 
-    The other attributes are as of `resnet.ResNet`.
+    The other attributes are as for `resnet.ResNet`.
     """
 
     auxiliary_levels = (0, 1, 2)

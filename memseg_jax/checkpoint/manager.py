@@ -98,6 +98,7 @@ class Checkpointer:
             prepare_workdir(self._folder)
         self._keep = keep
         self._saving: int | None = None  # the step of the last save until it is known to be over
+        self._failed = False  # since the last save that was completed
         self._untidy = True  # whether there may be checkpoints that need not be kept
         self._almost_saved = threading.Event()  # the save in the background nears its end
         self._remove_leftovers()
@@ -260,6 +261,9 @@ class Checkpointer:
                 self._wait()
         finally:
             self._saving = None
+        if self._failed:  # writes that were under way then may have come after the removal
+            self._failed = False
+            self._remove_leftovers()
         self.tidy()
 
     def close(self) -> None:
@@ -309,7 +313,7 @@ class Checkpointer:
         self._saving = None
         failed = any_process(error is not None)
         if failed:
-            self._remove_leftovers()
+            self._after_failure()
             log.warning(
                 "saving the checkpoint of step %s in %s failed: %s. The last good one is of step "
                 "%s. Trying again now, at step %d.",
@@ -331,7 +335,7 @@ class Checkpointer:
             reason = _reason(error)
             if reason is None and not isinstance(error, OSError):
                 raise
-            self._remove_leftovers()
+            self._after_failure()
             # What this process sees: the others need not come here.
             last = max(all_steps(self._workdir), default=None)
             raise UserError(
@@ -345,6 +349,10 @@ class Checkpointer:
         """Called in the background before the folder gets its name: all must be on the disk."""
         files.flush_unfinished(self._folder, str(self._saving))
         self._almost_saved.set()
+
+    def _after_failure(self) -> None:
+        self._failed = True
+        self._remove_leftovers()
 
     def _remove_leftovers(self) -> None:
         """Removes the folders of saves that did not come to their end."""

@@ -1,7 +1,7 @@
-"""Whether a config means something: asked before anything is made, compiled or written.
+"""Checks a config before anything is made, compiled or written.
 
-`fields` has one rule a field, `relations` what has to fit together. What only the data, the devices
-or the model can tell is left to those who open or build them.
+`fields` has one rule per field, `relations` what has to fit together. What only the data, the
+devices or the model can tell is left to the code that opens or builds them.
 
 The rules sit above the models and the data sets, whose names they look up, and below the modes,
 each of which asks `check` first. They import neither JAX nor NumPy.
@@ -20,15 +20,15 @@ from memseg_jax.runtime.suggest import did_you_mean
 
 
 def check(config: Any) -> None:
-    """Refuses a config that means nothing.
+    """Refuses an invalid config.
 
     Args:
         config: the whole config, a `ConfigDict`.
 
     Raises:
         UserError: a field is missing, is not known, or has a value that it may not have. The
-            message begins with "config.<field>" and has the value, what is allowed, and what is
-            near.
+            message begins with "config.<field>" and has the value, what is allowed, and what was
+            probably meant.
     """
     values = dict(_values(config))
     for field in sorted(values.keys() - RULES.keys()):

@@ -1,6 +1,6 @@
 """What every field of a config may hold; `configs/common.py` says what each of them means.
 
-A new field there needs a line here. Ranges are wide: what they leave out means nothing (a negative
+A new field there needs a line here. Ranges are wide: what they leave out is meaningless (a negative
 learning rate, no channels) or is more than any machine holds.
 """
 
@@ -34,13 +34,13 @@ RULES = {
     "data.eval_split": Text(empty=False),
     # 255 means "not labelled" in memory, and 254 a value that no label file may hold.
     "data.class_names": Several(
-        Text(empty=False), 2, 254, "names, one a class", ("background", "road", "car")
+        Text(empty=False), 2, 254, "names, one per class", ("background", "road", "car")
     ),
     "data.palette": Several(
         Several(Whole(0, 255), 3, 3, "(red, green, blue)", (128, 64, 128)),
         0,
         254,
-        "colours, one a class",
+        "colours, one per class",
         ((0, 0, 255), (128, 64, 128)),
     ),
     "data.ignore_label": Whole(-1, 255),
@@ -103,7 +103,7 @@ RULES = {
     "loss.auxiliary": _WEIGHT,
     "loss.consistency": _WEIGHT,
     "loss.consistency_from_epoch": _COUNT,
-    "loss.class_weights": Several(_WEIGHT, 0, 254, "weights, one a class", (1.0, 0.5, 2.0)),
+    "loss.class_weights": Several(_WEIGHT, 0, 254, "weights, one per class", (1.0, 0.5, 2.0)),
     "optimizer.lr": Number(0, 1000, above=True, such_as=0.01),
     "optimizer.min_lr": Number(0, 1000),
     "optimizer.power": Number(0, 100),

@@ -1,7 +1,8 @@
 """Kinds of rules: what one value of a config may be, and what is said of one that it may not be.
 
 A rule has `expected`, which completes "expected ...", and `check(name, value)`. Values are plain
-Python: what passes can be written as JSON. A Boolean is no number here, though Python has it so.
+Python: what passes can be written as JSON. A Boolean is not a number here, although it is one in
+Python.
 """
 
 import dataclasses
@@ -25,7 +26,7 @@ def refusal(name: str, value: Any, expected: str, near: str = "") -> UserError:
         name: the field, such as "config.optimizer.lr".
         value: what it holds.
         expected: what is allowed.
-        near: a sentence without its full stop about what was probably meant; "" if nobody knows.
+        near: a sentence without its full stop about what was probably meant; "" if that is unknown.
     """
     return UserError(f"{name} is {show(value)}; expected {expected}" + (near and f". {near}"))
 
@@ -130,7 +131,7 @@ class Number(Rule):
         high: the largest value.
         above: whether `low` itself is too small.
         below: whether `high` itself is too large.
-        such_as: an example, for values that have no nearest.
+        such_as: an example, for values without a nearest valid one.
     """
 
     low: float
@@ -151,7 +152,7 @@ class Number(Rule):
     def allows(self, value: Any) -> bool:  # noqa: D102
         if isinstance(value, bool) or not isinstance(value, int | float):
             return False
-        # So written NaN fails, too.
+        # Written like this, NaN fails, too.
         above = value > self.low if self.above else value >= self.low
         below = value < self.high if self.below else value <= self.high
         return above and below
@@ -255,7 +256,7 @@ class Several(Rule):
         return ""
 
     def check(self, name: str, value: Any) -> None:
-        """Refuses a value, and names the item that it is for, if it is for one."""
+        """Refuses a value, and names the item that is to blame, if one is."""
         if not self._has_length(value):
             raise refusal(name, value, self.expected, self.near(value))
         for index, item in enumerate(value):
@@ -289,7 +290,7 @@ class Table(Rule):
         return all(self._known(key) and self.item.allows(item) for key, item in value.items())
 
     def check(self, name: str, value: Any) -> None:
-        """Refuses a value, and names the field of the group that it is for."""
+        """Refuses a value, and names the field of the group that is to blame."""
         if not is_group(value):
             raise refusal(name, value, self.expected)
         for key, item in value.items():
@@ -305,7 +306,7 @@ class Table(Rule):
 
 
 def _number(value: Any) -> int | float | None:
-    """The finite number that a value stands for, be it as text or NumPy's; None: it does not."""
+    """The finite number that a value stands for, as text or as NumPy's; None if there is none."""
     if isinstance(value, bool) or not isinstance(value, str | numbers.Number):
         return None
     try:
@@ -314,5 +315,5 @@ def _number(value: Any) -> int | float | None:
             return None
         return int(value) if isinstance(value, numbers.Integral) else number
     except (TypeError, ValueError, OverflowError):
-        # Text that is no number, or a whole number beyond all floats.
+        # Text that is not a number, or a whole number beyond all floats.
         return value if isinstance(value, int) else None

@@ -30,7 +30,7 @@ def _as_many_as_classes(config: Any) -> Iterator[UserError]:
                 f"config.{name}",
                 values,
                 f"as many as config.data.class_names has, {classes}, or () for the default; "
-                f"here are {len(values)}",
+                f"found {len(values)}",
             )
 
 

@@ -14,8 +14,8 @@ source is a picklable object with
 * optionally `source.official_size`: how many samples a published split should have, or None.
 
 With `config.data.packed` set, the samples of any data set come from that folder (see `packed`). It
-is refused if fields of `config.data` have changed since it was written, so all that decides what
-the samples are should be such a field.
+is refused if fields of `config.data` have changed since it was written, so everything that decides
+what the samples are should be such a field.
 
 The module may have a `BENCHMARK`, an `official.Benchmark`: what the server of its benchmark takes.
 """

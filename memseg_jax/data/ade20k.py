@@ -4,7 +4,7 @@
     <config.data.root>/ADEChallengeData2016/annotations/{training,validation}/*.png
 
 The label files hold 0 for "other" and 1..150 for the classes; here 0 is ignored and the classes are
-0..149. `train.txt` and `val.txt` beside `images/` (one id a line) choose and order the samples of
+0..149. `train.txt` and `val.txt` beside `images/` (one id per line) choose and order the samples of
 their split; the download has none and needs none.
 """
 

@@ -7,9 +7,9 @@ The label files hold official label ids; 19 of them are classes and all others a
 "trainval" is train and val together, from their own folders. The labels of "test" are not public:
 its images can be segmented for the benchmark server, but not scored here.
 
-A list of ids (`train.txt`, `val.txt`, `trainval.txt`, `test.txt` in the root; "<id>",
-"<city>/<id>" or "<city>/<id>_leftImg8bit" a line) chooses and orders the samples of its split; the
-download has none and needs none.
+A list of ids (`train.txt`, `val.txt`, `trainval.txt`, `test.txt` in the root; "<id>", "<city>/<id>"
+or "<city>/<id>_leftImg8bit" per line) chooses and orders the samples of its split; the download has
+none and needs none.
 """
 
 from memseg_jax.data import official
@@ -33,7 +33,7 @@ SPLIT_SIZES = {"train": 2975, "val": 500, "trainval": 3475, "test": 1525}
 DATA_SET = official.DataSet(
     title="Cityscapes",
     num_classes=len(CLASS_NAMES),
-    # License plates have the id -1, which is 255 in a file of 8 bits.
+    # License plates have the id -1, which is 255 in an 8-bit file.
     table=official.label_table(
         {label_id: k for k, label_id in enumerate(LABEL_IDS)}, ignored=[*range(34), 255]
     ),

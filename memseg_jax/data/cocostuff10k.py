@@ -47,7 +47,7 @@ FIELD = "S"
 
 
 def _voc_colour(index: int) -> tuple[int, int, int]:
-    """The colour of an id as PASCAL VOC makes them: its bits, in turn, from the top of R, G and B.
+    """The colour of an id by the rule of PASCAL VOC: its bits, in turn, from the top of R, G and B.
 
     The data set has no colours of its own.
     """
@@ -103,14 +103,14 @@ def read_mat(path: str) -> np.ndarray:
     except Exception as error:
         # scipy's readers raise ValueError, TypeError, zlib.error, MatReadError, OSError and others.
         raise UserError(
-            f"{path}: not a MATLAB file that can be read, or damaged ({error}). Replace it by "
-            "that of the official download."
+            f"{path}: not a MATLAB file that can be read, or damaged ({error}). Replace it "
+            "with that of the official download."
         ) from error
     if FIELD not in fields:
         there = ", ".join(name for name, *_ in scipy.io.whosmat(path, appendmat=False)) or "nothing"
         raise UserError(
             f"{path}: there is no field {FIELD!r}, which should hold the label map; the file holds "
-            f"{there}. Replace it by that of the official download."
+            f"{there}. Replace it with that of the official download."
         )
     values = fields[FIELD]
     if not isinstance(values, np.ndarray) or values.ndim != 2 or values.dtype.kind not in "uif":

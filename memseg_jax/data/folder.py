@@ -66,7 +66,8 @@ class FileSource:
             `dict(image=uint8 [height, width, 3] RGB, label=uint8 [height, width], name=str)`.
 
         Raises:
-            UserError: a file cannot be read, the sizes differ, or the label has other values.
+            UserError: a file cannot be read, the sizes differ, or the label holds values that are
+                not allowed.
         """
         image_path, label_path = self.images[index], self.labels[index]
         image = read_image(image_path)
@@ -208,9 +209,9 @@ def one_of_each(scan: dict[str, list[Path]], suffixes: tuple[str, ...], kind: st
         matching = [path for path in paths if path.suffix.lower() in suffixes]
         if len(matching) > 1:
             raise UserError(
-                f"{matching[0]} and {matching[1].name}: two {kind} files with one stem. Keep one "
-                "of them in the folder; if one is the label of the other, put labels in a folder "
-                "of their own or list the pairs in config.data.list_file."
+                f"{matching[0]} and {matching[1].name}: two {kind} files with the same stem. Keep "
+                "one of them in the folder; if one is the label of the other, put labels in a "
+                "folder of their own or list the pairs in config.data.list_file."
             )
         if matching:
             chosen[stem] = matching[0]
@@ -348,7 +349,7 @@ def _name(image: Path, root: Path) -> str:
 
 
 def _missing_labels(split, images, missing, label_dir, label_scan) -> str:
-    """The message for images without label."""
+    """The message for images without labels."""
     first = missing[0]
     names = ", ".join(first_few([images[stem].name for stem in missing]))
     message = (

@@ -45,8 +45,8 @@ def read_image(path: str | os.PathLike, data: bytes | None = None) -> np.ndarray
     """Reads an image as 8-bit RGB, the way a viewer shows it.
 
     The EXIF orientation is applied. Greyscale gives three equal channels, palette and CMYK are
-    converted, 16-bit values are divided by 256, transparency is dropped (not composited), and of
-    a file with several frames the first is taken.
+    converted, 16-bit values are divided by 256, transparency is dropped (not composited), and of a
+    file with several frames only the first is read.
 
     Args:
         path: the file.
@@ -67,7 +67,7 @@ def read_image(path: str | os.PathLike, data: bytes | None = None) -> np.ndarray
         if mode in ("I", "F"):
             raise UserError(
                 f"{path}: the image has 32-bit values (Pillow mode {mode}), whose range is not "
-                "known. Expected 8 or 16 bits a channel: convert the file."
+                "known. Expected 8 or 16 bits per channel: convert the file."
             )
         # `convert` copies the pixels even if there is nothing to convert.
         return np.array(image if mode == "RGB" else image.convert("RGB"))
@@ -202,7 +202,7 @@ def value_advice(values: Mapping[int, int], num_classes: int, ignore_label: int)
         if ignore_label == 0 or 0 not in seen:
             return (
                 "The class ids of the files seem to count from 1. They must count from 0: subtract "
-                "1 in the files, or put a name for id 0 in front in config.data.class_names (and "
+                "1 in the files, or put a name for id 0 first in config.data.class_names (and "
                 "set config.data.ignore_label=0 if 0 means 'not labelled')."
             )
         return (
@@ -229,7 +229,7 @@ def value_advice(values: Mapping[int, int], num_classes: int, ignore_label: int)
 def _opened(path: str | os.PathLike, data: bytes | None = None) -> Iterator[Image.Image]:
     """Opens a file with Pillow and turns everything its decoders raise into a UserError.
 
-    Errors that say nothing about the file pass as they are: those of Python's own, and what is
+    Errors that say nothing about the file pass as they are: those of Python itself, and what is
     raised outside Pillow, such as by a module that another thread is importing.
     """
     try:
@@ -277,7 +277,7 @@ def _raised_in_decoder(error: Exception) -> bool:
 
 
 def _orientation(image: Image.Image) -> int:
-    """The EXIF orientation in the header of an opened file that was not decoded yet."""
+    """The EXIF orientation in the header of an opened file that has not been decoded yet."""
     # For a PNG without EXIF, Pillow would decode the pixels to look behind them.
     if image.format == "PNG" and not {"exif", "Raw profile type exif"} & image.info.keys():
         return 1
@@ -295,7 +295,7 @@ def _upright(image: Image.Image) -> Image.Image:
 
 
 def _png_bit_depth(path: str | os.PathLike) -> int:
-    """Bits a sample, from the header of a PNG file (byte 24 by the PNG specification)."""
+    """Bits per sample, from the header of a PNG file (byte 24 by the PNG specification)."""
     with open(path, "rb") as file:
         return file.read(25)[24]
 

@@ -30,7 +30,7 @@ PALETTE = (
     (51, 170, 221), (0, 255, 255), (85, 255, 170), (170, 255, 85), (255, 255, 0), (255, 170, 0),
 )
 # fmt: on
-FLIP_PAIRS = ((14, 15), (16, 17), (18, 19))  # what a mirror exchanges: arms, legs, shoes
+FLIP_PAIRS = ((14, 15), (16, 17), (18, 19))  # what mirroring swaps: arms, legs, shoes
 SPLIT_SIZES = {"train": 30462, "val": 10000, "test": 10000}
 
 DATA_SET = official.DataSet(

@@ -1,8 +1,8 @@
 """What the readers of the published data sets share: samples by id, label tables, messages.
 
-Each of them says where its files are. Here the images and labels are brought together by id,
-which is the name of an image file without what all names of the data set have in common. A list of
-ids, where the data set has one, says which samples belong to a split and in what order.
+Each of them says where its files are. Here the images and labels are paired by id, which is the
+name of an image file without what all names of the data set have in common. A list of ids, where
+the data set has one, says which samples belong to a split and in what order.
 """
 
 import dataclasses
@@ -26,7 +26,7 @@ class DataSet:
     """What is fixed about a published data set.
 
     Attributes:
-        title: its name for people.
+        title: its name, for messages.
         num_classes: K.
         table: 256 bytes, the class of each value of its label files; see `label_table`.
         layout: where its files are below `config.data.root`, for messages.
@@ -47,11 +47,11 @@ class DataSet:
 
 
 class Benchmark(NamedTuple):
-    """What the server of a benchmark takes: one 8-bit grey PNG an image, all in one folder.
+    """What the server of a benchmark takes: one 8-bit grey PNG per image, all in one folder.
 
     Attributes:
-        title: of the data set, for people.
-        ending: of file names, behind the name of the sample.
+        title: name of the data set, for messages.
+        ending: what follows the name of the sample in file names.
         values: the value of each class.
     """
 
@@ -93,7 +93,7 @@ class OfficialSource(folder.FileSource):
             found = first_few([f"{v:g} ({n} pixels)" for v, n in zip(unique, pixels)])
             raise UserError(
                 f"{path}: label values that are not allowed: {', '.join(found)}. {self.title} has "
-                f"{_ranges(np.flatnonzero(table != _NOT_ALLOWED))}. Replace the file by that of "
+                f"{_ranges(np.flatnonzero(table != _NOT_ALLOWED))}. Replace the file with that of "
                 "the official download; use data set 'folder' for labels of your own."
             )
         return label
@@ -166,13 +166,13 @@ def files_by_id(where: Path, suffixes: tuple[str, ...], ending: str = "") -> Fil
     Args:
         where: the folder.
         suffixes: of the files that are looked for, such as (".png",).
-        ending: what the names have in common before the suffix; files without it are passed over.
+        ending: what the names have in common before the suffix; files without it are skipped.
 
     Returns:
         The files by id: name without suffix and ending.
 
     Raises:
-        UserError: two files have one id.
+        UserError: two files have the same id.
     """
     found = {}
     scan = folder.one_of_each(folder.files_by_stem(where), suffixes, suffixes[0].lstrip("."))
@@ -183,7 +183,7 @@ def files_by_id(where: Path, suffixes: tuple[str, ...], ending: str = "") -> Fil
         sample = name.removesuffix(ending)
         if sample in found:
             raise UserError(
-                f"{found[sample]} and {path} have one name. Is the data set in {where} twice?"
+                f"{found[sample]} and {path} have the same name. Is the data set in {where} twice?"
             )
         found[sample] = path
     return Files(str(where), found)
@@ -198,7 +198,7 @@ def make_source(
     image_ending: str = "",
     source_class: type[OfficialSource] = OfficialSource,
 ) -> OfficialSource:
-    """Brings the images and the labels of a split together.
+    """Pairs the images and the labels of a split by id.
 
     Args:
         data_set: what they belong to.

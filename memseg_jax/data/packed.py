@@ -67,7 +67,7 @@ class Shard:
 
 @dataclasses.dataclass(frozen=True)
 class Manifest:
-    """What is known of a packed split.
+    """What is known about a packed split.
 
     Attributes:
         split: its name in the config.
@@ -113,7 +113,7 @@ class PackedSource:
         except RECORD_ERRORS as error:
             raise self._damaged(index, str(error)) from None
         if checksum(example) != shard.checksums[position]:
-            raise self._damaged(index, "its checksum is not the one that was noted")
+            raise self._damaged(index, "its checksum is not the one in the manifest")
         return decode(example, self.describe(index))
 
     def __repr__(self) -> str:
@@ -169,7 +169,7 @@ class PackedSource:
 
 
 class _File(NamedTuple):
-    """How array_record wants to be told of a file without opening it."""
+    """Tells array_record of a file without opening it, in the form that it expects."""
 
     filename: str
     skip: int
@@ -251,7 +251,7 @@ def open_packed(data_config, split: str) -> PackedSource:
     if not manifest.complete:
         done = sum(shard.size > 0 for shard in manifest.shards)
         raise UserError(
-            f"{folder}: split {split!r} was not packed to its end: {done} of "
+            f"{folder}: split {split!r} is not completely packed: {done} of "
             f"{len(manifest.shards)} shards are there. Run --mode pack with the same config: it "
             "goes on where it was interrupted."
         )
@@ -259,7 +259,7 @@ def open_packed(data_config, split: str) -> PackedSource:
     if problems:
         raise UserError(
             f"{folder}: {len(problems)} of {len(manifest.shards)} shards of split {split!r} are "
-            f"missing or not whole: {'; '.join(first_few(problems))}. Copy the folder again "
+            f"missing or incomplete: {'; '.join(first_few(problems))}. Copy the folder again "
             "from where it was packed; or run --mode pack with the same config where the folders "
             "of the data set are, which writes missing and damaged files again."
         )
@@ -296,7 +296,7 @@ def manifest_of(folder: Path, split: str) -> Manifest | None:
     manifest = read_manifest(path)
     if manifest.split != split:
         raise UserError(
-            f"{path} is of split {manifest.split!r}; split {split!r} would have the same file. "
+            f"{path} is for split {manifest.split!r}; split {split!r} would have the same file. "
             "Pack them into two folders."
         )
     return manifest
@@ -306,7 +306,7 @@ def read_manifest(path: Path) -> Manifest:
     """Reads a manifest.
 
     Raises:
-        UserError: the file is damaged or of a later version.
+        UserError: the file is damaged or from a later version.
     """
     try:
         fields = json.loads(path.read_text(encoding="utf-8"))
@@ -322,7 +322,7 @@ def read_manifest(path: Path) -> Manifest:
         raise
     except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
         raise UserError(
-            f"{path}: the list of a packed split cannot be read ({error}). Copy it again from "
+            f"{path}: the manifest of a packed split cannot be read ({error}). Copy it again from "
             "where it was packed; or delete it and run --mode pack with the same config."
         ) from None
 
@@ -340,7 +340,7 @@ def settings_of(data_config) -> dict[str, Any]:
 
 
 def check_settings(folder: Path, manifest: Manifest, data_config) -> None:
-    """Refuses data that was packed with other settings than the config's.
+    """Refuses data that was packed with settings other than the config's.
 
     Raises:
         UserError: names every field that differs, with both values.
@@ -354,7 +354,7 @@ def check_settings(folder: Path, manifest: Manifest, data_config) -> None:
     ]
     if differences:
         raise UserError(
-            f"{folder} (config.data.packed) was packed with other settings than the config's: "
+            f"{folder} (config.data.packed) was packed with settings other than the config's: "
             + "; ".join(differences)
             + ". Give the folder that belongs to the config, correct the config, or pack into "
             "another folder with --mode pack."

@@ -150,8 +150,8 @@ class Batches:
             batch = next(self._iterator)
             if not self._in_shared_memory:
                 return batch
-            # As batches of worker processes do. JAX may keep such an array for longer than the
-            # program lives; a copy lets go of the shared memory at once.
+            # Batches of worker processes lie in shared memory. JAX may keep such an array for
+            # longer than the program lives; a copy lets go of the shared memory at once.
             return {name: np.array(value) for name, value in batch.items()}
         except StopIteration:
             self.close()
@@ -261,7 +261,7 @@ def _start_worker(worker_index: int, worker_count: int) -> None:
 def check_batch(
     batch: dict[str, np.ndarray], num_classes: int, describe: Callable[[int], str]
 ) -> None:
-    """Refuses a batch with label values that are no class.
+    """Refuses a batch with label values that are not classes.
 
     Sources check what they read; this stands between any source and the loss, where a wrong value
     would be clamped or wrapped silently.

@@ -1,10 +1,10 @@
 """A generated set of textured shapes that needs no download: the quickstart's data.
 
 Sample `index` of a split is a pure function of the split's name, the index and the image size.
-Outline and surface both tell the class: circles are dotted, squares checked, triangles striped,
+Outline and surface both identify the class: circles are dotted, squares checked, triangles striped,
 stars faceted, rings round in section, and the background is a calm gradient with clouds. Colours,
-the texture's scale and angle, sizes, places and lighting are drawn independently of the class.
-The set is made to be learned within minutes from random weights; it is no benchmark.
+the texture's scale and angle, sizes, places and lighting are drawn independently of the class. The
+set is made to be learned within minutes from random weights; it is not a benchmark.
 """
 
 import hashlib
@@ -29,7 +29,7 @@ PALETTE = (
 
 # Change it with anything that changes the pixels, so that a resumed run notices.
 _VERSION = 1
-_SHAPES = (2, 6)  # how many are tried in an image: at least, less than
+_SHAPES = (2, 6)  # how many are tried per image: at least, less than
 _RADIUS = (0.23, 0.34)  # of the shorter image side
 _IGNORED = 0.75  # pixels on both sides of an outline that do not count
 _TRIES = 30  # places tried for one shape

@@ -170,7 +170,7 @@ def random_crop(
 def flip(
     image: np.ndarray, label: np.ndarray, pairs: Sequence[tuple[int, int]] = ()
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Mirrors left and right.
+    """Mirrors horizontally.
 
     Args:
         image: uint8 `[height, width, 3]`.
@@ -270,7 +270,8 @@ def random_photometric(image: np.ndarray, rng: np.random.Generator) -> np.ndarra
     Args:
         image: RGB uint8 `[height, width, 3]`.
         rng: Draws, in this order: brightness, whether contrast comes second or last, contrast (if
-            second), saturation, hue, contrast (if last); each with a coin first.
+            second), saturation, hue, contrast (if last); each after a coin flip on whether to do
+            it.
 
     Returns:
         uint8 `[height, width, 3]`.
@@ -322,8 +323,8 @@ def pad_to(
 ) -> tuple[np.ndarray, np.ndarray]:
     """Pads, or trims where it is too large, to `size` around the centre.
 
-    The reference exchanges the target's sides if one of sample and target is upright and the other
-    is not. Here the target stays as it is, because all samples of a batch have one size.
+    The reference swaps the target's sides if one of sample and target is upright and the other is
+    not. Here the target stays as it is, because all samples of a batch have one size.
 
     Args:
         image: Normalised float32 `[height, width, 3]`; padded with 0, the mean colour.
@@ -346,7 +347,7 @@ def pad_to(
 
 def _centred(have: int, want: int) -> tuple[slice, slice]:
     """Returns the part of an axis that is kept and its place in the new axis."""
-    before = (want - have) // 2  # negative: so many are cut off
+    before = (want - have) // 2  # negative: this many are cut off
     kept = min(have, want)
     source_start, target_start = max(-before, 0), max(before, 0)
     return slice(source_start, source_start + kept), slice(target_start, target_start + kept)

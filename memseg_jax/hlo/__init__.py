@@ -1,1 +1,1 @@
-"""What compiled programs are made of: counted for plans and benchmarks, also for absent devices."""
+"""Analysis of compiled programs, for plans and benchmarks; also for devices that are absent."""

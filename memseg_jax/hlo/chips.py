@@ -1,4 +1,4 @@
-"""What the makers say about the chips that this program may run on: one table for all estimates."""
+"""The makers' figures for the chips that this program may run on: one table for all estimates."""
 
 import dataclasses
 from collections.abc import Mapping
@@ -11,14 +11,15 @@ class Chip:
 
     Attributes:
         bfloat16: FLOP/s in dense products of bfloat16.
-        tf32: the same of float32 rounded to 11 binary digits; None: a TPU, which has no such type.
-        float32: the same of float32 with all digits; None: a TPU, which makes such products of
-            several of bfloat16.
+        tf32: the same for float32 rounded to 11 significant bits; None: a TPU, which has no such
+            type.
+        float32: the same for float32 in full precision; None: a TPU, which builds such a product
+            from several bfloat16 products.
         memory: bytes.
         bandwidth: bytes/s between the chip and its memory.
-        link: bytes/s in one direction; of a TPU over each of its links, which are two for every
-            axis of the torus; of a GPU over all its NVLinks together.
-        network: bytes/s in one direction of each GPU to other hosts.
+        link: bytes/s in one direction; for a TPU over each of its links, of which there are two per
+            axis of the torus; for a GPU over all its NVLinks together.
+        network: bytes/s from each GPU to other hosts, in one direction.
     """
 
     bfloat16: float
@@ -33,7 +34,7 @@ class Chip:
 _GIB = 2**30
 # By the beginning of `device_kind`. Sources: for TPUs cloud.google.com/tpu/docs/{v4,v5e,v5p,v6e},
 # and the links of v4 and v5p as measured in jax-ml.github.io/scaling-book/tpus; for the H200 its
-# data sheet, and one port of 400 Gbit/s a GPU as in NVIDIA's DGX H200.
+# data sheet, and one port of 400 Gbit/s per GPU as in NVIDIA's DGX H200.
 CHIPS = {
     "NVIDIA H200": Chip(989e12, 494e12, 67e12, 141e9, 4800e9, 450e9, 50e9),
     "NVIDIA H100 80GB HBM3": Chip(989e12, 494e12, 67e12),
@@ -47,8 +48,9 @@ CHIPS = {
     "TPU v6 lite": Chip(918e12, memory=32 * _GIB, bandwidth=1600e9, link=100e9),
     "TPU v6e": Chip(918e12, memory=32 * _GIB, bandwidth=1600e9, link=100e9),
 }
-# Products of bfloat16 that XLA makes of one of float32 on a TPU, by precision: each factor becomes
-# a sum of one, two or three numbers of bfloat16, and the smallest products are left out.
+# Number of bfloat16 products that XLA makes of one float32 product on a TPU, by precision: each
+# factor becomes a sum of one, two or three numbers of bfloat16, and the smallest products are left
+# out.
 TPU_PASSES = {"default": 1, "high": 3, "highest": 6}
 
 
@@ -64,7 +66,7 @@ def peak(chip: Chip, dtype: str, precision: str) -> float:
     Args:
         chip: the chip.
         dtype: "bfloat16" or "float32", the type of the factors.
-        precision: "default", "high" or "highest"; of float32 only.
+        precision: "default", "high" or "highest"; matters for float32 only.
     """
     if dtype == "bfloat16":
         return chip.bfloat16
@@ -80,7 +82,7 @@ def nominal_peak(device_kind: str, dtype: str, precision: str) -> float | None:
 
 
 def arithmetic(result: Mapping[str, Any]) -> str:
-    """How a plan or a benchmark computes, in words, from its "compute_dtype" and "precision"."""
+    """The arithmetic of a plan or a benchmark in words, from "compute_dtype" and "precision"."""
     dtype, precision = result["compute_dtype"], result["precision"]
     exact = dtype == "bfloat16" or precision == "highest"
     return dtype if exact else f"{dtype} at precision {precision!r}"

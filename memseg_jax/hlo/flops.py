@@ -27,7 +27,7 @@ def count_flops(function: Callable, *args: Any) -> int:
 
 
 def flops_of_jaxpr(jaxpr: Any) -> int:
-    """The same of a function that is traced already."""
+    """The same for a function that is traced already."""
     return sum(_count_equation(equation) for equation in jaxpr.eqns)
 
 
@@ -60,7 +60,7 @@ def _count_equation(equation: Any) -> int:
     if name == "conv_general_dilated":
         kernel = equation.invars[1].aval
         outputs = kernel.shape[params["dimension_numbers"].rhs_spec[0]]
-        # Zeros that a transposed convolution puts between the positions of its input are no work.
+        # Zeros that a transposed convolution puts between the positions of its input are not work.
         work = 2 * equation.outvars[0].aval.size * (kernel.size // outputs)
         return work // math.prod(params["lhs_dilation"])
     if name == "cond":

@@ -1,4 +1,4 @@
-"""What XLA's GPU compiler makes of a program: it needs a description of the chip only, no GPU.
+"""What XLA's GPU compiler makes of a program: it needs only a description of the chip, no GPU.
 
 A process that has loaded the GPU plugin is not good for much else afterwards.
 """

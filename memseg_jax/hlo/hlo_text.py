@@ -13,7 +13,7 @@ _INSTRUCTION = re.compile(r"^\s+(ROOT )?%?([\w.-]+) = (.+?)\s([a-z][\w-]*)\((.*)
 _SHAPE = re.compile(r"\b([a-z]\w*)\[([\d,]*)\](\{[^}]*\})?")
 _NAME = re.compile(r"%([\w.-]+)")
 _TRIPS = re.compile(r'"known_trip_count":\{"n":"(\d+)"')
-_ELSEWHERE = re.compile(r"S\([1-9]\d*\)")  # the mark of memory on the chip itself
+_ELSEWHERE = re.compile(r"S\([1-9]\d*\)")  # marks on-chip memory
 # These read and write nothing themselves.
 _FREE = re.compile(
     "parameter|constant|iota|tuple|get-tuple-element|bitcast|while|conditional|call|after-all|"
@@ -28,7 +28,7 @@ class Collective:
 
     Attributes:
         kind: one of `COLLECTIVES`.
-        size: bytes of the whole array on one device: of an all-gather after it, of a
+        size: bytes of the whole array on one device: for an all-gather after it, for a
             reduce-scatter before it.
         group: number of devices that take part together.
         count: how often.
@@ -113,7 +113,7 @@ def traffic(text: str) -> int:
     """Bytes that one run of a program moves between a device and its main memory, roughly.
 
     Every operand and every result of what is not inside a fusion counts once; where only parts of
-    an array are read or written, those. Caches are not considered.
+    an array are read or written, only those count. Caches are not considered.
 
     Args:
         text: `compiled.as_text()`.
@@ -142,7 +142,7 @@ def _parse(text: str) -> _Program:
 
 
 def _sizes(shapes: str, main_memory: bool = False) -> list[int]:
-    """Bytes of every array in the text of a shape; those elsewhere are 0 with `main_memory`."""
+    """Bytes of every array in the text of a shape; with `main_memory`, those elsewhere are 0."""
     sizes = []
     for kind, axes, layout in _SHAPE.findall(shapes):
         elements = math.prod(int(size) for size in axes.split(",") if size)

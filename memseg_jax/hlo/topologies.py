@@ -25,7 +25,7 @@ from memseg_jax.hlo.chips import Chip, chip_of
 
 EXAMPLES = ("v5e:16x16", "v6e:8x8", "v4:2x2x2", "v5p:4x4x4", "h200:8", "cpu:8")
 GPUS_A_HOST = 8
-# Kind -> (axes of the slice, of which multiples the axes are whose ends are linked to a ring).
+# Kind -> (number of axes, k): the ends of an axis whose length is a multiple of k are linked.
 _TPUS = {"v4": (3, 4), "v5p": (3, 4), "v5e": (2, 16), "v6e": (2, 16)}
 _TPU_HOST = {2: "2x2", 3: "2x2x1"}  # its chips, by the number of axes
 _DEVICE_KINDS = {  # as JAX calls them
@@ -37,7 +37,7 @@ _DEVICE_KINDS = {  # as JAX calls them
     "cpu": "cpu",
 }
 CUDA_PLUGINS = ("jax-cuda13-plugin", "jax-cuda13-pjrt")
-# What XLA wants to know of an H200.
+# What XLA needs to know about an H200.
 H200 = """
 gpu_device_info {
   threads_per_block_limit: 1024
@@ -86,7 +86,7 @@ class Topology:
 
     @property
     def rings(self) -> tuple[bool, ...]:
-        """Of every axis of a TPU slice whether its ends are linked."""
+        """For every axis of a TPU slice, whether its ends are linked."""
         return tuple(size % _TPUS[self.kind][1] == 0 for size in self.shape)
 
     @property
@@ -177,11 +177,11 @@ def open_devices(topology: Topology, stand_in: bool = False) -> Devices:
     """Makes devices to compile for.
 
     Args:
-        topology: what is asked for. Unless with `stand_in`, `missing` must have nothing to say.
+        topology: what is asked for. Without `stand_in`, `missing` must return None for its kind.
         stand_in: takes CPU devices in their place, as many as there are chips.
 
     Raises:
-        UserError: XLA knows no such shape, or this process cannot have so many CPU devices.
+        UserError: XLA knows no such shape, or this process cannot have that many CPU devices.
     """
     if stand_in or topology.kind == "cpu":
         return Devices(topology, _cpu_devices(topology.chips), stand_in)
@@ -195,7 +195,7 @@ def open_devices(topology: Topology, stand_in: bool = False) -> Devices:
 
 
 def first_host(devices: Devices) -> list[jax.Device]:
-    """Devices like those of the first process, to compile a program for that it runs alone."""
+    """Devices like those of the first process, for programs that it runs alone."""
     own = [d for d in devices.devices if d.process_index == devices.devices[0].process_index]
     if devices.stand_in or not devices.topology.is_tpu or len(own) == len(devices.devices):
         return own
@@ -233,7 +233,7 @@ def _tpu_devices(topology: Topology) -> list[jax.Device]:
 
 
 def _cpu_devices(count: int) -> list[jax.Device]:
-    """So many devices made of this machine's processor."""
+    """`count` devices made of this machine's processor."""
     with contextlib.suppress(RuntimeError):  # it can be set before the first use of JAX only
         jax.config.update("jax_num_cpu_devices", count)
     devices = jax.devices("cpu")

@@ -2,8 +2,8 @@
 
 As the PyTorch reference does it. At scale s the network's input is resized bilinearly to
 floor(s * height) x floor(s * width), the source positions following from 1/s and not from the
-ratio of the sizes. A mirrored pass is mirrored back, and the scores of classes that a mirror
-exchanges, such as left arm and right arm, are exchanged. Every pass is resized to the size of the
+ratio of the sizes. A mirrored pass is mirrored back, and the scores of classes that mirroring
+swaps, such as left arm and right arm, are swapped. Every pass is resized to the size of the
 result, and the plain mean of all is the prediction.
 """
 
@@ -66,11 +66,11 @@ def mirrored_classes(pairs: Sequence[Sequence[int]], num_classes: int) -> np.nda
     """Which class of a mirrored image each class is.
 
     Args:
-        pairs: classes that a mirror exchanges.
+        pairs: classes that mirroring swaps.
         num_classes: number of classes.
 
     Returns:
-        int32 [num_classes]; None if a mirror exchanges nothing.
+        int32 [num_classes]; None if mirroring swaps nothing.
 
     Raises:
         UserError: there is no such class: a checkpoint may have fewer than the config.

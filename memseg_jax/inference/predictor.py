@@ -3,7 +3,8 @@
 Whole images or sliding windows; one pass, or the mean of several scales and mirror images.
 
 Networks are compiled for one input size each; `memseg_jax.inference.sizes` says for which. All
-other programs are small and know no sizes, only how much their arrays hold: see `score_maps`.
+other programs are small and depend only on the capacity of their arrays, not on image sizes: see
+`score_maps`.
 """
 
 import collections
@@ -59,10 +60,10 @@ class _Item:
 
 @dataclasses.dataclass(frozen=True)
 class _Pending:
-    """Results that the devices still compute.
+    """Results that the devices are still computing.
 
     Attributes:
-        items: whose they are.
+        items: what they belong to.
         labels: uint8 [items or more, pixels].
         confidence: float32, the same shape, or None.
     """
@@ -91,7 +92,7 @@ class Predictor:
         model: the segmentor.
         evaluation: `config.eval`.
         mesh: devices of this process; a batch is split over them.
-        flip_pairs: `config.augment.flip_pairs`, the classes that a mirror exchanges.
+        flip_pairs: `config.augment.flip_pairs`, the classes that mirroring swaps.
         confidence: whether the probability of the predicted class is asked for.
 
     Raises:
@@ -148,7 +149,7 @@ class Predictor:
 
         Args:
             variables: params, batch_stats and memory; put onto the mesh for as long as this takes.
-                Arrays that are there as a whole already are used without a copy.
+                Arrays that are replicated there already are used without a copy.
             images: pairs of any key and an RGB image uint8 [height, width, 3].
 
         Yields:
@@ -208,7 +209,7 @@ class Predictor:
             yield _Item(key, image, item.output, mirrored)
 
     def _average_whole(self, variables: Any, items: Iterable[_Item]) -> Iterator[_Pending]:
-        """Batches are of passes of one size over any images; an image is done with its last pass.
+        """Batches hold passes of one size over any images; an image is done with its last pass.
 
         Until then its scores are kept at the network's stride, so that the array at full size is
         that of one image at a time.

@@ -37,7 +37,7 @@ def capacity(count: int, smallest: int, factor: int = 2) -> int:
 
 
 def label_capacity(pixels: int) -> int:
-    """Length of the array for label maps of up to so many pixels."""
+    """Length of the array for label maps of up to `pixels` pixels."""
     return min(capacity(pixels, LEAST_LABELS, 4), capacity(pixels, PIXELS))
 
 
@@ -102,7 +102,7 @@ def resize(
 
 
 def stack(plans: Sequence[Resize], count: int) -> Resize:
-    """Several plans as one with a first axis [count]; the last one again where there are fewer."""
+    """Stacks plans along a first axis [count]; the last one is repeated where there are fewer."""
     side = max(plan.rows.shape[1] for plan in plans)
 
     def whole(x: np.ndarray) -> np.ndarray:
@@ -122,7 +122,7 @@ def resized(scores: Array, plan: Resize, first: Array, count: int = BLOCK) -> Ar
         count: how many.
 
     Returns:
-        [count, classes]; of any value beyond the end of the result.
+        [count, classes]; arbitrary beyond the end of the result.
     """
     pixel = first + jnp.arange(count, dtype=jnp.int32)
     row, column = pixel // plan.widths[1], pixel % plan.widths[1]
@@ -136,7 +136,7 @@ def resized(scores: Array, plan: Resize, first: Array, count: int = BLOCK) -> Ar
 
 
 def blocks_of(pixels: int) -> np.int32:
-    """How many blocks hold so many pixels."""
+    """How many blocks hold this many pixels."""
     return np.int32(-(-pixels // BLOCK))
 
 
@@ -153,7 +153,7 @@ def label_maps(
 
     Args:
         scores: [batch, positions, classes], logits or probabilities.
-        plans: of `resize`, with a first axis [batch].
+        plans: from `resize`, with a first axis [batch].
         blocks: from `blocks_of`, for the largest result.
         pixels: length of the results, a multiple of `BLOCK`.
         probabilities: whether the scores are probabilities; logits go through a softmax to give
@@ -211,9 +211,9 @@ def add_resized(
     """Adds the scores of one pass to the sum of the passes over an image, a few pixels at a time.
 
     Args:
-        total: [pixels, classes], pixels a multiple of `BLOCK`; best donated.
+        total: [pixels, classes], pixels a multiple of `BLOCK`; should be donated.
         scores: [batch, positions, classes].
-        index: which of the batch.
+        index: which item of the batch.
         plan: from `resize`.
         blocks: from `blocks_of`.
         classes: int32 [classes], which score to add to that of each class; None: its own.

@@ -16,10 +16,10 @@ Size = tuple[int, int]  # height, width
 
 @dataclasses.dataclass
 class SizePolicy:
-    """Decides for which input size an image of some size is compiled.
+    """Decides at which input size an image goes through the network.
 
     Attributes:
-        exact_sizes: so many different sizes get programs of their own.
+        exact_sizes: how many different sizes get programs of their own.
         multiple: sides of canvases are multiples of this.
         canvases: sizes to prefer.
         largest: sides of canvases are no longer than these.
@@ -80,8 +80,7 @@ def round_up(value: int, multiple: int) -> int:
 def round_up_coarsely(side: int, multiple: int) -> int:
     """Rounds up to 1, 2, 3, 4, 6, 8, 12, 16, 24, ... multiples.
 
-    So sides of any length have few values, and none more than half as long again from the second
-    multiple on.
+    So sides take few values, and from the second multiple on rounding adds at most half.
     """
     while side > 4 * multiple:
         multiple *= 2

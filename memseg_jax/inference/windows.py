@@ -1,4 +1,4 @@
-"""Sliding windows: where they are, and adding up what the network says about each."""
+"""Sliding windows: where they are, and adding up their scores."""
 
 import jax
 import jax.numpy as jnp

@@ -1,4 +1,4 @@
-"""Flax Linen modules: backbones, ASPP, attention, feature memory, and the segmentor of them all.
+"""Flax Linen modules: backbones, ASPP, attention, feature memory, and the whole segmentor.
 
 Importing this package alone imports none of them, nor JAX.
 """
@@ -26,8 +26,8 @@ PARTS = (
 def backbones() -> dict[str, str]:
     """Returns the name of every backbone and the module of this package that has it.
 
-    A backbone module has `VARIANTS`, a dict whose keys are written out, and
-    `build(name, width, dtype)`, which returns a `Backbone`. Its text is read rather than imported.
+    A backbone module has `VARIANTS`, a dict whose keys are literals, and `build(name, width,
+    dtype)`, which returns a `Backbone`. Its text is read rather than imported.
     """
     found = {}
     for path in sorted(Path(__file__).parent.glob("*.py")):

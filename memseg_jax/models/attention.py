@@ -19,10 +19,11 @@ def attend(query: Array, key: Array, value: Array, key_mask: Array | None = None
     """Softmax attention, scaled by 1/sqrt(dim), with the softmax in at least float32.
 
     Args:
-        query: [batch, queries, dim]. To the attention, heads are images of their own.
+        query: [batch, queries, dim]. Heads are passed as separate images.
         key: [batch, keys, dim].
         value: [batch, keys, dim].
-        key_mask: bool [batch, keys]; keys outside take no part, at least one does. None: all do.
+        key_mask: bool [batch, keys]; keys where it is False take no part; at least one must. None:
+            all do.
 
     Returns:
         [batch, queries, dim].
@@ -49,11 +50,11 @@ def attend_in_blocks(
 ) -> Array:
     """`attend` by an online softmax: one block of queries and one of keys at a time.
 
-    A block of queries goes through the blocks of keys and keeps, for every query, the highest
-    score so far, the sum of exp(score - highest) and the values weighted so; a new highest score
-    rescales both sums. The backward pass computes each block's weights again, from the logarithm
-    of the softmax's denominator. (Rabe and Staats, "Self-attention does not need O(n^2) memory";
-    Dao et al., "FlashAttention", section 3 and appendix B.)
+    A block of queries goes through the blocks of keys and keeps, for every query, the highest score
+    so far, the sum of exp(score - highest) and the sum of the values with these weights; a new
+    highest score rescales both sums. The backward pass computes each block's weights again, from
+    the logarithm of the softmax's denominator. (Rabe and Staats, "Self-attention does not need
+    O(n^2) memory"; Dao et al., "FlashAttention", section 3 and appendix B.)
 
     Args:
         query: [batch, queries, dim].
@@ -71,7 +72,7 @@ def attend_in_blocks(
 def _blocks_forward(
     query: Array, key: Array, value: Array, key_mask: Array | None, block: int
 ) -> tuple[Array, tuple]:
-    """Returns the result, and what the backward pass needs: nothing but arrays by token."""
+    """Returns the result, and what the backward pass needs: only per-token arrays."""
     dtype = jnp.promote_types(query.dtype, jnp.float32)
     contexts = _context_blocks(key, value, key_mask, block)
 
@@ -89,7 +90,7 @@ def _blocks_forward(
             )
             return (highest, total, gathered), None
 
-        # A score that no key has, but finite: a block may be masked as a whole.
+        # Lower than any score, but finite: a block may be masked as a whole.
         lowest = jnp.full(query.shape[:2], jnp.finfo(dtype).min)
         start = (lowest, jnp.zeros_like(lowest), jnp.zeros(query.shape, dtype))
         (highest, total, gathered), _ = lax.scan(add_context, start, contexts)
@@ -165,7 +166,7 @@ def _context_blocks(
 
 
 def _split(x: Array, block: int) -> Array:
-    """[batch, tokens, ...] -> [blocks, batch, tokens of a block, ...], padded by zeros."""
+    """[batch, tokens, ...] -> [blocks, batch, tokens of a block, ...], padded with zeros."""
     blocks = -(-x.shape[1] // block)
     size = -(-x.shape[1] // blocks)
     padding = [(0, 0)] * x.ndim

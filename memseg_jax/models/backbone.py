@@ -12,11 +12,11 @@ class Backbone(nn.Module):
 
     Attributes:
         output_stride: pixels per position of the last map, in each direction.
-        coarsest_stride: the same of the coarsest map inside; sides of padded images are multiples.
+        coarsest_stride: the same for the coarsest map inside; sides of padded images are multiples.
         auxiliary_levels: the maps that get an auxiliary head.
         auxiliary_upsampling: whether those heads work at full resolution (ViT).
         normalise_maps: whether each of the four maps goes through a layer normalisation (ViT).
-        remat: whether training computes the inside of every block a second time (`rematerialise`).
+        remat: whether training recomputes the inside of every block (`rematerialise`).
     """
 
     output_stride = 8

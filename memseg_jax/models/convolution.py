@@ -1,20 +1,20 @@
-"""The convolution that every model uses, in the exact form that each kind of device runs well.
+"""The convolution that every model uses, in an exact form that each kind of device runs well.
 
 XLA's own form is the right one almost everywhere. It is replaced where it is not:
 
-- Windows of one position, on CPU: a matrix product (`convolve_positions`); XLA's convolution takes
-  up to eleven times as long for its gradients. (On GPU, matrix products of this kind have crashed
-  XLA's compiler, and its convolution is native.)
-- Groups: when the batch is split over devices, XLA gathers the whole batch on every device and
-  each of them computes all of it; and on CPU it takes several times as long even on one device.
-  One convolution for each group has neither fault (`convolve_by_group`).
+- 1x1 kernels, on CPU: a matrix product (`convolve_positions`); XLA's convolution takes up to eleven
+  times as long for its gradients. (On GPU, matrix products of this kind have crashed XLA's
+  compiler, and its convolution is native.)
+- Groups: when the batch is split over devices, XLA gathers the whole batch on every device and each
+  of them computes all of it; and on CPU it takes several times as long even on one device. One
+  convolution per group avoids both (`convolve_by_group`).
 - Filter gradient of a dilated convolution on GPU: XLA makes it a forward convolution with the whole
   feature map as its window, for which there is no fast algorithm. It is computed on subsampled
   maps (`filter_gradient_by_folding`) or tap by tap (`filter_gradient_by_shifts`).
 - Strong dilation on CPU, a sixth of the map or more: tap by tap (`convolve_by_shifts` and the
   filter gradient), because most of the arithmetic of XLA's form is on padding.
-- Other windows of 3x3 positions on CPU, of many channels: tile by tile (`convolve_by_tiles`), with
-  less than half of the multiplications.
+- Other 3x3 kernels with many channels, on CPU: tile by tile (`convolve_by_tiles`), with less than
+  half of the multiplications.
 
 All forms compute the same numbers, summed in another order. `benchmarks/gpu_programs.py` shows what
 they compile to, `benchmarks/convolutions.py` measures them. The platform is the one that a program
@@ -46,7 +46,7 @@ PLATFORMS = ("cpu", "gpu", "tpu")
 # each tap, but compute nothing outside. Counting bytes and arithmetic at the rates of an H200, not
 # timed, they cost the same where 5 to 6 dilations fit into the map.
 DILATIONS_PER_MAP_TO_FOLD = 6
-# CPU: with at most so many dilations in the map, taps one by one are faster than XLA's form.
+# CPU: with at most this many dilations in the map, taps one by one are faster than XLA's form.
 DILATIONS_PER_MAP_TO_SHIFT = 6
 # CPU: tiles cost additions for every channel and save multiplications for every pair of them.
 CHANNELS_TO_TILE = 128
@@ -195,7 +195,7 @@ def _on_platform(part: str, function: Callable, case: tuple, *args: Array) -> Ar
     cpu, gpu, tpu = (getattr(choose(platform, *case), part) for platform in PLATFORMS)
     if cpu == gpu == tpu:
         return function(tpu, *args)
-    # What is not listed, a TPU for one, is traced once.
+    # Platforms that are not listed, such as TPUs, are traced once.
     listed = {"cpu": cpu} | ({} if gpu == tpu else {"cuda": gpu, "rocm": gpu})
     calls = {name: functools.partial(function, form) for name, form in listed.items()}
     return lax.platform_dependent(*args, **calls, default=functools.partial(function, tpu))
@@ -241,12 +241,12 @@ _convolve.defvjp(_convolve_forward, _convolve_backward)
 
 
 def filter_gradient(x: Array, dy: Array, window: tuple[int, int], conv_params: ConvParams) -> Array:
-    """The gradient of `convolve` by its kernel, in the form that suits the platform.
+    """The gradient of `convolve` with respect to its kernel, in the form that suits the platform.
 
     Args:
         x: [batch, height, width, in channels].
-        dy: gradient by the result, [batch, ceil(height / stride), ceil(width / stride),
-            out channels].
+        dy: gradient with respect to the result,
+            [batch, ceil(height / stride), ceil(width / stride), out channels].
         window: height and width of the kernel, odd.
         conv_params: of the convolution.
 

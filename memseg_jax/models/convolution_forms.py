@@ -35,7 +35,7 @@ def convolve_plainly(x: Array, kernel: Array, conv_params: ConvParams) -> Array:
 
 
 def convolve_positions(x: Array, kernel: Array, conv_params: ConvParams) -> Array:
-    """`convolve` of one group and a window of one position, as one matrix product."""
+    """`convolve` of one group and a 1x1 kernel, as one matrix product."""
     x = x[:, :: conv_params.stride, :: conv_params.stride]
     # Flat on purpose: as a product of four axes its filter gradient is slow.
     y = x.reshape(-1, x.shape[-1]) @ kernel[0, 0]
@@ -43,7 +43,7 @@ def convolve_positions(x: Array, kernel: Array, conv_params: ConvParams) -> Arra
 
 
 def convolve_by_shifts(x: Array, kernel: Array, conv_params: ConvParams) -> Array:
-    """`convolve` of one group at stride 1 as one matrix product for each tap of the kernel.
+    """`convolve` of one group at stride 1 as one matrix product per tap of the kernel.
 
     Each is computed where the tap is inside the map, and nowhere else. Sums are at least float32.
     """
@@ -65,7 +65,7 @@ def convolve_by_shifts(x: Array, kernel: Array, conv_params: ConvParams) -> Arra
 def convolve_by_group(
     x: Array, kernel: Array, conv_params: ConvParams, form: Callable = convolve_plainly
 ) -> Array:
-    """`convolve` as one convolution of a form for each group."""
+    """`convolve` as one convolution per group, each in the given form."""
     if conv_params.groups == 1:
         return form(x, kernel, conv_params)
     one = dataclasses.replace(conv_params, groups=1)

@@ -1,4 +1,4 @@
-"""Forms of a convolution's gradients: by its input, and by its kernel; `convolution` chooses.
+"""Forms of a convolution's input and filter gradients; `convolution` chooses.
 
 The arguments are the same everywhere.
 
@@ -6,7 +6,7 @@ The arguments are the same everywhere.
 - Filter gradients `form(x, dy, window, conv_params)`: `window` is height and width of the kernel.
 
 `x` [batch, height, width, in channels], `kernel` [*window, in channels / groups, out channels] and
-`conv_params` are those of the convolution; `dy` is the gradient by its result, [batch,
+`conv_params` are those of the convolution; `dy` is the gradient with respect to its result, [batch,
 ceil(height / stride), ceil(width / stride), out channels].
 """
 
@@ -97,7 +97,7 @@ filter_gradient_by_tiles = functools.partial(
 def filter_gradient_by_folding(
     x: Array, dy: Array, window: tuple[int, int], conv_params: ConvParams
 ) -> Array:
-    """`filter_gradient` of a convolution without dilation on subsampled maps (space to batch).
+    """The filter gradient as that of an undilated convolution on subsampled maps (space to batch).
 
     A dilated convolution of stride 1 works on dilation^2 interleaved maps independently: those
     that take every dilation-th row and column. Each becomes an image of its own.

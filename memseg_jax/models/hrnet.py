@@ -1,4 +1,4 @@
-"""HRNetV2-W48: parallel branches at strides 4, 8, 16, 32 that exchange what they have seen.
+"""HRNetV2-W48: parallel branches at strides 4, 8, 16, 32 that exchange features.
 
 Wang et al., "Deep High-Resolution Representation Learning for Visual Recognition", section 3,
 with the details of the PyTorch reference.
@@ -46,7 +46,7 @@ class ExchangeModule(nn.Module):
     def __call__(
         self, maps: list[Array], *, train: bool, valid_size: ValidSize | None = None
     ) -> list[Array]:
-        """Maps and returns one [batch, height, width, channels] per branch, shapes unchanged.
+        """Takes and returns one [batch, height, width, channels] per branch, shapes unchanged.
 
         Every branch is half as large (rounded up) as the one before.
         """

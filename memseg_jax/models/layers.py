@@ -1,4 +1,4 @@
-"""The layers that every model is made of, with PyTorch's conventions.
+"""The layers of all models, with PyTorch's conventions.
 
 Layout is NHWC, kernels are HWIO. Paddings are explicit and symmetric, never "SAME" (which pads
 differently at stride 2). Parameters and statistics are float32 whatever the compute type.
@@ -82,7 +82,7 @@ class ValidSize:
 
 
 def mask_padding(x: Array, valid_size: ValidSize | None) -> Array:
-    """Sets the padded positions of `x` [batch, height, width, channels] to 0, as padding has it."""
+    """Sets the padded positions of `x` [batch, height, width, channels] to 0, like zero padding."""
     return x if valid_size is None else jnp.where(valid_size.mask(x), x, 0)
 
 
@@ -100,7 +100,7 @@ def spatial_mean(x: Array, valid_size: ValidSize | None = None) -> Array:
 def torch_uniform(
     key: Array, shape: tuple[int, ...], dtype: Any = jnp.float32, fan_in: int | None = None
 ) -> Array:
-    """PyTorch's default initialisation: uniform in +-1/sqrt(fan in); None: that of a kernel."""
+    """PyTorch's default: uniform in +-1/sqrt(fan_in); None: the fan-in of such a kernel."""
     bound = 1.0 / np.sqrt(fan_in or np.prod(shape[:-1]))
     return jax.random.uniform(key, shape, dtype, -bound, bound)
 
@@ -314,7 +314,7 @@ def valid_bilinear_matrix(source: Array, target: Array, shape: tuple[int, int]) 
     Args:
         source: int32 [batch], number of valid input positions.
         target: int32 [batch], number of valid output positions.
-        shape: number of all output positions and of all input positions.
+        shape: total numbers of output and of input positions.
 
     Returns:
         float32 [batch, *shape], zero outside of the valid positions.
@@ -357,5 +357,5 @@ def resize_valid(x: Array, sizes: Sequence[Array], size: tuple[int, int]) -> Arr
 
 
 def record(module: nn.Module, name: str, value: Array) -> None:
-    """Offers a named intermediate value to whoever applies with `mutable=["taps"]`."""
+    """Offers a named intermediate value to callers that apply with `mutable=["taps"]`."""
     module.sow("taps", name, value, reduce_fn=lambda _, new: new, init_fn=lambda: None)

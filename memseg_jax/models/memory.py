@@ -34,14 +34,14 @@ def read_memory(probabilities: Array, memory: Array, gradient_memory: Array) -> 
 
     The reference updates the memory in place between the forward and the backward pass, so its
     gradient for the probabilities goes through the updated rows, while the value was read from the
-    old ones. Training that is to equal it has to do the same; the memory itself
-    gets no gradient.
+    old ones. This does the same, to train as the reference does; the memory itself gets no
+    gradient.
 
     Args:
         probabilities: [batch, height, width, classes].
         memory: [classes, channels], the rows that are read.
-        gradient_memory: [groups, classes, channels], the rows that the gradient sees, for every
-            replica group (equal, contiguous parts of the batch) its own.
+        gradient_memory: [groups, classes, channels], the rows that the gradient sees, one memory
+            per replica group (equal, contiguous parts of the batch).
 
     Returns:
         [batch, height, width, channels].
@@ -75,7 +75,7 @@ class MemoryModule(nn.Module):
         within_image_context: fuse the context of the image (ASPP) through a second attention.
         activation: name, see `layers.activation`.
         dtype: compute type.
-        remat: whether training computes the inside of every layer a second time.
+        remat: whether training recomputes the inside of every layer.
     """
 
     features: int
@@ -157,7 +157,7 @@ class MemoryModule(nn.Module):
 
 
 class MemorySums(NamedTuple):
-    """What the update needs to know of the pixels: sums, which add up over images.
+    """What the update needs to know about the pixels: sums, which add up over images.
 
     Attributes:
         features: weighted sum of the pixels' features [classes, slots, channels].
@@ -181,9 +181,9 @@ def update_memory(
     (1 - momentum) * slot + momentum * (weighted mean of its pixels), the weights being
     (1 - cosine) / sum(1 - cosine): pixels far from the memory count more.
 
-    Two rules of edge cases: a slot of a present class that gets no pixel is multiplied by
-    (1 - momentum), as in the PyTorch reference; a slot whose pixels are all parallel to it stays
-    as it is, where the reference divides 0 by 0.
+    Two edge cases: a slot of a present class that gets no pixel is multiplied by (1 - momentum), as
+    in the PyTorch reference; a slot whose pixels are all parallel to it stays as it is, where the
+    reference divides 0 by 0.
 
     Args:
         memory: float32 [classes, slots, channels].

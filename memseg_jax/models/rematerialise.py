@@ -1,4 +1,4 @@
-"""Computing the inside of a module a second time instead of keeping it for the backward pass."""
+"""Recomputing the inside of a module instead of keeping it for the backward pass."""
 
 from typing import Any
 

@@ -1,4 +1,4 @@
-"""ResNeSt-101 at output stride 8: a ResNet whose 3x3 convolutions weigh two groups of channels."""
+"""ResNeSt-101 at output stride 8: a ResNet with split attention in its 3x3 convolutions."""
 
 from typing import Any
 
@@ -22,7 +22,7 @@ REDUCTION = 4  # channels of all splits per channel inside of the attention
 
 
 def average_pool(x: Array, stride: int, valid_size: ValidSize | None = None) -> Array:
-    """3x3 mean, padded by one zero on every side; the zeros count.
+    """3x3 average pool, padded by one zero on every side; the zeros count.
 
     Args:
         x: [batch, height, width, channels], 0 where it is padded.
@@ -56,7 +56,7 @@ def average_pool_valid(x: Array, stride: int, valid_size: ValidSize | None = Non
 
 
 class SplitAttention(nn.Module):
-    """A 3x3 convolution to two splits, mixed by weights that depend on the whole image.
+    """A 3x3 convolution into two splits, mixed by weights that depend on the whole image.
 
     Zhang et al., "ResNeSt: Split-Attention Networks", section 3.1, with cardinality 1.
     """

@@ -84,7 +84,7 @@ class Segmentor(nn.Module):
     training keeps the inputs of its parts rather than what is inside; the backbone has its own.
 
     `precision` is that of convolutions and matrix products where none is given: "default", "high"
-    or "highest". A program has it in its gradients, too, if it is traced under
+    or "highest". The gradients use it, too, if they are traced under
     `jax.default_matmul_precision(model.precision)`: training and prediction do that as a whole.
     """
 
@@ -113,7 +113,7 @@ class Segmentor(nn.Module):
 
     @property
     def coarsest_stride(self) -> int:
-        """Sides of padded images are multiples of this, so that every map inside has whole ones."""
+        """Sides of padded images are multiples of this, so that no position of a map is partial."""
         return math.lcm(self.backbone.coarsest_stride, self.output_stride)
 
     def setup(self) -> None:
@@ -282,10 +282,10 @@ def build_backbone(name: str, width: float, dtype: Any) -> Backbone:
     """Returns the backbone `name`, from whichever module of `memseg_jax.models` has it.
 
     Raises:
-        UserError: there is no such backbone; the message lists those there are.
+        UserError: there is no such backbone; the message lists the existing ones.
     """
     modules = backbones()
-    if name not in modules:  # a checkpoint's may be of another version
+    if name not in modules:  # a checkpoint's may be from another version
         raise UserError(f"there is no backbone {name!r}. {did_you_mean(name, modules)}")
     module = importlib.import_module(f"memseg_jax.models.{modules[name]}")
     return module.build(name, width, dtype)

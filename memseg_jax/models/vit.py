@@ -1,4 +1,4 @@
-"""ViT-Large with patches of 16x16 pixels: a plain transformer that hands out four feature maps."""
+"""ViT-Large with patches of 16x16 pixels: a plain transformer that returns four feature maps."""
 
 from typing import Any
 
@@ -68,14 +68,14 @@ class Block(nn.Module):
         Args:
             x: [batch, tokens, channels].
             train: makes no difference.
-            mask: bool [batch, tokens], the tokens that the others see; None: all.
+            mask: bool [batch, tokens], the tokens that can be attended to; None: all.
         """
         del train
         batch, tokens, channels = x.shape
         heads = channels // HEAD_CHANNELS
         normed = LayerNorm(dtype=self.dtype, name="ln1")(x)
         qkv = Linear(3 * channels, self.dtype, name="in_proj")(normed)
-        # Heads do not see each other: to the attention they are images of their own.
+        # Heads do not see each other: the attention takes them as separate images.
         qkv = qkv.reshape(batch, tokens, 3, heads, HEAD_CHANNELS).transpose(2, 0, 3, 1, 4)
         query, key, value = qkv.reshape(3, batch * heads, tokens, HEAD_CHANNELS)
         mask = None if mask is None else jnp.repeat(mask, heads, axis=0)
@@ -119,7 +119,7 @@ def fit_positions_to_valid(table: Array, valid_size: ValidSize, grid: tuple[int,
         grid: tokens along height and width, padding included.
 
     Returns:
-        [batch, 1 + height * width, channels]; of any value at the padding's tokens.
+        [batch, 1 + height * width, channels]; arbitrary at the padding's tokens.
     """
     side = int((table.shape[1] - 1) ** 0.5)
     valid = valid_size.of_map(grid)
@@ -146,7 +146,7 @@ class ViT(Backbone):
         grid: side of the square of learned positions.
         width: multiplies the number of channels, in steps of one head of 64; 1.0 is ViT-Large.
         dtype: compute type.
-        outputs: blocks whose results are handed out, counted from 0; the last one ends the network.
+        outputs: blocks whose results are returned, counted from 0; the last one ends the network.
     """
 
     grid: int
@@ -167,8 +167,8 @@ class ViT(Backbone):
         """Returns one feature map for each of `outputs`, all at stride 16.
 
         Args:
-            x: normalised images [batch, height, width, 3]; sides that are no multiples of 16 are
-                continued by zeros at the bottom and at the right.
+            x: normalised images [batch, height, width, 3]; sides that are not multiples of 16 are
+                padded with zeros at the bottom and at the right.
             train: makes no difference here: there is no dropout and no batch statistic.
             valid_size: the valid part of padded images.
 

@@ -1,4 +1,4 @@
-"""Winograd's minimal filtering F(2x2, 3x3): a 3x3 convolution with fewer than half of the products.
+"""Winograd's minimal filtering F(2x2, 3x3): a 3x3 convolution with fewer than half the products.
 
 A tile of 2x2 results sees 4x4 positions. Sums and differences of these, times sums and differences
 of the taps, hold all products that the tile needs: 16 instead of 36. Exact; rounding is about three

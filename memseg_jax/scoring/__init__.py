@@ -1,1 +1,1 @@
-"""What predictions are worth, and how they are shown: scores, pictures, files, memory health."""
+"""Scores of predictions, pictures and files of them, and the health of the memory."""

@@ -1,7 +1,7 @@
 """Segmenting a split and comparing with its labels: what training and the evaluate mode share.
 
-Several processes share the images: each segments every so many-th one on its own devices, and
-process 0 puts the results together.
+Several processes share the images: of n processes, each segments every n-th one on its own devices,
+and process 0 puts the results together.
 """
 
 import dataclasses
@@ -52,7 +52,7 @@ class Evaluator:
     """Segments the evaluation split with given weights, and compares with its labels.
 
     It keeps compiled programs, but no weights: those are handed to each call, and their copies on
-    this process's devices live no longer than it.
+    this process's devices live no longer than the call.
 
     Args:
         config: the whole config; `config.eval` decides how images are segmented.

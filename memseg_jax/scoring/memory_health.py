@@ -11,10 +11,10 @@ from memseg_jax.runtime.text import first_few
 
 
 class MemoryHealth:
-    """Looks at the memory now and then, and keeps one number per class: when its rows last changed.
+    """Inspects the memory at intervals, and keeps per class when its rows last changed.
 
-    That is known to the step at which the memory was looked at: a row that changed since the time
-    before counts as changed now.
+    The interval is the resolution: a row that changed since the last inspection counts as changed
+    now.
 
     Args:
         class_names: one per class.
@@ -38,19 +38,19 @@ class MemoryHealth:
 
     @property
     def ages(self) -> list[int]:
-        """Steps since the rows of every class last changed, as of the last look."""
+        """Steps since the rows of every class last changed, as of the last inspection."""
         return (self._step - self._changed).tolist()
 
     def look(self, step: int, memory: jax.Array) -> tuple[dict[str, float], str]:
-        """Looks at the memory.
+        """Inspects the memory.
 
         Args:
             step: number of completed steps.
             memory: at this step, [classes, slots, channels].
 
         Returns:
-            Numbers for the metrics, and a line for people. Norms are of the rows of classes that
-            were seen, ages are in steps, of the same classes.
+            Numbers for the metrics, and a line of text. Norms are of the rows of classes that were
+            seen, ages are in steps, of the same classes.
         """
         norms, sums = jax.device_get(self._program(memory))
         self._changed[np.any(sums != self._sums, axis=-1)] = step

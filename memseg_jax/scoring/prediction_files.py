@@ -80,7 +80,7 @@ class PredictionWriter:
         self.sizes[name] = label.shape
 
     def finish(self) -> str:
-        """Checks the files for the server. Returns words about what was written.
+        """Checks the files for the server. Returns a summary of what was written.
 
         Raises:
             UserError: the server would refuse them.
@@ -101,13 +101,13 @@ def check_benchmark_files(
     """Checks a folder that is meant for a benchmark's server.
 
     Args:
-        folder: holds one file an image and nothing else.
+        folder: holds one file per image and nothing else.
         benchmark: how files are named, and their values.
         sizes: height and width of every image, by the name of the sample.
 
     Raises:
-        UserError: with every file that is missing, is one too many, or is not as the server wants
-            it (the first few of each).
+        UserError: with every file that is missing, superfluous, or not as the server wants it (the
+            first few of each).
     """
     folder = files.place(folder)
     expected = {f"{name}{benchmark.ending}": size for name, size in sizes.items()}
@@ -137,7 +137,7 @@ def _fault(path: files.Place, size: tuple[int, int], values: tuple[int, ...]) ->
         with Image.open(io.BytesIO(files.read_bytes(path))) as image:
             kind, mode, found = image.format, image.mode, (image.height, image.width)
             pixels = np.asarray(image)
-    except OSError:  # Pillow's errors about what is no image, too
+    except OSError:  # including Pillow's for what is not an image
         return "cannot be read as an image"
     if (kind, mode) != ("PNG", "L"):
         return f"{kind} in Pillow's mode {mode}; expected PNG with one channel of 8 bits, grey"

@@ -11,7 +11,7 @@ from PIL import Image, ImageDraw, ImageFont
 
 from memseg_jax.runtime.files import replacing
 
-# Measures of a sheet in pixels.
+# Dimensions of a sheet in pixels.
 _PANEL_MAX = 480
 _PANEL_MIN = 240
 _CONTACT_MAX = 512  # crops of the published size are shown pixel by pixel
@@ -43,7 +43,7 @@ _FIRST_COLOURS = (
 
 @functools.cache
 def _distinct_colours() -> np.ndarray:
-    """Returns uint8 [255, 3]: after the first few, each is as far as possible from all before."""
+    """Returns uint8 [255, 3]: after the first few, each is as far as possible from those before."""
     candidates = np.array(
         [
             colorsys.hsv_to_rgb(hue / 36, saturation, value)
@@ -54,7 +54,7 @@ def _distinct_colours() -> np.ndarray:
     )
     candidates = np.round(candidates * 255).astype(np.uint8)
     lab = _to_lab(candidates)
-    # Black means "ignored" and white is the paper: the colours keep clear of both.
+    # Black means "ignored" and white is the background: the colours keep clear of both.
     chosen = _to_lab(np.array([(0, 0, 0), (255, 255, 255), *_FIRST_COLOURS], np.uint8))
     distance = np.linalg.norm(lab[:, None] - chosen[None], axis=-1).min(axis=1)
     order = []
@@ -116,7 +116,7 @@ def colourise(label: np.ndarray, palette: np.ndarray) -> np.ndarray:
 def overlay(
     image: np.ndarray, label: np.ndarray, palette: np.ndarray, alpha: float = 0.5
 ) -> np.ndarray:
-    """Lays the colours of a label map over an image; the image stays as it is where none is due.
+    """Lays the colours of a label map over an image; pixels without a class stay as they are.
 
     Args:
         image: uint8 [height, width, 3] RGB.
@@ -184,7 +184,7 @@ def comparison_sheet(
     class_names: Sequence[str],
     palette: np.ndarray,
 ) -> np.ndarray:
-    """Draws "image | truth | prediction", one row a sample, with titles and a legend.
+    """Draws "image | truth | prediction", one row per sample, with titles and a legend.
 
     Large images are shrunk and small ones enlarged to panels that fit a screen. The legend holds
     only classes that are in a truth or a prediction.
@@ -227,14 +227,15 @@ def contact_sheet(
     class_names: Sequence[str],
     palette: np.ndarray,
 ) -> np.ndarray:
-    """Draws images and label maps, one row a sample, with titles, captions and a legend.
+    """Draws images and label maps, one row per sample, with titles, captions and a legend.
 
-    Large ones are shrunk to panels of at most 512 pixels; small ones grow by whole factors, pixel
-    by pixel. Ignored pixels are striped. One row at a time is asked for, and only its panels kept.
+    Large ones are shrunk to panels of at most 512 pixels; small ones are enlarged by whole factors,
+    pixel by pixel. Ignored pixels are striped. One row at a time is requested, and only its panels
+    kept.
 
     Args:
-        rows: (caption, one array a title): images are uint8 [h, w, 3] RGB, label maps uint8 [h, w];
-            all sizes may differ.
+        rows: (caption, one array per title): images are uint8 [h, w, 3] RGB, label maps
+            uint8 [h, w]; all sizes may differ.
         titles: of the columns.
         class_names: K names.
         palette: uint8 [K, 3].
@@ -251,7 +252,7 @@ def contact_sheet(
         for label in arrays:
             if label.ndim == 2:
                 present |= _values_of(label)
-        # File names may hold bytes that are no text.
+        # File names may hold bytes that are not text.
         caption = caption.encode("utf-8", "replace").decode()
         drawn.append((caption, [_contact_panel(array, palette) for array in arrays]))
     if not drawn:

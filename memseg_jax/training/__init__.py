@@ -1,1 +1,1 @@
-"""One training step and everything it is made of: state, optimiser, losses, guards, progress."""
+"""One training step and all its parts: state, optimiser, losses, guards, progress."""

@@ -1,4 +1,4 @@
-"""Whether the processes of a run are of one mind before it starts."""
+"""Whether the processes of a run agree, checked before it starts."""
 
 import time
 from typing import Any
@@ -30,7 +30,7 @@ def check_processes_agree(config: Any, fingerprint: str, workdir: files.Place | 
     distributed.check_same("config", values)
     if workdir is None:
         return
-    # A folder of the same name on another disk would do until the first checkpoint.
+    # A folder of the same name on another disk would go unnoticed until the first checkpoint.
     sign = workdir / ".processes"
 
     def write() -> str:

@@ -1,17 +1,17 @@
 """Guards against losses and gradients that are not finite.
 
 A step is judged on the device: if its loss, gradients, updates, new batch statistics or new memory
-are not finite, its state is thrown away as a whole. One scalar of the metrics tells. The host looks
-at that scalar when the step is over, a few steps later, and does what `config.train.on_nonfinite`
-says:
+are not finite, its state is thrown away as a whole. One scalar of the metrics says so. The host
+looks at that scalar when the step is over, a few steps later, and does what
+`config.train.on_nonfinite` says:
 
     raise     ends the run. From the bad step on no step changes the state, so that the one before
               it can be written, beside the bad batch.
     skip      goes on; `config.train.max_nonfinite` bad steps in a row end the run.
-    rollback  goes back to the state of the last checkpoint and on with the data after the bad
-              step: no data between the two is used again, as a loss that blows up is rarely the
-              fault of its last batch alone. `max_nonfinite` times in a row end the run; a
-              checkpoint that is saved in the course of the run starts a new row.
+    rollback  goes back to the state of the last checkpoint and continues with the data after the
+              bad step: no data between the two is used again, as a loss that blows up is rarely
+              the fault of its last batch alone. `max_nonfinite` times in a row end the run; a
+              checkpoint that is saved in the course of the run restarts the count.
 """
 
 import collections
@@ -47,8 +47,7 @@ def all_finite(tree: Any) -> jax.Array:
     leaves = [x for x in jax.tree.leaves(tree) if jnp.issubdtype(jnp.result_type(x), jnp.inexact)]
     bad = [~jnp.all(jnp.isfinite(x)) for x in leaves]
     # The index of the first True. XLA joins a plain `any` to each of the thousands of operations
-    # that depend on it, with everything that it is made of, and compiles for minutes; not an
-    # argmax.
+    # that depend on it, with all its operands, and compiles for minutes; not an argmax.
     first = jnp.argmax(jnp.stack([*bad, jnp.array(True)]))
     return first == len(bad)
 
@@ -88,7 +87,7 @@ def before_halt(state: TrainState) -> TrainState:
 
 
 def at_step(state: TrainState, step: int) -> TrainState:
-    """Sets all clocks of a state: the data before `step` count as passed over."""
+    """Sets all clocks of a state: the data before `step` count as used."""
 
     def full(x: jax.Array) -> jax.Array:
         return jax.jit(lambda: jnp.full(x.shape, step, x.dtype), out_shardings=x.sharding)()
@@ -154,10 +153,10 @@ class GoBack(Exception):
 
 
 class Guard:
-    """Looks at the steps when they are over, in their order, and applies the policy.
+    """Checks the steps in order, as they finish, and applies the policy.
 
     Attributes:
-        stop_seen: whether a step that is over has returned a request to stop.
+        stop_seen: whether a finished step has returned a request to stop.
 
     Args:
         train: `config.train`.
@@ -185,7 +184,7 @@ class Guard:
     def check(
         self, state: TrainState, snapshot: Callable[[TrainState, files.Place], None], wait: bool
     ) -> None:
-        """Waits until no more steps than `in_flight` are under way, or none, and looks at them.
+        """Waits until no more steps than `in_flight` are under way, or none, and checks them.
 
         Args:
             state: after the steps so far.

@@ -25,7 +25,7 @@ _AUXILIARY = "auxiliary_decoders_"
 def initial_variables(
     config: ml_collections.ConfigDict, model: Segmentor, converted: os.PathLike | None = None
 ) -> dict[str, Any]:
-    """Params, batch_stats and memory: random, but for what comes from files.
+    """Params, batch_stats and memory: random, except for what comes from files.
 
     Args:
         config: the whole config.
@@ -58,7 +58,7 @@ def initial_variables(
     if config.init.checkpoint:
         known = _known_from_checkpoint(config, model)
     if config.init.backbone:
-        # Not at the top of this file: it leads to PyTorch, which nothing else of training needs.
+        # Not at the top of this file: it imports PyTorch, which nothing else in training needs.
         from converters.backbone_files import read_backbone
 
         known, report = read_backbone(

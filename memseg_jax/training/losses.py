@@ -79,9 +79,9 @@ def entropy_sums(
     """Every image's cross entropy at label size, summed over its labelled pixels.
 
     Goes through the label rows block by block: resizes the few rows of logits that a block needs,
-    takes the softmax, and - when differentiated - returns the gradient of the block to the size of
-    the logits at once. Nothing but that gradient, which is as large as the logits, is kept for
-    the backward pass, and no block is computed twice.
+    takes the softmax, and - when differentiated - brings the block's gradient back to the size of
+    the logits at once. Nothing but that gradient, which is as large as the logits, is kept for the
+    backward pass, and no block is computed twice.
 
     Args:
         logits: [batch, h, w, classes].
@@ -99,12 +99,12 @@ def entropy_sums(
 def _sums_and_gradient(
     logits: Array, labels: Array, class_weights: Array | None, block_bytes: int
 ) -> tuple[tuple[Array, Array], Array]:
-    """Returns `entropy_sums`, and the gradient of the first sum for the logits."""
+    """Returns `entropy_sums`, and the gradient of the first sum with respect to the logits."""
     batch, height, width, classes = logits.shape
     label_height, label_width = labels.shape[1:]
     dtype = jnp.promote_types(logits.dtype, jnp.float32)
     if (height, width) == (label_height, label_width):
-        # The logits at label size are there, and the gradient is as large: blocks save nothing.
+        # The logits are at label size already, and the gradient is as large: blocks save nothing.
         loss, weight, gradient = _pixel_entropy(logits.astype(dtype), labels, class_weights)
         sums = (jnp.sum(loss, axis=(1, 2)), jnp.sum(weight, axis=(1, 2)))
         return sums, gradient.astype(logits.dtype)
@@ -116,7 +116,7 @@ def _sums_and_gradient(
     if width != label_width:
         columns = jnp.asarray(bilinear_matrix(width, label_width), dtype)
 
-    # The last block may reach beyond the labels: with pixels of no class.
+    # The last block may reach beyond the labels: its pixels there have no class.
     blocks, block_height, cell_rows = rows.shape
     padding = (0, blocks * block_height - label_height)
     labels = jnp.pad(labels, ((0, 0), padding, (0, 0)), constant_values=classes)

@@ -13,7 +13,7 @@ from memseg_jax.runtime import distributed, files
 
 log = logging.getLogger(__name__)
 
-_PASSED_OVER = 3  # steps of a start that are not traced: they are slower than the others
+_PASSED_OVER = 3  # first steps after a start, which are slower and not traced
 _NAME = "train"
 
 
@@ -21,7 +21,8 @@ class StepProfiler:
     """Traces some steps, as a context manager; with 0 steps it does nothing.
 
     Args:
-        folder: of the run; the trace goes into its folder `profile`, by process if there are some.
+        folder: of the run; the trace goes into its folder `profile`, one folder per process if
+            there are several.
         first_step: completed steps when the run starts.
         count: steps to trace.
     """

@@ -1,4 +1,4 @@
-"""The training step of a config, put together: what training runs, and what plans compile."""
+"""The training step of a config, assembled: what training runs, and what plans compile."""
 
 import dataclasses
 from collections.abc import Callable
@@ -20,14 +20,14 @@ from memseg_jax.training.step import make_train_step
 
 @dataclasses.dataclass(frozen=True)
 class TrainingProgram:
-    """A step and what it takes; nothing is computed or compiled yet.
+    """A step and its arguments; nothing is computed or compiled yet.
 
     Attributes:
         tx: the optimiser.
         schedule: learning rate by step.
         step: the jitted step, see `step.make_train_step`; the state is donated to it.
         state: shapes, types and shardings of the state.
-        batch: the same of "image" [batch, height, width, 3], "label" [batch, height, width] and
+        batch: the same for "image" [batch, height, width, 3], "label" [batch, height, width] and
             "stop" [devices].
     """
 
@@ -47,7 +47,7 @@ def training_program(
         config: the whole config.
         model: the segmentor of the config.
         mesh: the devices, of any kind that can be compiled for.
-        epoch_steps: steps of an epoch.
+        epoch_steps: steps per epoch.
     """
     schedule = optimizer.schedule_from_config(config, config.train.epochs * epoch_steps)
     tx = optimizer.sgd(config, schedule)
@@ -66,7 +66,7 @@ def training_program(
 def random_batch(
     batch_size: int, crop: tuple[int, int], num_classes: int, seed: int = 0
 ) -> dict[str, np.ndarray]:
-    """A batch to time programs with, where there are no data.
+    """A batch to time programs with, where there is no data.
 
     The images are noise; the labels are blocks of 16x16 pixels, about 5 % of them ignored.
 

@@ -1,5 +1,6 @@
 """The training state: everything that changes, in one tree."""
 
+import functools
 from collections.abc import Mapping
 from typing import Any
 
@@ -45,6 +46,17 @@ class TrainState:
 
 def abstract_variables(model: Segmentor) -> dict[str, Any]:
     """Shapes and types of params, batch_stats and memory, without computing anything."""
+
+    def copied(tree: Any) -> Any:  # whoever asks may change their dicts, whose order matters
+        return {k: copied(v) for k, v in tree.items()} if isinstance(tree, dict) else tree
+
+    return copied(_traced(model, jax.config.jax_enable_x64))
+
+
+@functools.lru_cache(maxsize=4)  # a run asks several times, and tracing takes seconds
+def _traced(model: Segmentor, double_precision: bool) -> dict[str, Any]:
+    """`abstract_variables`; the types depend on JAX's setting."""
+    del double_precision
     images = jax.ShapeDtypeStruct(_INIT_IMAGE, jnp.float32)
     memory = jax.ShapeDtypeStruct(model.memory_shape(), jnp.float32)
     keys = {name: jax.eval_shape(lambda: jax.random.key(0)) for name in ("params", "dropout")}
@@ -68,7 +80,7 @@ def init_array(
     """Initial value of one array by the last part of its name, as PyTorch initialises layers.
 
     Args:
-        path: "/"-separated name; the last part tells the kind.
+        path: "/"-separated name; the last part gives the kind.
         shape: shape of the array.
         fan_in: inputs of one output of the layer it belongs to.
         rng: source of the random numbers.

@@ -1,12 +1,12 @@
 """One training step as a pure function: state, batch -> state, metrics.
 
-The order inside matters: the forward pass reads the memory of the step before; then the memory is
+The order inside matters: the forward pass reads the memory of the previous step; then the memory is
 updated from the features and the labels; then come the losses (the consistency loss sees the
 updated memory), the gradients, and SGD.
 
-`Losses` has the pieces. They are put together twice: `whole_batch` is the step as one reads it;
-`accumulate_gradients` gives the same losses and gradients from one part of the batch after the
-other (`config.train.accumulate`), in the memory of one part.
+`Losses` has the pieces. They are put together twice: `whole_batch` is the step as one would write
+it down; `accumulate_gradients` gives the same losses and gradients from one part of the batch after
+the other (`config.train.accumulate`), in the memory of one part.
 """
 
 import dataclasses
@@ -31,7 +31,7 @@ from memseg_jax.training.state import TrainState
 
 Batch = dict[str, jax.Array]
 Metrics = dict[str, jax.Array]
-# Gradients by the parameters, metrics, new statistics, new memory.
+# Gradients with respect to the parameters, metrics, new statistics, new memory.
 Result = tuple[Any, Metrics, Any, jax.Array]
 
 
@@ -98,12 +98,12 @@ def make_train_step(
 
 @dataclasses.dataclass(frozen=True)
 class Losses:
-    """What the losses and the memory update of a step are made of.
+    """The pieces of a step: its losses and its memory update.
 
     Attributes:
         model: the segmentor.
         config: the whole config.
-        first_consistency_step: the step from which on the consistency loss counts.
+        first_consistency_step: the first step in which the consistency loss counts.
     """
 
     model: Segmentor
@@ -182,7 +182,7 @@ class Losses:
         rng: jax.Array,
         step: jax.Array,
     ) -> tuple[Metrics, Any]:
-        """The weighted consistency loss, if there is one, and the statistics that it moves.
+        """The weighted consistency loss, if there is one, and the statistics that it updates.
 
         Args:
             params: of the model.
@@ -223,7 +223,7 @@ class Losses:
 def whole_batch(
     losses: Losses, state: TrainState, batch: Batch, lr: jax.Array, rng: jax.Array
 ) -> Result:
-    """Gradients of a batch; arguments as of `accumulate_gradients`."""
+    """Gradients of a batch; arguments as for `accumulate_gradients`."""
     rngs = jax.random.split(rng, 3)
 
     def loss_fn(params: Any) -> tuple[jax.Array, tuple[Metrics, Any, jax.Array]]:

@@ -250,7 +250,7 @@ def test_values_inside_are_accepted(field, data):
         ("data.name", "../folder", "is '../folder'; expected one of"),
         ("data.root", Path("/data"), r"is Posix.*; expected text. Did you mean '/data'\?"),
         ("data.root", None, r"is None; expected text. Did you mean ''\?"),
-        ("data.class_names", ("only",), r"is \('only',\); expected 2 to 254 names, one a class"),
+        ("data.class_names", ("only",), r"is \('only',\); expected 2 to 254 names, one per class"),
         (
             "data.class_names",
             tuple(map(str, range(255))),

@@ -26,7 +26,7 @@ def config_with(**fields):
         ),
         (
             {"loss__class_weights": (1.0, 2.0)},
-            r"config.loss.class_weights is \(1.0, 2.0\); expected as many .* 3, or .* here are 2",
+            r"config.loss.class_weights is \(1.0, 2.0\); expected as many .* 3, or .* found 2",
         ),
         (
             {"loss__class_weights": (0, 0, 0)},

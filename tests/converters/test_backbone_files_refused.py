@@ -113,14 +113,14 @@ def test_names_of_timm_are_used_in_messages(tmp_path):
 def test_values_that_are_not_finite(tmp_path, key, value):
     tensors = torch_dict(narrow("resnet18"))
     tensors[key].view(-1)[1] = value
-    with pytest.raises(UserError, match=f"{re.escape(key)} has 1 values of .* not finite"):
+    with pytest.raises(UserError, match=f"in {re.escape(key)}, 1 of .* not finite"):
         refused(tmp_path, tensors)
 
 
 def test_values_too_large_for_float32(tmp_path):
     tensors = {key: x.double() for key, x in torch_dict(narrow("resnet18")).items()}
     tensors["stem.1.bias"][0] = 1e300
-    with pytest.raises(UserError, match=r"stem\.1\.bias has 1 values"):
+    with pytest.raises(UserError, match=r"in stem\.1\.bias, 1 of 2 values are not finite"):
         refused(tmp_path, tensors)
 
 

@@ -134,6 +134,7 @@ def training_config():
     return config
 
 
+@pytest.mark.slow
 def test_steps_equal_those_of_our_model(double_precision):
     config, steps_per_epoch = training_config(), 1
     rng = np.random.default_rng(0)

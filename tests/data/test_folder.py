@@ -259,7 +259,7 @@ def test_missing_label_hints(root):
 
 def test_two_images_with_one_stem(root):
     write_image(root / "images/val/d.jpg")
-    with pytest.raises(UserError, match=r"d\.jpg and d\.png: two image files with one stem"):
+    with pytest.raises(UserError, match=r"d\.jpg and d\.png: two image files with the same stem"):
         open_split(data_config(root), "val")
 
 

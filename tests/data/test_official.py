@@ -191,7 +191,7 @@ def test_file_that_is_there_twice(tmp_path):
     first = Path(source.images[0])
     (first.parent / "copy").mkdir()
     shutil.copy(first, first.parent / "copy" / first.name)
-    with pytest.raises(UserError, match=r"have one name"):
+    with pytest.raises(UserError, match=r"have the same name"):
         opened("ade20k", tmp_path)
 
 

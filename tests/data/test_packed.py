@@ -415,7 +415,7 @@ def test_what_is_not_packed(data, tmp_path):
     manifest = dataclasses.replace(manifest, complete=False, shards=shards)
     packed.write_manifest(Path(data.packed), manifest)
     done = len(shards) - 1
-    with pytest.raises(UserError, match=rf"not packed to its end: {done} of {done + 1} shards"):
+    with pytest.raises(UserError, match=rf"not completely packed: {done} of {done + 1} shards"):
         open_split(data, "train")
     (tmp_path / "empty").mkdir()
     data.packed = str(tmp_path / "empty")

@@ -3,6 +3,7 @@
 import functools
 import math
 import pathlib
+import re
 
 import jax
 import jax.numpy as jnp
@@ -19,9 +20,10 @@ from memseg_jax.runtime.sharding import make_mesh
 from tests.goldens import golden_files, load, rule_image, take_slice
 from tests.reference_models import reference_config, rule_variables
 
-# Twelve passes take about a minute, and minutes with windows.
+# Twelve passes take about a minute, and minutes with windows; probabilities of single windows and
+# mirrored pairs of logits are what remains quick.
 CASES = [
-    pytest.param(name, marks=[pytest.mark.slow] if "ms_flip_probs" in name else [])
+    pytest.param(name, marks=[pytest.mark.slow] if re.search("ms_flip|single_logits", name) else [])
     for name in golden_files("inference")
 ]
 

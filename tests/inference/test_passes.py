@@ -24,6 +24,7 @@ class Toy:
     """In a segmentor's place: means of 4x4 pixels, and a share of what is to their left."""
 
     output_stride = coarsest_stride = 4
+    precision = "highest"
 
     def __init__(self, num_classes=2, leftward=0.5):
         self.num_classes, self.leftward = num_classes, leftward

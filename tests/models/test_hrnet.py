@@ -41,7 +41,10 @@ def test_the_tensors_are_those_of_the_reference(variant):
     assert checksum(lines) == 0x77772C87
 
 
-@pytest.mark.parametrize("size", [(64, 64), (97, 129), (33, 50)])
+@pytest.mark.parametrize(
+    "size",
+    [(97, 129), *(pytest.param(size, marks=pytest.mark.slow) for size in [(64, 64), (33, 50)])],
+)
 def test_one_map_at_stride_four(size):
     model = hrnet.build("hrnetv2w48")
     images = jax.ShapeDtypeStruct((2, *size, 3), jnp.float32)

@@ -60,6 +60,7 @@ def test_every_block_is_computed_again_and_no_name_changes(backbone):
     assert variables[0] == variables[1]
 
 
+@pytest.mark.slow
 def test_a_step_has_the_same_numbers_():
     jax.config.update("jax_enable_x64", True)
     try:
@@ -118,9 +119,3 @@ def test_a_gpu_needs_less_memory():
     assert result.returncode == 0, result.stderr[-4000:]
     none, blocks = map(int, result.stdout.split())
     assert blocks < 0.7 * none
-
-
-def test_the_config_of_an_earlier_checkpoint_has_no_such_field():
-    config = small("resnet18", "none")
-    del config.model["remat"]
-    assert not build_segmentor(config).remat

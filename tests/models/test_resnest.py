@@ -59,7 +59,9 @@ def test_the_tensors_are_those_of_the_reference():
     assert checksum(lines) == 0x37C57ADB
 
 
-@pytest.mark.parametrize("size", [(64, 64), (97, 129), (1, 1)])
+@pytest.mark.parametrize(
+    "size", [pytest.param((64, 64), marks=pytest.mark.slow), (97, 129), (1, 1)]
+)
 def test_four_maps(size):
     model = resnest.build("resnest101")
     images = jax.ShapeDtypeStruct((2, *size, 3), jnp.float32)

@@ -46,6 +46,10 @@ def rest_of(variables):
 # ---- numbers of parameters -------------------------------------------------------------------
 
 
+def slow(*case):
+    return pytest.param(*case, marks=pytest.mark.slow)
+
+
 @functools.cache
 def published(model, enabled=True):
     config = reference_config(model)
@@ -57,16 +61,16 @@ def published(model, enabled=True):
     ("model", "parameters", "memory"),
     [
         ("resnet50os8_ade20k", 91_410_722, 76_800),
-        ("resnet101os8_ade20k", 110_402_850, 76_800),
-        ("resnet50os8_cityscapes", 91_209_113, 9_728),
-        ("resnet50os8_cocostuff10k", 91_459_970, 93_184),
-        ("resnet50os8_lip", 91_210_652, 10_240),
-        ("resnest101os8_ade20k", 114_109_474, 76_800),
-        ("resnest101os8_cocostuff10k", 114_158_722, 93_184),
-        ("hrnetv2w48_ade20k", 102_574_444, 76_800),
-        ("hrnetv2w48_lip", 107_108_104, 10_240),
+        slow("resnet101os8_ade20k", 110_402_850, 76_800),
+        slow("resnet50os8_cityscapes", 91_209_113, 9_728),
+        slow("resnet50os8_cocostuff10k", 91_459_970, 93_184),
+        slow("resnet50os8_lip", 91_210_652, 10_240),
+        slow("resnest101os8_ade20k", 114_109_474, 76_800),
+        slow("resnest101os8_cocostuff10k", 114_158_722, 93_184),
+        slow("hrnetv2w48_ade20k", 102_574_444, 76_800),
+        slow("hrnetv2w48_lip", 107_108_104, 10_240),
         ("vitlarge_ade20k", 368_790_254, 76_800),
-        ("vitlarge_cocostuff10k_2021", 368_684_942, 93_184),
+        slow("vitlarge_cocostuff10k_2021", 368_684_942, 93_184),
     ],
 )
 def test_trainable_parameters_of_the_published_models(model, parameters, memory):
@@ -299,6 +303,7 @@ def test_padding_changes_no_number():
     assert_padding_changes_nothing(small_model(), [(33, 47), (1, 1), (48, 9), (17, 64)])
 
 
+@pytest.mark.slow
 def test_padding_changes_no_number_with_other_settings():
     config = small_config()
     config.model.backbone = "resnet50"
@@ -307,11 +312,13 @@ def test_padding_changes_no_number_with_other_settings():
     assert_padding_changes_nothing(build_segmentor(config), [(25, 31)])
 
 
+@pytest.mark.slow
 def test_padding_changes_no_number_of_the_baseline():
     assert_padding_changes_nothing(small_model(enabled=False), [(41, 15)])
 
 
-@pytest.mark.parametrize("downsample", [1, pytest.param(2, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("downsample", [1, 2])
 def test_padding_changes_no_number_of_hrnet(downsample, monkeypatch):
     monkeypatch.setattr(hrnet, "MODULES", {2: 1, 3: 1, 4: 1})
     monkeypatch.setattr(hrnet, "BLOCKS", 1)
@@ -324,12 +331,14 @@ def test_padding_changes_no_number_of_hrnet(downsample, monkeypatch):
     assert_padding_changes_nothing(build_segmentor(config), [(41, 77), (30, 3)], 0.5)
 
 
+@pytest.mark.slow
 def test_padding_changes_no_number_of_resnest():
     backbone, _ = short_backbone()
     # Pools whose last blocks are incomplete; an attention whose mean is of one position.
     assert_padding_changes_nothing(small_model().clone(backbone=backbone), [(33, 47), (1, 1)])
 
 
+@pytest.mark.slow
 def test_padding_changes_no_number_of_a_vision_transformer():
     backbone = ViT(grid=2, width=1 / 16, outputs=(0, 1, 2, 3))
     # The table is resized; used as it is; used as it is in rows of another length.

@@ -71,7 +71,10 @@ def build(parts, groups=1, frozen=False, memory=True, weights=()):
     state = double(init_state(init_variables(model, 0), tx))
     if frozen:
         model = WithRunningStatistics(
-            model=model, memory_enabled=memory, num_classes=model.num_classes
+            model=model,
+            memory_enabled=memory,
+            num_classes=model.num_classes,
+            precision=model.precision,
         )
     return make_train_step(model, config, tx, schedule, 1), state
 

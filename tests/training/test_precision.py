@@ -118,7 +118,12 @@ def test_a_short_training_learns():
 
 @pytest.mark.parametrize(
     ("backbone", "width"),
-    [("resnet18", 0.125), ("resnest101", 0.0625), ("hrnetv2w48", 0.0625), ("vitlarge", 0.0625)],
+    [
+        ("resnet18", 0.125),
+        pytest.param("resnest101", 0.0625, marks=pytest.mark.slow),
+        pytest.param("hrnetv2w48", 0.0625, marks=pytest.mark.slow),
+        ("vitlarge", 0.0625),
+    ],
 )
 def test_no_long_sum_is_in_bfloat16(backbone, width):
     """Sums over positions, such as a bias's gradient: adding to 256, bfloat16 loses a 1."""
