@@ -106,7 +106,14 @@ def test_every_tensor_of_ours_has_its_counterpart(name):
     assert {key: theirs[key] for key in theirs.keys() - counters} == shapes
 
 
-@pytest.mark.parametrize("name", ["plain", "slots, hard", "no context", "widths", "downsample"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "plain",
+        "slots, hard",
+        *(pytest.param(x, marks=pytest.mark.slow) for x in ("no context", "widths", "downsample")),
+    ],
+)
 def test_outputs_equal_those_of_our_model(name, double_precision):
     config = SMALL[name]
     ours = build_segmentor(config)

@@ -179,7 +179,12 @@ def narrow(backbone, classes=5):
         (narrow("resnet50"), narrow("resnet18"), "the file has the backbone resnet50"),
         (narrow("resnet50"), narrow("resnet101"), "the file has the backbone resnet50"),
         (narrow("resnest101"), narrow("resnet101"), "the file has the backbone resnest101"),
-        (narrow("hrnetv2w48"), narrow("resnet50"), "the file has the backbone hrnetv2w48"),
+        pytest.param(
+            narrow("hrnetv2w48"),
+            narrow("resnet50"),
+            "the file has the backbone hrnetv2w48",
+            marks=pytest.mark.slow,
+        ),
         (narrow("resnet18", 19), narrow("resnet18"), "19 classes as Cityscapes has"),
         (narrow("resnet18", 7), narrow("resnet18"), "for 7 classes, the config for 5"),
     ],

@@ -38,7 +38,14 @@ def small(backbone, remat):
     return config
 
 
-@pytest.mark.parametrize("backbone", BLOCKS)
+@pytest.mark.parametrize(
+    "backbone",
+    [
+        "resnet18",
+        "vitlarge",
+        *(pytest.param(x, marks=pytest.mark.slow) for x in ("resnest101", "hrnetv2w48")),
+    ],
+)
 def test_every_block_is_computed_again_and_no_name_changes(backbone):
     counts, variables = [], []
     for remat in ("none", "blocks"):

@@ -113,7 +113,7 @@ def assert_same_step(actual, expected):
 
 
 @pytest.mark.parametrize(
-    ("groups", "parts"), [(1, 4), (2, 2), pytest.param(2, 4, marks=pytest.mark.slow)]
+    ("groups", "parts"), [(2, 2), *(pytest.param(n, 4, marks=pytest.mark.slow) for n in (1, 2))]
 )
 def test_parts_of_equal_statistics_are_the_whole_batch(groups, parts):
     whole = run(parts=1, groups=groups, repeated=True)
