@@ -171,7 +171,7 @@ def jit_step(step: Callable, state: Any, mesh: Mesh) -> Callable:
     """`jax.jit` of a training step whose state stays where it is.
 
     Args:
-        step: (state, batch) -> (state, metrics), see `train_step.make_train_step`.
+        step: (state, batch) -> (state, metrics), see `training.step.make_train_step`.
         state: a `TrainState` of arrays or of shapes.
         mesh: the devices.
 

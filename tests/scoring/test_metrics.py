@@ -184,3 +184,10 @@ def test_result_files(tmp_path, example):
 def test_result_files_in_a_missing_folder(tmp_path, example):
     with pytest.raises(UserError, match="cannot write"):
         write_results(tmp_path / "gone", *example, NAMES, {})
+
+
+def test_a_class_that_is_predicted_too_often_is_scored(tmp_path):
+    matrix = np.array([[1, 0, 0], [2, 0, 0]])
+    write_results(tmp_path, scores(matrix), matrix, ("sky", "road"), {})
+    result = json.loads((tmp_path / "metrics.json").read_text())
+    assert [row["state"] for row in result["per_class"]] == ["scored", "scored"]

@@ -1,6 +1,6 @@
 """Part by part (`config.train.accumulate`): the numbers of the whole batch in less memory.
 
-In double precision, as in `test_train_step`. Batch statistics are what parts do not share, so there
+In double precision, as in `test_step`. Batch statistics are what parts do not share, so there
 are two arrangements: parts that hold the same images, whose statistics are equal, and a model that
 normalises with the running statistics, for which the images may be anything.
 """
