@@ -192,6 +192,7 @@ def test_trained_evaluated_and_scored(name, walks):
         assert any((plain_maps[key] != flipped_maps[key]).any() for key in plain_maps)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", DATA_SETS)
 def test_eight_devices_give_the_same_scores(name, walks):
     walk = walks(name)
@@ -214,6 +215,7 @@ def test_eight_devices_train_the_same(name, walks):
     np.testing.assert_allclose(found[EARLY], expected[EARLY], rtol=1e-3)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", DATA_SETS)
 def test_packed(name, walks):
     walk = walks(name)
