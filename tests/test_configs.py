@@ -316,7 +316,7 @@ def tracing_takes_long(name):
     return pytest.param(name, marks=[pytest.mark.slow] if slow else [])
 
 
-@pytest.mark.parametrize("name", map(tracing_takes_long, sorted(PARAMETERS)))
+@pytest.mark.parametrize("name", [tracing_takes_long(name) for name in sorted(PARAMETERS)])
 def test_number_of_parameters(name):
     variables = abstract_variables(build_segmentor(load(name)))
     assert sum(leaf.size for leaf in jax.tree.leaves(variables["params"])) == PARAMETERS[name]
