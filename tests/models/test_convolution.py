@@ -86,7 +86,7 @@ def test_all_forms_equal_xla(height, width, window, stride, dilation, groups):
 
 
 @pytest.mark.parametrize("groups", [1, 2])
-@pytest.mark.parametrize("dilation", [2, 5])
+@pytest.mark.parametrize("dilation", [2, pytest.param(5, marks=pytest.mark.slow)])
 def test_float32_and_bfloat16_to_rounding(dilation, groups):
     conv_params = ConvParams(1, dilation, groups)
     case = random_case(12, 13, (3, 3), conv_params, jnp.bfloat16, channels=(4, 4))
