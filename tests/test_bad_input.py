@@ -4,7 +4,6 @@ import os
 import shutil
 from pathlib import Path
 
-import jax
 import numpy as np
 import pytest
 from PIL import Image
@@ -109,16 +108,7 @@ def root(tmp_path):
 @pytest.fixture
 def counting_step(monkeypatch):
     """Trains with a step that only counts: everything but the numbers is real."""
-
-    def compile_nothing(function, what, *args):
-        def step(state, batch):
-            with jax.transfer_guard("allow"):
-                state = state.replace(step=state.step + 1)
-            return state, {"loss": np.float32(1), "lr": np.float32(0.1), "nonfinite": np.int32(0)}
-
-        return step
-
-    tiny.replace_training_step(monkeypatch, compile_nothing)
+    tiny.count_steps(monkeypatch)
 
 
 @pytest.fixture(scope="module")
@@ -322,17 +312,11 @@ def test_an_image_that_turns_unreadable_in_the_middle_of_a_run(
     path = root / "images" / "train" / "05.png"
     content = path.read_bytes()
 
-    def compile_nothing(function, what, *args):
-        def step(state, batch):
-            with jax.transfer_guard("allow"):
-                state = state.replace(step=state.step + 1)
-                if int(state.step) == 5:
-                    path.write_bytes(content[: len(content) // 2])
-            return state, {"loss": np.float32(1), "lr": np.float32(0.1), "nonfinite": np.int32(0)}
+    def damage(number):
+        if number == 5:
+            path.write_bytes(content[: len(content) // 2])
 
-        return step
-
-    tiny.replace_training_step(monkeypatch, compile_nothing)
+    tiny.count_steps(monkeypatch, damage)
     run = (f"--config.data.root={root}", "--workdir", tmp_path / "run")
     assert tiny.run(*run) == 1
     assert_explained(capsys.readouterr().err, [str(path), "replace or remove it"])

@@ -39,7 +39,9 @@ def quick(monkeypatch, compilations):
 
 
 @pytest.mark.slow
-def test_without_data_and_workdir(quick, quiet_entry, capsys, caplog, tmp_path, monkeypatch):
+def test_without_data_and_workdir(
+    quick, quiet_entry, three_convolutions, capsys, caplog, tmp_path, monkeypatch
+):
     monkeypatch.chdir(tmp_path)
     with caplog.at_level("INFO"):
         assert tiny.run("--mode", "benchmark") == 0
@@ -56,7 +58,7 @@ def test_without_data_and_workdir(quick, quiet_entry, capsys, caplog, tmp_path, 
     assert not list(tmp_path.iterdir())
 
 
-def test_with_data_and_workdir(quick, quiet_entry, capsys, tmp_path):
+def test_with_data_and_workdir(quick, quiet_entry, three_convolutions, capsys, tmp_path):
     arguments = (f"--config.data.root={tiny.data_root()}", "--workdir", tmp_path / "run")
     assert tiny.run("--mode", "benchmark", *arguments) == 0
     result = json.loads((tmp_path / "run" / "benchmark.json").read_text())

@@ -217,6 +217,16 @@ def test_many_sizes(run):
     assert printed.startswith("config.eval.canvases = ((")
 
 
+def test_saving(run, tmp_path):
+    flags = (f"--config={CONFIG}", "--saves=3", f"--folder={tmp_path}")
+    ((found,), printed) = run("saving", *flags)
+    assert len(found["waits"]) == 3
+    assert all(0 < wait <= total for wait, total in zip(found["waits"], found["totals"]))
+    assert found["bytes"] > 100_000
+    assert "| median of the others | " in printed
+    assert not list(tmp_path.iterdir())
+
+
 @pytest.mark.slow
 def test_scaling(run):
     sweeps = ("--batches=1,2", "--crops=32", "--classes=3,4")

@@ -310,7 +310,13 @@ def test_published_settings_with_several_scales_and_flip(row):
     assert plain == config
 
 
-@pytest.mark.parametrize("name", sorted(PARAMETERS))
+def tracing_takes_long(name):
+    """Marks the recipes whose backbone another recipe has, too, and is slow to trace."""
+    slow = "hrnet" in name and name != "lip_hrnet"
+    return pytest.param(name, marks=[pytest.mark.slow] if slow else [])
+
+
+@pytest.mark.parametrize("name", [tracing_takes_long(name) for name in sorted(PARAMETERS)])
 def test_number_of_parameters(name):
     variables = abstract_variables(build_segmentor(load(name)))
     assert sum(leaf.size for leaf in jax.tree.leaves(variables["params"])) == PARAMETERS[name]

@@ -180,6 +180,12 @@ def test_sliding_windows(matrix, compilations):
     assert sum("network" in what for what in compilations) == 2
     assert len(compilations) <= 8
     assert moved(windows, matrix(batch_size=5)) < 1e-3
+
+
+@pytest.mark.slow
+def test_sliding_windows_of_exact_sizes(matrix):
+    slide = {"mode": "slide", "window": (32, 40), "stride": (20, 24)}
+    windows = matrix(**slide, exact_sizes=0, size_multiple=64, batch_size=1)
     assert moved(windows, matrix(exact_sizes=9)) < 1e-3
     # A window as large as every image is the whole image.
     assert moved(matrix(window=(64, 64)), matrix(mode="whole")) < 1e-3

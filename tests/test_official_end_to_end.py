@@ -24,10 +24,8 @@ from tests import session, tiny
 from tests.official_trees import SPLITS, write_tree
 from tests.small_models import FAST_COMPILE
 
-DATA_SETS = [
-    pytest.param(name, marks=() if name == "lip" else pytest.mark.slow, id=name)
-    for name in ("lip", "ade20k", "cityscapes", "cocostuff10k")
-]
+pytestmark = pytest.mark.slow
+DATA_SETS = ("lip", "ade20k", "cityscapes", "cocostuff10k")
 # The published recipe at the size of a stamp.
 SMALL = {
     "model.backbone": "resnet18",
@@ -204,7 +202,6 @@ def test_eight_devices_give_the_same_scores(name, walks):
         assert again["mIoU"] == pytest.approx(scores["mIoU"], abs=2e-3)
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("name", DATA_SETS)
 def test_eight_devices_train_the_same(name, walks):
     walk = walks(name)
@@ -242,7 +239,6 @@ def test_packed(name, walks):
             np.testing.assert_array_equal(sample["label"], expected["label"])
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("name", DATA_SETS)
 def test_two_processes_train_and_score_the_same(name, walks):
     walk = walks(name)

@@ -335,7 +335,9 @@ def no_compilers(monkeypatch):
     monkeypatch.setattr(topologies, "missing", lambda kind: f"no compiler for {kind}")
 
 
-def test_a_plan_without_the_compiler(no_compilers, quiet_entry, capsys, caplog, tmp_path):
+def test_a_plan_without_the_compiler(
+    no_compilers, quiet_entry, three_convolutions, capsys, caplog, tmp_path
+):
     arguments = [f"--config.{name}={value}" for name, value in PLAIN.items()]
     arguments += ["--workdir", tmp_path / "run", f"--config.data.root={tiny.data_root()}"]
     with caplog.at_level("WARNING"):

@@ -282,21 +282,6 @@ def test_another_data_set_is_refused(finished, capsys, tmp_path):
 # ---- The loop, without a real step --------------------------------------------------------------
 
 
-def fake_step(values):
-    """A training step that only counts, with these metrics."""
-
-    def compile_nothing(function, what, *args):
-        def step(state, batch):
-            with jax.transfer_guard("allow"):
-                state = state.replace(step=state.step + 1)
-            metrics = {name: np.float32(value) for name, value in values.items()}
-            return state, metrics | {"nonfinite": np.int32(0)}
-
-        return step
-
-    return compile_nothing
-
-
 @pytest.mark.parametrize(
     ("change", "answer"),
     [
@@ -329,24 +314,24 @@ def test_values_that_would_fail_later_are_refused_at_once(tmp_path, capsys, monk
     assert f"config.{change.partition('=')[0]}" in capsys.readouterr().err
 
 
-def test_work_survives_an_evaluation_that_fails(tmp_path, capsys, monkeypatch):
+def test_work_survives_an_evaluation_that_fails(tmp_path, capsys, monkeypatch, three_convolutions):
     root = shutil.copytree(tiny.data_root(), tmp_path / "data")
     (root / "images" / "val" / "03.png").write_bytes(b"")
-    values = {"loss": 1.0, "loss_stage2": 1.0, "lr": 0.1}
-    tiny.replace_training_step(monkeypatch, fake_step(values))
+    tiny.count_steps(monkeypatch)
     run = (f"--config.data.root={root}", "--workdir", tmp_path / "run")
     assert tiny.run(*run, "--config.checkpoint.every=1000", "--config.train.eval_every=1") == 1
     assert "images/val/03.png" in capsys.readouterr().err
     assert checkpoint.all_steps(tmp_path / "run") == [4]
 
 
-def test_the_last_evaluation_is_made_up_for(tmp_path, capsys, monkeypatch, compilations):
+def test_the_last_evaluation_is_made_up_for(
+    tmp_path, capsys, monkeypatch, compilations, three_convolutions
+):
     root = shutil.copytree(tiny.data_root(), tmp_path / "data")
     bad = root / "images" / "val" / "03.png"
     content = bad.read_bytes()
     bad.write_bytes(b"")
-    values = {"loss": 1.0, "loss_stage2": 1.0, "lr": 0.1}
-    tiny.replace_training_step(monkeypatch, fake_step(values))
+    tiny.count_steps(monkeypatch)
     run = (f"--config.data.root={root}", "--workdir", tmp_path / "run")
     assert tiny.run(*run) == 1
     bad.write_bytes(content)

@@ -157,6 +157,27 @@ def replace_training_step(monkeypatch, make_step):
     monkeypatch.setattr(compilation, "compile_with_notice", compile_any)
 
 
+def count_steps(monkeypatch, during=lambda number: None):
+    """Lets the training step only count: all around it is real, and nothing is learned.
+
+    Args:
+        monkeypatch: pytest's.
+        during: called with the number of each step, from 1.
+    """
+
+    def compile_nothing(function, what, *args):
+        def step(state, batch):
+            with jax.transfer_guard("allow"):
+                state = state.replace(step=state.step + 1)
+                during(int(state.step))
+            metrics = {"loss": np.float32(1), "loss_stage2": np.float32(1), "lr": np.float32(0.1)}
+            return state, metrics | {"nonfinite": np.int32(0)}
+
+        return step
+
+    replace_training_step(monkeypatch, compile_nothing)
+
+
 @pytest.fixture
 def compilations(monkeypatch):
     """Compiles quickly, on one device; returns the list of what was compiled."""

@@ -32,6 +32,9 @@ from memseg_jax.runtime.plain import flatten
 log = logging.getLogger(__name__)
 
 _CONCURRENT_GB = 1  # of arrays that are on their way to the disk at a time
+# Devices that hold the same array write a part of it each. Cutting is a program of its own for
+# every shape and device, which training waits for: only where it is little beside the writing.
+_SMALLEST_PART = 2**20  # bytes
 # The library below reports disk errors as plain ValueErrors, known only by the system's words.
 _DISK_ERRORS = (
     "No space left on device",
@@ -69,6 +72,15 @@ def write_weights(
         checkpointer.save(dict(variables), meta)
 
 
+def _background_handler() -> ocp.PyTreeCheckpointHandler:
+    """Orbax's usual handler of arrays, which writes in the background."""
+    parts = type_handlers.ArrayHandler(min_slice_bytes_for_replica_parallel=_SMALLEST_PART)
+    registry = type_handlers.create_type_handler_registry(
+        (np.ndarray, type_handlers.NumpyHandler()), (jax.Array, parts)
+    )
+    return ocp.PyTreeCheckpointHandler(type_handler_registry=registry)
+
+
 class Checkpointer:
     """Saves a run's state in the background and restores it; use it as a context manager.
 
@@ -103,7 +115,7 @@ class Checkpointer:
         self._almost_saved = threading.Event()  # the save in the background nears its end
         self._remove_leftovers()
         handlers = ocp.CompositeCheckpointHandler(
-            state=write_now or ocp.PyTreeCheckpointHandler(), meta=ocp.JsonCheckpointHandler()
+            state=write_now or _background_handler(), meta=ocp.JsonCheckpointHandler()
         )
         self._checkpointer = (
             ocp.Checkpointer(handlers)

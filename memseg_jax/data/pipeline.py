@@ -172,7 +172,8 @@ class Batches:
             # grain leaves batches that nobody took in reference cycles. Shared memory that is not
             # freed before the program ends is reported as leaked.
             del iterator
-            gc.collect()
+            if self._in_shared_memory:
+                gc.collect()
 
     def __enter__(self) -> "Batches":
         return self

@@ -2,7 +2,6 @@
 
 import sys
 
-import jax
 import numpy as np
 import pytest
 import torch
@@ -33,21 +32,14 @@ def test_what_is_not_in_the_file_starts_as_without_it():
         np.testing.assert_array_equal(ours[name], known.get(name, value), name)
 
 
-def counting_step(fails_at):
-    """A training step that leaves the weights as they are, and fails at some step."""
+def fail_at(last):
+    """What a step does that fails at some number."""
 
-    def compile_nothing(function, what, *args):
-        def step(state, batch):
-            with jax.transfer_guard("allow"):
-                state = state.replace(step=state.step + 1)
-                if int(state.step) == fails_at:
-                    raise UserError(f"stopped at step {fails_at}")
-            metrics = {"loss": np.float32(1), "loss_stage2": np.float32(1), "lr": np.float32(0.1)}
-            return state, metrics | {"nonfinite": np.int32(0)}
+    def during(number):
+        if number == last:
+            raise UserError(f"stopped at step {number}")
 
-        return step
-
-    return compile_nothing
+    return during
 
 
 def weights(workdir):
@@ -81,7 +73,7 @@ def test_training_starts_from_the_file_and_goes_on_without_it(
         for name in after.keys() - backbone.keys():
             np.testing.assert_array_equal(after[name], fresh[name], name)
 
-    tiny.replace_training_step(monkeypatch, counting_step(fails_at=4))
+    tiny.count_steps(monkeypatch, fail_at(4))
     with caplog.at_level("INFO"):
         assert tiny.run(*run) == 1
     assert "stopped at step 4" in capsys.readouterr().err
@@ -91,7 +83,7 @@ def test_training_starts_from_the_file_and_goes_on_without_it(
 
     path.unlink()
     caplog.clear()
-    tiny.replace_training_step(monkeypatch, counting_step(fails_at=7))
+    tiny.count_steps(monkeypatch, fail_at(7))
     with caplog.at_level("INFO"):
         assert tiny.run(*run) == 1
     assert "stopped at step 7" in capsys.readouterr().err

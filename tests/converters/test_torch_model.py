@@ -109,9 +109,11 @@ def test_every_tensor_of_ours_has_its_counterpart(name):
 @pytest.mark.parametrize(
     "name",
     [
-        "plain",
         "slots, hard",
-        *(pytest.param(x, marks=pytest.mark.slow) for x in ("no context", "widths", "downsample")),
+        *(
+            pytest.param(x, marks=pytest.mark.slow)
+            for x in ("plain", "no context", "widths", "downsample")
+        ),
     ],
 )
 def test_outputs_equal_those_of_our_model(name, double_precision):

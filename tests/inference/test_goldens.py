@@ -23,7 +23,7 @@ from tests.reference_models import reference_config, rule_variables
 # Twelve passes take about a minute, and minutes with windows; probabilities of single windows and
 # mirrored pairs of logits are what remains quick.
 CASES = [
-    pytest.param(name, marks=[pytest.mark.slow] if re.search("ms_flip|single_logits", name) else [])
+    pytest.param(name, marks=[pytest.mark.slow] if re.search("flip|single_logits", name) else [])
     for name in golden_files("inference")
 ]
 

@@ -86,7 +86,7 @@ def test_all_forms_equal_xla(height, width, window, stride, dilation, groups):
 
 
 @pytest.mark.parametrize("groups", [1, 2])
-@pytest.mark.parametrize("dilation", [2, 5])
+@pytest.mark.parametrize("dilation", [2, pytest.param(5, marks=pytest.mark.slow)])
 def test_float32_and_bfloat16_to_rounding(dilation, groups):
     conv_params = ConvParams(1, dilation, groups)
     case = random_case(12, 13, (3, 3), conv_params, jnp.bfloat16, channels=(4, 4))
@@ -193,7 +193,7 @@ def test_tiles_equal_xla(height, width, dilation, groups):
 MANY = convolution.CHANNELS_TO_TILE
 
 
-@pytest.mark.parametrize("conv_params", [ConvParams(dilation=2), ConvParams(groups=2)])
+@pytest.mark.parametrize("conv_params", [ConvParams(dilation=2, groups=2)])
 def test_many_channels_go_by_tiles(conv_params):
     """The results of `convolve` are those of float64 to float32 rounding."""
     case = random_case(13, 14, (3, 3), conv_params, jnp.float32, channels=(MANY, MANY + 1))
@@ -269,7 +269,13 @@ def test_taps_outside_of_the_map_cost_nothing(size, dilation, window):
     assert f"tensor<{window}x2x3xf32>) -> tensor<2x" in text
 
 
-@pytest.mark.parametrize("conv_params", [ConvParams(dilation=2), ConvParams(dilation=3, groups=2)])
+@pytest.mark.parametrize(
+    "conv_params",
+    [
+        ConvParams(dilation=3, groups=2),
+        pytest.param(ConvParams(dilation=2), marks=pytest.mark.slow),
+    ],
+)
 @pytest.mark.parametrize("platform_form", ["cpu", "tiles", *range(len(FORMS))])
 def test_batch_split_over_devices(conv_params, platform_form, monkeypatch):
     """The same numbers, and no device collects what belongs to another one."""

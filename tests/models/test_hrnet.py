@@ -86,6 +86,7 @@ def draw_images(*size):
     return np.random.default_rng(0).standard_normal((*size, 3)).astype(np.float32)
 
 
+@pytest.mark.slow
 def test_only_the_published_stem_has_no_first_relu():
     images, seen = draw_images(1, 33, 50), []
     for variant in ("hrnetv2w48", "hrnetv2w48_relu"):

@@ -11,7 +11,6 @@ import threading
 import time
 from pathlib import Path
 
-import jax
 import numpy as np
 import pytest
 
@@ -49,23 +48,15 @@ def nothing_is_left():
     assert signal.set_wakeup_fd(-1) == -1
 
 
-def fake_step(signal_at, number):
-    """Takes the place of `compile_with_notice`: a step that only counts, and sends a signal."""
+def send(number, at):
+    """What a step does that sends a signal to this process at some step, and waits for it."""
 
-    def compile_nothing(function, what, *args):
-        def step(state, batch):
-            with jax.transfer_guard("allow"):
-                state = state.replace(step=state.step + 1)
-            if int(state.step) == signal_at:
-                os.kill(os.getpid(), number)
-                assert distributed.stop_requested().wait(LIMIT)
-            values = {"loss": 1.0, "loss_stage2": 1.0, "lr": 0.1}
-            metrics = {name: np.float32(value) for name, value in values.items()}
-            return state, metrics | {"nonfinite": np.int32(0)}
+    def during(step):
+        if step == at:
+            os.kill(os.getpid(), number)
+            assert distributed.stop_requested().wait(LIMIT)
 
-        return step
-
-    return compile_nothing
+    return during
 
 
 class FakePredictor:
@@ -88,9 +79,14 @@ class FakePredictor:
 # ---- In this process ----------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("number", SIGNALS)
-def test_a_signal_saves_at_the_end_of_the_step(tmp_path, capsys, monkeypatch, number):
-    tiny.replace_training_step(monkeypatch, fake_step(5, number))
+@pytest.mark.parametrize(
+    "number",
+    [n if n == signal.SIGTERM else pytest.param(n, marks=pytest.mark.slow) for n in SIGNALS],
+)
+def test_a_signal_saves_at_the_end_of_the_step(
+    tmp_path, capsys, monkeypatch, three_convolutions, number
+):
+    tiny.count_steps(monkeypatch, send(number, at=5))
     monkeypatch.setattr(evaluator, "Predictor", FakePredictor)
     monkeypatch.setattr(FakePredictor, "signal_at_last", False)
     arguments = (f"--config.data.root={tiny.data_root()}", "--workdir", tmp_path)
@@ -106,8 +102,10 @@ def test_a_signal_saves_at_the_end_of_the_step(tmp_path, capsys, monkeypatch, nu
     assert [int(row["step"]) for row in rows(tmp_path)] == list(range(1, STEPS + 1))
 
 
-def test_a_signal_during_an_evaluation_does_not_wait_for_its_end(tmp_path, capsys, monkeypatch):
-    tiny.replace_training_step(monkeypatch, fake_step(0, 0))
+def test_a_signal_during_an_evaluation_does_not_wait_for_its_end(
+    tmp_path, capsys, monkeypatch, three_convolutions
+):
+    tiny.count_steps(monkeypatch)
     monkeypatch.setattr(evaluator, "Predictor", FakePredictor)
     arguments = (f"--config.data.root={tiny.data_root()}", "--workdir", tmp_path)
     assert tiny.run(*arguments) == Stopped.EXIT_STATUS

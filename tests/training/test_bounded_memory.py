@@ -20,7 +20,7 @@ from memseg_jax.training.state import abstract_state
 from memseg_jax.training.step import make_train_step
 from tests import tiny
 from tests.compiled_program import collectives, largest_array
-from tests.small_models import FAST_COMPILE
+from tests.small_models import FAST_COMPILE, ThreeConvolutions
 
 BATCH, HEIGHT, WIDTH, CLASSES = 2, 504, 520, 150
 PIXELS = BATCH * HEIGHT * WIDTH
@@ -101,7 +101,7 @@ def test_training_step_holds_neither_features_nor_logits_at_label_size():
     config.model.feature_dim = config.model.aspp_dim = 96
     config.model.memory.attention_dim = 48
     config.replica_groups = 2
-    model = build_segmentor(config)
+    model = build_segmentor(config).clone(backbone=ThreeConvolutions())
     schedule = optimizer.schedule_from_config(config, 10)
     tx = optimizer.sgd(config, schedule)
     batch = {

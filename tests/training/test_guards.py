@@ -159,7 +159,10 @@ def a_bad_batch():
     return batch
 
 
-@pytest.mark.parametrize(("policy", "accumulate"), [("skip", 1), ("raise", 2)])
+@pytest.mark.parametrize(
+    ("policy", "accumulate"),
+    [("skip", 1), pytest.param("raise", 2, marks=pytest.mark.slow)],
+)
 def test_a_bad_batch_changes_nothing(policy, accumulate):
     step = real_step(policy, accumulate)
     state, metrics = step(jax.tree.map(jnp.array, a_state()), a_bad_batch())

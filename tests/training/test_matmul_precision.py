@@ -26,10 +26,10 @@ from tests.compiled_program import equations
 from tests.small_models import ThreeConvolutions
 
 SIDE = 264  # more positions at the network's stride than attention takes at once
-# Tracing the last two takes half a minute.
+# Tracing the last three takes half a minute.
 BACKBONES = [
     "resnet18",
-    "vitlarge",
+    pytest.param("vitlarge", marks=pytest.mark.slow),
     pytest.param("resnest101", marks=pytest.mark.slow),
     pytest.param("hrnetv2w48", marks=pytest.mark.slow),
 ]
@@ -110,7 +110,7 @@ def test_padded_images_and_parity_checks():
     assert of_evaluation(config_of(), forward_with_taps).keys() == HIGHEST
 
 
-@pytest.mark.parametrize("name", ["default", "high"])
+@pytest.mark.parametrize("name", ["high", pytest.param("default", marks=pytest.mark.slow)])
 def test_less_is_taken_where_it_is_asked_for(name):
     """The memory and resizes keep all digits."""
     asked = getattr(Precision, name.upper())

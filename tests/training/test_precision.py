@@ -58,7 +58,7 @@ def run(dtype, steps):
     return jax.device_get(state), metrics
 
 
-@pytest.mark.parametrize("accumulate", [1, 2])
+@pytest.mark.parametrize("accumulate", [2, pytest.param(1, marks=pytest.mark.slow)])
 def test_everything_that_is_kept_is_float32(accumulate):
     model, tx, step = build("bfloat16", accumulate)
     state = abstract_state(model, tx)
@@ -110,6 +110,7 @@ def test_a_step_is_close_to_that_of_float32():
     )
 
 
+@pytest.mark.slow
 def test_a_short_training_learns():
     metrics = run("bfloat16", 30)[1]
     assert all(np.isfinite(value) for values in metrics for value in values.values())
@@ -122,7 +123,7 @@ def test_a_short_training_learns():
         ("resnet18", 0.125),
         pytest.param("resnest101", 0.0625, marks=pytest.mark.slow),
         pytest.param("hrnetv2w48", 0.0625, marks=pytest.mark.slow),
-        ("vitlarge", 0.0625),
+        pytest.param("vitlarge", 0.0625, marks=pytest.mark.slow),
     ],
 )
 def test_no_long_sum_is_in_bfloat16(backbone, width):
