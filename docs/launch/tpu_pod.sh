@@ -25,7 +25,6 @@ FLAGS=${FLAGS---config.model.compute_dtype=bfloat16}
 TYPE=${TYPE:-v5litepod-16}
 RUNTIME=${RUNTIME:-v2-alpha-tpuv5-lite} # for a v6e: v2-alpha-tpuv6e
 SPOT=${SPOT---spot}                     # empty: at the full price, not taken back
-POLL=${POLL:-60}                        # seconds between two looks
 TRIES=${TRIES:-5}                       # starts on one slice, and slices that fail, in a row
 # What makes .venv in the folder of the code. The images of TPUs have an older Python.
 INSTALL=${INSTALL:-'curl -LsSf https://astral.sh/uv/install.sh | sh &&
@@ -193,7 +192,7 @@ run() {
             ;;
         esac
         before=$now
-        sleep "$POLL"
+        sleep "${POLL:-60}"
     done
 }
 
@@ -203,13 +202,17 @@ give_up() {
     delete
 }
 
+# The object is replaced as a whole, and what was shown stays its beginning.
 follow_log() {
-    local shown=0 new
-    exec 3>&1
-    while true; do # the object is replaced as a whole; what was shown stays its beginning
-        new=$(gcloud storage cat --range="$shown-" "$WORKDIR/log.txt" | tee /dev/fd/3 | wc -c) || new=0
-        shown=$((shown + new))
-        sleep "$POLL"
+    local shown=0 errors=2 part
+    part=$(mktemp)
+    exec 4> /dev/null
+    while true; do
+        gcloud storage cat --range="$shown-" "$WORKDIR/log.txt" > "$part" 2>&$errors || true
+        cat "$part"
+        shown=$((shown + $(wc -c < "$part")))
+        [ $shown = 0 ] || errors=4 # which would be that there is nothing new
+        sleep "${POLL:-5}"
     done
 }
 
@@ -218,7 +221,7 @@ run | create | delete) "$1" ;;
 start) case " $(host_states | tr '\n' ' ') " in *" bare "*) install ;; esac && start ;;
 state) slice_state && host_states ;;
 stop) on_hosts "memseg_jax/docs/launch/on_host.sh stop" ;;
-log) POLL=5 follow_log ;;
+log) follow_log ;;
 *)
     echo "usage: TPU=NAME ZONE=ZONE BUCKET=gs://NAME $0" \
         "run | log | stop | create | start | state | delete" >&2

@@ -1,10 +1,11 @@
 """Takes gcloud's place: a slice is a folder, each of its hosts a folder in it, ssh a shell there.
 
 Run as a program, it understands the commands of `docs/launch/tpu_pod.sh`, and no flag that gcloud
-does not have. The environment says where slices are ($SLICES) and how many hosts one has ($HOSTS).
-Imported, it has what the cloud does: it takes slices back.
+does not have; its buckets are folders, too. The environment says where slices are ($SLICES) and how
+many hosts one has ($HOSTS). Imported, it has what the cloud does: it takes slices back.
 """
 
+import contextlib
 import itertools
 import os
 import shutil
@@ -31,6 +32,11 @@ def main(arguments: list[str]) -> int:
     """Does what gcloud would do; returns the exit status."""
     words = [word for word in arguments if not word.startswith("--")]
     flags = dict(word[2:].partition("=")[::2] for word in arguments if word.startswith("--"))
+    if words[:2] == ["storage", "cat"]:
+        assert flags.keys() == {"range"}
+        content = Path(words[2]).read_bytes()
+        sys.stdout.buffer.write(content[int(flags["range"].removesuffix("-")) :])
+        return 0
     assert words[:2] == ["compute", "tpus"], words
     what = " ".join(words[2:4])
     assert flags.keys() <= FLAGS[what], (what, flags)
@@ -136,10 +142,8 @@ def _end_all(place: Path) -> None:
 
 def _signal_all(place: Path, number: int) -> None:
     for process in _processes(place):
-        try:
+        with contextlib.suppress(ProcessLookupError):
             os.kill(process, number)
-        except ProcessLookupError:
-            pass
 
 
 def _processes(place: Path) -> list[int]:

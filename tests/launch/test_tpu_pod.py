@@ -1,4 +1,4 @@
-"""docs/launch/tpu_pod.sh as it is, with a stand-in for gcloud: slices are folders on this machine."""
+"""docs/launch/tpu_pod.sh as it is, with a stand-in for gcloud: slices are folders here."""
 
 import csv
 import os
@@ -40,6 +40,7 @@ class Launch:
         self._write(folder / "bin" / "gcloud", f'exec "{sys.executable}" "{slices.__file__}" "$@"')
         host_python = self._write(folder / "python", python)
         self.log = folder / "launch.log"
+        self.log_object = folder / "runs" / "ade20k_resnet50" / "log.txt"
         self._env = os.environ | {
             "PATH": f"{folder / 'bin'}:{os.environ['PATH']}",
             "SLICES": str(self.slices),
@@ -158,6 +159,22 @@ def test_it_is_stopped_and_the_slice_stays(launch):
     assert made.output.splitlines()[-3:] == ["ready", "stopped", "stopped"]
     assert made.call("delete") == 0
     assert not made.is_there
+
+
+def test_the_log_is_followed(launch):
+    made = launch(ENDED)
+    made.log_object.parent.mkdir(parents=True)
+    process, shown = made.start("log"), ""
+    try:
+        for more in ("one\ntwo ä", "\n\nthree\n"):
+            shown += more
+            made.log_object.with_name("new").write_text(shown)
+            made.log_object.with_name("new").rename(made.log_object)
+            made.wait_until(lambda end=more: made.output.endswith(end), process)
+        time.sleep(0.3)
+        assert made.output.partition("one")[2] == shown.removeprefix("one")
+    finally:
+        process.kill()
 
 
 @pytest.mark.slow
