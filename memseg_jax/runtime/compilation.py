@@ -1,11 +1,11 @@
 """Compiling ahead of time, and saying so: no silent minutes before the first step.
 
 What is compiled is kept in JAX's persistent cache, on a disk or in a bucket. JAX lets process 0
-alone write to it, so that many processes do not write the same entry at once. But the key of an entry
-names devices: process 0 has no entry for a program that runs on another process's own devices, as in
-an evaluation, and on CPUs not even for those that run on the devices of all. So the others write, too,
-what is missing when process 0 has written (`keep_entries`); else they would compile these programs
-again at every start, and process 0 would wait for them.
+alone write to it, so that many processes do not write the same entry at once. But the key of an
+entry names devices: process 0 has no entry for a program that runs on another process's own
+devices, as in an evaluation, and on CPUs not even for those that run on the devices of all. So the
+others write, too, what is missing when process 0 has written (`keep_entries`); else they would
+compile these programs again at every start, and process 0 would wait for them.
 """
 
 import functools
@@ -30,8 +30,9 @@ _unwritten: list[Callable[[], None]] = []
 def keep_programs() -> None:
     """Keeps compiled programs between runs, in $MEMSEG_CACHE or ~/.cache/memseg_jax/xla.
 
-    JAX's own JAX_COMPILATION_CACHE_DIR goes first; without a writable folder there is no cache.
-    To be called after `distributed.start`.
+    JAX's own JAX_COMPILATION_CACHE_DIR and JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS (default
+    here: 1) go first; without a writable folder there is no cache. To be called after
+    `distributed.start`.
 
     Raises:
         UserError: $MEMSEG_CACHE is no path.
@@ -46,7 +47,8 @@ def keep_programs() -> None:
         if files.in_bucket(place):
             # XLA's own notes on GPU kernels would be beside the programs; it cannot write there.
             jax.config.update("jax_persistent_cache_enable_xla_caches", "none")
-    jax.config.update("jax_persistent_cache_min_compile_time_secs", 1.0)
+    if not os.environ.get("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"):
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", 1.0)
     if not distributed.is_primary():
         from jax._src import compiler  # the rule that only process 0 writes has no public name
 

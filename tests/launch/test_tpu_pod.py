@@ -204,6 +204,7 @@ def test_machines_that_are_gone_while_the_request_is_active(launch):
 # The tiny training; code and configs are those that the script has brought to the host.
 TRAIN = f"""
 export PYTHONPATH="{tiny.ROOT}" JAX_PLATFORMS=cpu XLA_FLAGS="{tiny.FLAGS}"
+export JAX_LOG_COMPILES=1 JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS=0.1
 exec "{sys.executable}" -m tests.small_program "${{@:5}}"
 """
 EPOCHS, EVERY = 8, 4  # 32 steps, and a checkpoint at every fourth
@@ -260,4 +261,6 @@ def test_a_slice_is_taken_back_twice_and_the_run_ends_with_the_same_numbers(buck
     assert "resuming at step" in second[0]
     assert "resuming at step" in third[0]
     assert f"step {4 * EPOCHS}/{4 * EPOCHS}" in third[0]
+    for log in (*first, *second, *third):  # of both hosts: the undisturbed run has kept it
+        assert "Persistent compilation cache hit for 'jit_step'" in log
     assert numbers(workdir) == numbers(bucket / "undisturbed")
