@@ -5,7 +5,7 @@
 #   docs/launch/tpu_pod.sh run       # makes the slice, trains, and goes on by itself on a new slice
 #                                    # whenever it is taken back; in the end deletes it
 #   docs/launch/tpu_pod.sh log       # follows the log, from anywhere
-#   docs/launch/tpu_pod.sh stop      # saves and stops; `run` ends, and the slice stays
+#   docs/launch/tpu_pod.sh stop      # saves and stops; `run` ends, and the slice stays (`start`)
 #   docs/launch/tpu_pod.sh create | start | state | delete    # what `run` does, step by step
 #
 # Needs: gcloud, logged in, with a project; a bucket in the zone's region in which the machines'
@@ -71,7 +71,7 @@ slice_state() {
 # ---- Its hosts ----------------------------------------------------------------------------------
 
 on_hosts() {
-    gcloud compute tpus tpu-vm ssh "$TPU" --zone="$ZONE" --worker=all --command="$1"
+    gcloud compute tpus tpu-vm ssh "$TPU" --zone="$ZONE" --worker=all --quiet --command="$1"
 }
 
 # The code of this folder, as it is now, and what it needs.
@@ -81,7 +81,7 @@ install() {
     tar -czf "$archive" --exclude=__pycache__ -C "$root" memseg_jax configs converters \
         docs/launch setup.cfg pyproject.toml README.md LICENSE &&
         gcloud compute tpus tpu-vm scp "$archive" "$TPU:memseg_jax.tar.gz" \
-            --zone="$ZONE" --worker=all &&
+            --zone="$ZONE" --worker=all --quiet &&
         on_hosts "rm -rf memseg_jax && mkdir memseg_jax && tar -xzf memseg_jax.tar.gz -C memseg_jax &&
             cd memseg_jax && $INSTALL && mkdir .launch"
     local status=$?
@@ -216,15 +216,24 @@ follow_log() {
     done
 }
 
-case ${1:-} in
-run | create | delete) "$1" ;;
-start) case " $(host_states | tr '\n' ' ') " in *" bare "*) install ;; esac && start ;;
-state) slice_state && host_states ;;
-stop) on_hosts "memseg_jax/docs/launch/on_host.sh stop" ;;
-log) follow_log ;;
-*)
-    echo "usage: TPU=NAME ZONE=ZONE BUCKET=gs://NAME $0" \
-        "run | log | stop | create | start | state | delete" >&2
-    exit 2
-    ;;
-esac
+main() {
+    case ${1:-} in
+    run | create | delete) "$1" ;;
+    start)
+        case " $(host_states | tr '\n' ' ') " in *" bare "*) install ;; esac && start
+        ;;
+    state)
+        slice=$(slice_state) && echo "$slice" && { [ "$slice" != ready ] || host_states; }
+        ;;
+    stop) on_hosts "memseg_jax/docs/launch/on_host.sh stop" ;;
+    log) follow_log ;;
+    *)
+        echo "usage: TPU=NAME ZONE=ZONE BUCKET=gs://NAME $0" \
+            "run | log | stop | create | start | state | delete" >&2
+        return 2
+        ;;
+    esac
+}
+
+# On one line: bash reads no further, so that this file may change while `run` goes on.
+main "$@"; exit

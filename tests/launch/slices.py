@@ -21,8 +21,8 @@ FLAGS = {
     "queued-resources list": {"zone", "filter", "format"},
     "queued-resources delete": {"zone", "force", "quiet"},
     "tpu-vm list": {"zone", "filter", "format"},
-    "tpu-vm ssh": {"zone", "worker", "command"},
-    "tpu-vm scp": {"zone", "worker"},
+    "tpu-vm ssh": {"zone", "worker", "quiet", "command"},
+    "tpu-vm scp": {"zone", "worker", "quiet"},
 }
 # JAX takes the hosts for tasks of Slurm, and the port of the first one from the number of the job.
 _FIRST_PORT, _PORTS = 61440, 4096
