@@ -119,9 +119,9 @@ verdict() {
         *) [ "$word" -le 128 ] || again=yes ;;
         esac
     done
-    if [ $all_done = yes ]; then
+    if [ "$all_done" = yes ]; then
         echo ended
-    elif [ $again = yes ]; then
+    elif [ "$again" = yes ]; then
         echo start
     else
         echo failed
@@ -144,7 +144,7 @@ run() {
             if words=$(host_states) && [ -n "$words" ]; then
                 # shellcheck disable=SC2086
                 silent=0 next=$(verdict $words)
-            elif silent=$((silent + 1)) && [ $silent -ge "$TRIES" ]; then
+            elif silent=$((silent + 1)) && [ "$silent" -ge "$TRIES" ]; then
                 next=recreate
             fi
             ;;
@@ -155,7 +155,7 @@ run() {
 
         case $next in
         create | recreate)
-            if [ $failures -ge "$TRIES" ]; then
+            if [ "$failures" -ge "$TRIES" ]; then
                 say "given up: no slice after $failures tries in a row" && return 1
             fi
             starts=0 silent=0
@@ -166,7 +166,7 @@ run() {
             fi
             ;;
         install | start)
-            if [ $starts -ge "$TRIES" ]; then
+            if [ "$starts" -ge "$TRIES" ]; then
                 say "given up: it has ended $starts times on this slice" && give_up && return 1
             fi
             starts=$((starts + 1))
@@ -211,14 +211,16 @@ follow_log() {
         gcloud storage cat --range="$shown-" "$WORKDIR/log.txt" > "$part" 2>&$errors || true
         cat "$part"
         shown=$((shown + $(wc -c < "$part")))
-        [ $shown = 0 ] || errors=4 # which would be that there is nothing new
+        [ "$shown" = 0 ] || errors=4 # which would be that there is nothing new
         sleep "${POLL:-5}"
     done
 }
 
 main() {
     case ${1:-} in
-    run | create | delete) "$1" ;;
+    run) run ;;
+    create) create ;;
+    delete) delete ;;
     start)
         case " $(host_states | tr '\n' ' ') " in *" bare "*) install ;; esac && start
         ;;
