@@ -30,9 +30,7 @@ _unwritten: list[Callable[[], None]] = []
 def keep_programs() -> None:
     """Keeps compiled programs between runs, in $MEMSEG_CACHE or ~/.cache/memseg_jax/xla.
 
-    JAX's own JAX_COMPILATION_CACHE_DIR and JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS (default
-    here: 1) go first; without a writable folder there is no cache. To be called after
-    `distributed.start`.
+    JAX's own JAX_COMPILATION_CACHE_DIR goes first; without a writable folder there is no cache.
 
     Raises:
         UserError: $MEMSEG_CACHE is no path.
@@ -44,11 +42,9 @@ def keep_programs() -> None:
             jax.config.update("jax_compilation_cache_dir", str(files.make_folder(place)))
         except UserError:
             return
-        if files.in_bucket(place):
-            # XLA's own notes on GPU kernels would be beside the programs; it cannot write there.
-            jax.config.update("jax_persistent_cache_enable_xla_caches", "none")
-    if not os.environ.get("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"):
-        jax.config.update("jax_persistent_cache_min_compile_time_secs", 1.0)
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 1.0)
+    if given := os.environ.get("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"):  # goes first, too
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", float(given))
     if not distributed.is_primary():
         from jax._src import compiler  # the rule that only process 0 writes has no public name
 
