@@ -157,6 +157,7 @@ def _run(
             log.info("%s", report)
         # The first message between devices gives up if the others take much longer to compile.
         distributed.wait_for_all("compiled")
+        compilation.keep_entries()
 
     # ---- Loop -----------------------------------------------------------------------------------
     stack.push(_tell_others)  # the first thing on the way out: closing the rest may take the others

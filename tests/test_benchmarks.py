@@ -11,7 +11,7 @@ import pytest
 from memseg_jax.errors import UserError
 from memseg_jax.runtime import compilation
 from tests.small_models import FAST_COMPILE
-from tests.tiny import CONFIG
+from tests.tiny import CONFIG, data_root
 
 pytest.importorskip("torch")
 MODEL = (f"--config={CONFIG}", "--crop=32x32", "--batch=2")
@@ -205,6 +205,23 @@ def test_reading_packed_data(run):
     assert found["core_seconds"].keys() == {"folders", "packed"}
     assert min(found["core_seconds"].values()) > 0
     assert "generated 40x48 png" in printed
+
+
+@pytest.mark.slow
+def test_start_up(run, tmp_path):
+    data = f"--config.data.root={data_root()}"
+    ((found,), printed) = run(
+        "start_up", f"--config={CONFIG}", data, "--rounds=1", f"--caches={tmp_path}"
+    )
+    assert [(place, state) for place, state, _ in found["rounds"]] == [
+        (str(tmp_path), "empty"),
+        (str(tmp_path), "filled"),
+    ]
+    for *_, (seconds,) in found["rounds"]:
+        assert list(seconds) == ["until compiling", "compiling", "first step"]
+        assert min(seconds.values()) > 0
+    assert "| compiling, times that of empty |" in printed
+    assert any(path.name.startswith("jit_step-") for path in tmp_path.rglob("*-cache"))
 
 
 def test_many_sizes(run):

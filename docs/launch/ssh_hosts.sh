@@ -7,9 +7,10 @@
 # Needs: ssh without a password; the repository with its environment in .venv, DATA and WORKDIR
 # under the same names on all hosts (a shared file system); PORT of the first host open to the
 # others.
+# shellcheck disable=SC2029  # these variables are meant to be those of this side
 set -euo pipefail
 
-HOSTS=(${HOSTS:?names of the hosts, the first one coordinates})
+read -ra HOSTS <<< "${HOSTS:?names of the hosts, the first one coordinates}"
 CONFIG=${CONFIG:-configs/ade20k_resnet50.py}
 DATA=${DATA:-/shared/data}
 WORKDIR=${WORKDIR:-/shared/runs/ade20k_resnet50}

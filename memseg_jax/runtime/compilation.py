@@ -1,5 +1,14 @@
-"""Compiling ahead of time, and saying so: no silent minutes before the first step."""
+"""Compiling ahead of time, and saying so: no silent minutes before the first step.
 
+What is compiled is kept in JAX's persistent cache, on a disk or in a bucket. JAX lets process 0
+alone write to it, so that many processes do not write the same entry at once. But the key of an
+entry names devices: process 0 has no entry for a program that runs on another process's own
+devices, as in an evaluation, and on CPUs not even for those that run on the devices of all. So the
+others write, too, what is missing when process 0 has written (`keep_entries`); else they would
+compile these programs again at every start, and process 0 would wait for them.
+"""
+
+import functools
 import logging
 import os
 import time
@@ -10,9 +19,12 @@ import jax
 import numpy as np
 
 from memseg_jax.errors import UserError
-from memseg_jax.runtime import files
+from memseg_jax.runtime import distributed, files
 
 log = logging.getLogger(__name__)
+
+# What writes the entries of programs that this process has compiled, and is not process 0.
+_unwritten: list[Callable[[], None]] = []
 
 
 def keep_programs() -> None:
@@ -31,6 +43,35 @@ def keep_programs() -> None:
         except UserError:
             return
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 1.0)
+    if given := os.environ.get("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"):  # goes first, too
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", float(given))
+    if not distributed.is_primary():
+        from jax._src import compiler  # the rule that only process 0 writes has no public name
+
+        compiler._cache_write = _remember_entry
+
+
+def _remember_entry(
+    key: str, seconds: float, name: str, backend: Any, executable: Any, host_callbacks: Any
+) -> None:
+    """Takes the place of JAX's function that writes an entry, in all processes but the first."""
+    from jax._src import compilation_cache
+
+    if seconds >= jax.config.jax_persistent_cache_min_compile_time_secs and not host_callbacks:
+        write = compilation_cache.put_executable_and_time
+        _unwritten.append(functools.partial(write, key, name, executable, backend, int(seconds)))
+
+
+def keep_entries() -> None:
+    """Writes to the cache what this process has compiled and the cache does not have.
+
+    For programs of all processes, to be called when process 0 has compiled them.
+    """
+    while _unwritten:
+        try:
+            _unwritten.pop()()
+        except Exception as error:  # the program runs without an entry
+            log.warning("a compiled program could not be kept: %s", error)
 
 
 def compile_with_notice(function: Callable, what: str, *args: Any) -> Callable:
@@ -49,7 +90,14 @@ def compile_with_notice(function: Callable, what: str, *args: Any) -> Callable:
     compiled = function.lower(*args).compile()
     seconds = time.monotonic() - start
     log.info("compiled %s in %.1f s on %s", what, seconds, jax.default_backend())
+    if not _is_of_several_processes(args):
+        keep_entries()
     return compiled
+
+
+def _is_of_several_processes(args: Any) -> bool:
+    shardings = [getattr(x, "sharding", None) for x in jax.tree.leaves(args)]
+    return not all(sharding is None or sharding.is_fully_addressable for sharding in shardings)
 
 
 def program_bytes(compiled: Any) -> int | None:
