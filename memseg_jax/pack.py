@@ -32,6 +32,7 @@ from memseg_jax.data import folder as folders
 from memseg_jax.data import open_split, packed
 from memseg_jax.data.images import read_image
 from memseg_jax.data.reading import map_ahead
+from memseg_jax.data.records import open_records
 from memseg_jax.errors import PROCESS_ERRORS, UserError
 from memseg_jax.runtime import files
 
@@ -130,11 +131,12 @@ def pack_split(source: Any, data_config: Any, split: str, folder: Path) -> str:
         disable=not sys.stderr.isatty(),  # a log file gets the report alone
     )
     job = _Job(source, folder, data_config.threads, bar)
+    there = {content.name: content for content in files.contents(folder)}
     with bar:
         for number, shard in enumerate(manifest.shards):
             indices = range(start, start := start + shard.count)
             fault = ""
-            if shard.size and not (fault := packed.misses(folder, shard) or _damage(folder, shard)):
+            if shard.size and not (fault := packed.misses(shard, there) or _damage(folder, shard)):
                 if was_complete or _changed_since(job, shard, indices):
                     _compare(job, shard, indices)
                 else:
@@ -289,7 +291,7 @@ def _serialised(example: dict[str, bytes]) -> bytes:
 
 def _damage(folder: Path, shard: packed.Shard) -> str:
     """Reads a shard; returns what is wrong with it, or ""."""
-    records = packed.open_records([(folder / shard.file, shard.count)])
+    records = open_records([(folder / shard.file, shard.count)])
     for position, expected in enumerate(shard.checksums):
         try:
             good = packed.checksum(packed.parse(records[position])) == expected
@@ -315,7 +317,7 @@ def _changed_since(job: _Job, shard: packed.Shard, indices: Iterable[int]) -> bo
 def _compare(job: _Job, shard: packed.Shard, indices: Sequence[int]) -> None:
     """Refuses a shard whose samples are not those of the source any more."""
     path = job.folder / shard.file
-    records = packed.open_records([(path, shard.count)])
+    records = open_records([(path, shard.count)])
 
     def equal(index: int) -> bool:
         stored = packed.decode(packed.parse(records[index - indices[0]]), shard.file)
