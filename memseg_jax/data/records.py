@@ -156,7 +156,9 @@ class BucketRecords:
         """
         self._files = [BucketFile(folder / one.file, one.size, one.count) for one in shards]
         self._copies = [copies / one.file for one in shards] if copies else []
-        self._records = open_records(list(zip(self._copies, (one.count for one in shards))))
+        self._records: Sequence[bytes] = ()
+        if copies:
+            self._records = open_records([(copies / one.file, one.count) for one in shards])
         self._where = [(k, p) for k, one in enumerate(shards) for p in range(one.count)]
         self._is_copied: dict[int, bool] = {}
         self._ahead: dict[int, concurrent.futures.Future] = {}
