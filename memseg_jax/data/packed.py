@@ -41,7 +41,7 @@ from memseg_jax.runtime import files
 from memseg_jax.runtime.text import first_few
 
 FORMAT = 1
-_MANIFEST = ".packed.json"
+MANIFEST = ".packed.json"  # ends the names of manifests
 # What array_record and protobuf raise for damaged files, and a record without its features.
 RECORD_ERRORS = (RuntimeError, DecodeError, LookupError)
 _KEYS = ("name", "image", "label")
@@ -306,12 +306,12 @@ def split_name(split: str) -> str:
 
 def manifest_path(folder: files.Place, split: str) -> files.Place:
     """Returns the file with a split's manifest."""
-    return folder / f"{split_name(split)}{_MANIFEST}"
+    return folder / f"{split_name(split)}{MANIFEST}"
 
 
 def manifests(folder: files.Place) -> list[Manifest]:
     """Reads the manifests of all splits in a folder, complete or not; see `read_manifest`."""
-    there = [name for name in files.names(folder) if name.endswith(_MANIFEST) and name[0] != "."]
+    there = [name for name in files.names(folder) if name.endswith(MANIFEST) and name[0] != "."]
     return [read_manifest(folder / name) for name in there]
 
 

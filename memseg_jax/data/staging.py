@@ -113,6 +113,36 @@ def copied_root(data_config: Any) -> Any:
     return data_config
 
 
+def work_folder(target: files.Place, data_config: Any) -> Path:
+    """Makes a folder in which to prepare, over several runs, what is then sent to a bucket.
+
+    Args:
+        target: what is prepared.
+        data_config: `config.data`; the folder is in `stage`.
+
+    Raises:
+        UserError: it cannot be made, or `stage` says that there is none.
+    """
+    if data_config.stage == NONE:
+        raise UserError(
+            f"{_FIELD} is {NONE!r}: data for {target} are prepared on a disk of this machine. Give "
+            f"a folder, or {AUTO!r}."
+        )
+    key = hashlib.sha256(str(target).encode()).hexdigest()[:16]
+    return files.make_folder(_folder(data_config) / f"for-{target.name or 'bucket'}-{key}", _FIELD)
+
+
+def _folder(data_config: Any) -> Path:
+    """The folder that `config.data.stage` names."""
+    text = _AUTO_FOLDER if data_config.stage == AUTO else data_config.stage
+    if files.in_bucket(files.place(text, _FIELD)):
+        raise UserError(
+            f"{_FIELD} is {text}: what is copied from a bucket is kept on a disk. Give a folder, "
+            f"{AUTO!r} or {NONE!r}."
+        )
+    return files.writable_folder(files.on_disk(text, _FIELD), "the folder for copies", _FIELD)
+
+
 def _open(
     origin: files.Place, wanted: Sequence[files.Content], data_config: Any, field: str
 ) -> "Copy":
@@ -120,13 +150,7 @@ def _open(
     for content in wanted:
         if {"", ".", ".."} & {*content.name.split("/")} or "\0" in content.name:
             raise UserError(f"{field}: {origin} holds {content.name!r}, which is no name of a file")
-    text = _AUTO_FOLDER if data_config.stage == AUTO else data_config.stage
-    if files.in_bucket(files.place(text, _FIELD)):
-        raise UserError(
-            f"{_FIELD} is {text}: copies of what is in a bucket are kept on a disk. Give a folder, "
-            f"{AUTO!r} or {NONE!r}."
-        )
-    folder = files.writable_folder(files.on_disk(text, _FIELD), "the folder for copies", _FIELD)
+    folder = _folder(data_config)
     key = hashlib.sha256(json.dumps([str(origin), sorted(wanted)]).encode()).hexdigest()[:16]
     path = folder / f"{origin.name or 'bucket'}-{key}"
     if path not in _copies:

@@ -321,8 +321,7 @@ def copy_folder(source: Path, target: Place) -> None:
     for path in files_below(source):
         to = target / path.relative_to(source).as_posix()
         make_folder(to.parent)
-        with replacing(to) as temporary:
-            shutil.copyfile(path, temporary)
+        copy_file(path, to)
 
 
 # ---- Files --------------------------------------------------------------------------------------
@@ -367,6 +366,20 @@ def _not_written(path: Place) -> Iterator[None]:
             f"cannot write {path}: {error}. Check that the folder exists, that you may write "
             "there, and that the disk is not full."
         ) from error
+
+
+def copy_file(source: Path, target: Place) -> None:
+    """Replaces a file by one with the content of a file on this machine.
+
+    Raises:
+        UserError: it cannot be written.
+    """
+    if in_bucket(target):
+        with _not_written(target):
+            _bucket().upload(source, target)
+        return
+    with replacing(target) as temporary:
+        shutil.copyfile(source, temporary)
 
 
 def write_text(path: str | os.PathLike, text: str) -> None:
