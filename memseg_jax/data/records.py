@@ -12,8 +12,10 @@ Mode pack writes one record to a chunk, without compression; nothing else is rea
 
 import concurrent.futures
 import functools
+import queue
 import struct
 import threading
+import weakref
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -171,7 +173,8 @@ class BucketRecords:
         """Begins to read records that will be asked for soon, as far as they are not copied."""
         for index in indices:
             if not self._has_copy(self._where[index][0]) and index not in self._ahead:
-                self._ahead[index] = self._pool.submit(self._read, index)
+                self._ahead[index] = future = concurrent.futures.Future()
+                self._waiting.put((future, functools.partial(self._read, index)))
         for index in list(self._ahead)[:-_MOST_AHEAD]:  # nobody came for them
             self._ahead.pop(index, None)
 
@@ -195,5 +198,20 @@ class BucketRecords:
         return self._is_copied[number]
 
     @functools.cached_property
-    def _pool(self) -> concurrent.futures.Executor:
-        return concurrent.futures.ThreadPoolExecutor(_AT_A_TIME, "read-ahead")
+    def _waiting(self) -> queue.SimpleQueue:
+        """What threads read; they end with this object, and do not keep the program from ending."""
+        waiting = queue.SimpleQueue()
+        for _ in range(_AT_A_TIME):
+            threading.Thread(target=_work, args=(waiting,), name="ahead", daemon=True).start()
+            weakref.finalize(self, waiting.put, None)
+        return waiting
+
+
+def _work(waiting: queue.SimpleQueue) -> None:
+    while task := waiting.get():
+        future, read = task
+        try:
+            future.set_result(read())
+        except BaseException as error:  # is raised where the record is asked for
+            future.set_exception(error)
+        del task, future, read  # or they would live until the next one

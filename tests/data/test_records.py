@@ -1,12 +1,15 @@
 """Records of files in a bucket, beside what the library reads of the same files on a disk."""
 
 import concurrent.futures
+import gc
+import threading
+import types
 
 import numpy as np
 import pytest
 from array_record.python import array_record_module
 
-from memseg_jax.data.records import BucketFile, open_records
+from memseg_jax.data.records import BucketFile, BucketRecords, open_records
 from memseg_jax.runtime import files
 
 
@@ -79,3 +82,19 @@ def test_of_a_bucket(bucket, tmp_path, records):
         assert list(pool.map(file.__getitem__, range(len(records)))) == records
     with pytest.raises(FileNotFoundError, match="b is not there"):
         BucketFile(bucket / "b", 10**6, 3)[0]
+
+
+def test_threads_that_read_ahead_end_with_what_they_read_for(tmp_path):
+    write(tmp_path / "a", [b"one", b"two"])
+    shard = types.SimpleNamespace(file="a", size=(tmp_path / "a").stat().st_size, count=2)
+    before = set(threading.enumerate())
+    records = BucketRecords(tmp_path, [shard], None)
+    records.expect([1, 0])
+    threads = set(threading.enumerate()) - before
+    assert all(thread.daemon for thread in threads)
+    assert (records[0], records[1]) == (b"one", b"two")
+    del records
+    gc.collect()
+    for thread in threads:
+        thread.join(30)
+        assert not thread.is_alive()
