@@ -101,7 +101,7 @@ def _measure(config: Any, seconds: float, rounds: int, packed: Path, folder: Pat
         config.data.update(packed=str(where), stage=str(stage))
         sources[name] = open_split(config.data, "train")
     results = {name: [] for name in (*sources, "seconds to copy")}
-    for copy in staging._copies.values():
+    for copy in staging.copies():
         copy.wait()
     size = copy.size
     for _ in range(rounds):

@@ -35,7 +35,7 @@ from memseg_jax.runtime.text import format_bytes, format_duration
 log = logging.getLogger(__name__)
 
 AUTO, NONE = "auto", "none"  # values of config.data.stage that are no folders
-_ORIGIN = "origin.json"
+_BELOW, _ORIGIN, _IN_USE = ("files", "parts"), "origin.json", "in_use"
 _AUTO_FOLDER = "~/.cache/memseg_jax/data"
 _FIELD = "config.data.stage"
 PART = 8 << 20  # bytes that are asked for at a time
@@ -157,12 +157,12 @@ def _open(
         try:
             with _locked(folder / ".lock", wait=True), contextlib.ExitStack() as undo:
                 is_new = not path.exists()
-                for below in ("files", "parts"):
+                for below in _BELOW:
                     (path / below).mkdir(parents=True, exist_ok=True)
                 if is_new:
                     undo.callback(shutil.rmtree, path, ignore_errors=True)
-                in_use = _lock(path / "in_use", fcntl.LOCK_SH)
-                os.utime(path / "in_use")
+                in_use = _lock(path / _IN_USE, fcntl.LOCK_SH)
+                os.utime(path / _IN_USE)
                 copy = Copy(origin, path, list(wanted), in_use)
                 files.write_text(
                     path / _ORIGIN, json.dumps({"origin": str(origin), "bytes": copy.size})
@@ -176,6 +176,11 @@ def _open(
             ) from error
         _copies[path] = copy
     return _copies[path]
+
+
+def copies() -> list["Copy"]:
+    """The copies that this process uses."""
+    return list(_copies.values())
 
 
 class Copy:
@@ -276,8 +281,8 @@ class Copy:
         for thread in threads:
             thread.start()
         told = start
-        while any(thread.is_alive() for thread in threads):
-            threads[0].join(0.1) if threads[0].is_alive() else time.sleep(0.1)
+        while alive := [thread for thread in threads if thread.is_alive()]:
+            alive[0].join(0.1)
             if time.monotonic() - told > _SECONDS_BETWEEN_LINES:
                 told = time.monotonic()
                 log.info(
@@ -345,7 +350,7 @@ def _make_room(folder: Path, own: Path, most: float) -> None:
     Raises:
         UserError: there is not enough that can be removed.
     """
-    others = [_measured(path) for path in sorted(folder.iterdir()) if (path / _ORIGIN).is_file()]
+    others = [_measured(path) for path in sorted(folder.iterdir()) if (path / _IN_USE).is_file()]
     mine = next(other for other in others if other.path == own)
     others = [other for other in others if other.path != own]
     # What others have yet to copy needs room, too.
@@ -354,11 +359,11 @@ def _make_room(folder: Path, own: Path, most: float) -> None:
     over = max(mine.size + sum(one.size for one in others) - most, missing - free)
     with contextlib.ExitStack() as held:
         removed = []
-        for other in sorted(others, key=lambda one: (one.path / "in_use").stat().st_mtime):
+        for other in sorted(others, key=lambda one: (one.path / _IN_USE).stat().st_mtime):
             if over <= 0:
                 break
             with contextlib.suppress(BlockingIOError):
-                lock = _lock(other.path / "in_use", fcntl.LOCK_EX | fcntl.LOCK_NB)
+                lock = _lock(other.path / _IN_USE, fcntl.LOCK_EX | fcntl.LOCK_NB)
                 removed.append((held.enter_context(lock), other.path))
                 over -= other.size
         if over > 0:
@@ -372,13 +377,17 @@ def _make_room(folder: Path, own: Path, most: float) -> None:
             )
         for _, path in removed:
             log.info("removing %s, which was not used for longest", path)
-            (path / _ORIGIN).unlink()  # what a kill leaves is no copy
+            for below in _BELOW:  # first: what a kill leaves is still found by its lock
+                shutil.rmtree(path / below, ignore_errors=True)
             shutil.rmtree(path)
 
 
 def _measured(path: Path) -> _Other:
-    size = json.loads((path / _ORIGIN).read_text(encoding="utf-8"))["bytes"]
-    present = sum(content.size for content in files.contents(path))
+    present = sum(content.size for below in _BELOW for content in files.contents(path / below))
+    try:
+        size = int(json.loads((path / _ORIGIN).read_text(encoding="utf-8"))["bytes"])
+    except (OSError, ValueError, TypeError, KeyError):  # a kill came before it was written
+        size = present
     return _Other(path, size, min(present, size))
 
 

@@ -71,7 +71,7 @@ def assert_same_samples(source, root, split="train"):
 
 
 def wait_for_copies():
-    for copy in staging._copies.values():
+    for copy in staging.copies():
         copy.wait()
 
 
@@ -187,7 +187,7 @@ def counted(path, start, size):
 files.read_range = counted
 config = config_of("", sys.argv[1], sys.argv[2])
 source = open_split(config.data, "train")
-for copy in staging._copies.values():
+for copy in staging.copies():
     copy.wait()
 """
 
