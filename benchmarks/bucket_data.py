@@ -6,8 +6,8 @@
 
 The bucket is a server of the same protocol on this machine (pip install ".[test]"), behind a proxy
 that holds every request back for --delay milliseconds. All are read by `train_batches`, augmented,
-in turn; the server and the proxy take their share of the same cores. Also: how fast the files are
-copied.
+in turn; the server and the proxy take their share of the same cores. Also: the processor time of
+this process for an image, on which other load has less influence; how fast the files are copied.
 """
 
 import contextlib
@@ -77,11 +77,17 @@ def main(argv: Sequence[str]) -> int:
             _put(address, path)
         results = _measure(config, values.seconds / (4 * rounds), rounds, packed, folder)
     megabytes = results.pop("megabytes")
-    rates = {name: statistics.median(found) for name, found in results.items()}
     copying = [megabytes / seconds for seconds in results.pop("seconds to copy")]
-    print("\n| packed data | images/s | of the disk's |\n|---|---|---|")
+    rates, costs = (
+        {name: statistics.median(pair[k] for pair in found) for name, found in results.items()}
+        for k in (0, 1)
+    )
+    print(
+        "\n| packed data | images/s | of the disk's | processor, ms an image |\n|---|---|---|---|"
+    )
     for name in results:
-        print(f"| {name} | {rates[name]:.0f} | {rates[name] / rates['on a disk']:.2f} |")
+        share = rates[name] / rates["on a disk"]
+        print(f"| {name} | {rates[name]:.1f} | {share:.2f} | {1e3 * costs[name]:.1f} |")
     print(f"\n{megabytes:.0f} MB copied with {statistics.median(copying):.0f} MB/s", flush=True)
     facts = {"benchmark": "bucket_data", "rounds": results, "megabytes_per_second": copying}
     facts |= {"size": size, "crop": crop, "delay": delay, "images": count}
@@ -90,7 +96,7 @@ def main(argv: Sequence[str]) -> int:
 
 
 def _measure(config: Any, seconds: float, rounds: int, packed: Path, folder: Path) -> dict:
-    """Images per second of each way, in turn, and seconds to copy the files."""
+    """Images per second, and their processor time, of each way in turn; seconds to copy."""
     config.data.root = ""
     sources = {}
     for name, where, stage in (
@@ -115,15 +121,15 @@ def _measure(config: Any, seconds: float, rounds: int, packed: Path, folder: Pat
     return results | {"megabytes": size / 1e6}
 
 
-def _rate(source: Any, config: Any, seconds: float) -> float:
-    """Images per second that arrive, by the clock."""
+def _rate(source: Any, config: Any, seconds: float) -> tuple[float, float]:
+    """Images per second that arrive, by the clock; processor time of one, in seconds."""
     with train_batches(source, config, 0, 2**31) as batches:
-        for _ in range(2 * config.data.prefetch):  # some are prepared ahead
+        for _ in range(config.data.prefetch + 1):  # some are prepared ahead
             next(batches)
-        done, start = 0, time.perf_counter()
+        done, start, before = 0, time.perf_counter(), time.process_time()
         while not done or time.perf_counter() - start < seconds:
             done += len(next(batches)["image"])
-        return done / (time.perf_counter() - start)
+        return done / (time.perf_counter() - start), (time.process_time() - before) / done
 
 
 # ---- A bucket -----------------------------------------------------------------------------------
