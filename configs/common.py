@@ -34,6 +34,10 @@ def get_config() -> ml_collections.ConfigDict:
     data.name = "folder"  # the module memseg_jax/data/<name>.py
     data.root = ""
     data.packed = ""  # folder that --mode pack writes and all others read instead of `root`
+    # Data in a bucket are copied to a folder of this machine while they are read. "auto": in
+    # ~/.cache/memseg_jax/data if there is room, else they are read from the bucket; "none": always.
+    data.stage = "auto"
+    data.stage_gb = 100.0  # most that the folder may hold; what was not used for longest goes first
     data.train_split = "train"
     data.eval_split = "val"
     data.class_names = ("",)  # a tuple of strings; its length is the number of classes

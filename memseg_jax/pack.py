@@ -29,9 +29,10 @@ from tqdm import tqdm
 
 from memseg_jax import config_rules
 from memseg_jax.data import folder as folders
-from memseg_jax.data import open_split, packed
+from memseg_jax.data import open_split, packed, staging
 from memseg_jax.data.images import read_image
 from memseg_jax.data.reading import map_ahead
+from memseg_jax.data.records import open_records
 from memseg_jax.errors import PROCESS_ERRORS, UserError
 from memseg_jax.runtime import files
 
@@ -46,7 +47,8 @@ def run(config: Any) -> int:
     """Packs the training and the evaluation split, or checks them if they are packed.
 
     Args:
-        config: the whole config; `config.data` is used. `packed` is the folder to write to.
+        config: the whole config; `config.data` is used. `packed` is the folder to write to. For one
+            in a bucket, the files are written to a folder in `stage`, and sent when all are there.
 
     Returns:
         The exit status 0.
@@ -62,15 +64,64 @@ def run(config: Any) -> int:
             "--mode pack needs the folder to write to: --config.data.packed=FOLDER. Training then "
             "reads it with the same flag."
         )
-    folder = packed.folder_of(data)
+    target = packed.folder_of(data)
     data.packed = ""  # the samples come from the data set's own folders
     splits = dict.fromkeys((data.train_split, data.eval_split))
     sources = {split: open_split(data, split, needs_labels=False) for split in splits}
+    if remote := files.in_bucket(target):
+        files.writable_folder(target, "the folder for packed data", "--config.data.packed")
+    folder = staging.work_folder(target, data) if remote else target
     with _locked(folder):
+        if remote:
+            _fetch_manifests(target, folder)
         for split, source in sources.items():
             print(pack_split(source, data, split, folder), flush=True)
-    print(f"Read it with --config.data.packed={folder}")
+        if remote:
+            _send(folder, target, data.threads)
+    if remote:
+        shutil.rmtree(folder, ignore_errors=True)
+    print(f"Read it with --config.data.packed={target}")
     return 0
+
+
+def _fetch_manifests(target: files.Place, folder: Path) -> None:
+    """Takes over what is known about the splits in a bucket: they belong to the same data set."""
+    try:
+        for name in files.names(target):
+            if name.endswith(packed.MANIFEST) and not (folder / name).exists():
+                with files.replacing(folder / name) as temporary:
+                    temporary.write_bytes(files.read_bytes(target / name))
+    except OSError as error:
+        raise UserError(f"config.data.packed: {target} cannot be read: {error}.") from error
+
+
+def _send(folder: Path, target: files.Place, threads: int) -> None:
+    """Copies a packed folder to a bucket, manifests last, as far as it is not there.
+
+    Raises:
+        UserError: another packing is there, or it cannot be written.
+    """
+    own = {path.name: path for path in files.files_below(folder) if path.name[0] != "."}
+    there = {content.name: content for content in files.contents(target)}
+    same = {name for name in own.keys() & there if files.has_content(own[name], there[name])}
+    for name in sorted(own.keys() & there):
+        if name.endswith(packed.MANIFEST) and name not in same:
+            raise UserError(
+                f"{target / name} is there, and is of other samples: files of the data set were "
+                f"changed after they were packed. Pack into another folder. {folder} has the new "
+                "files, and may be removed."
+            )
+    missing = sorted(own.keys() - same, key=lambda name: (name.endswith(packed.MANIFEST), name))
+    last = [name for name in missing if name.endswith(packed.MANIFEST)]
+    size = sum(own[name].stat().st_size for name in missing)
+    print(f"sending {len(missing)} files, {_megabytes(size)}, to {target}", flush=True)
+    for names in (missing[: len(missing) - len(last)], last):
+        for _ in map_ahead(lambda name: files.copy_file(own[name], target / name), names, threads):
+            pass
+    there = {content.name: content for content in files.contents(target)}
+    for name in missing:
+        if not files.has_content(own[name], there.get(name, files.Content(name, -1))):
+            raise UserError(f"{target / name} is not what was sent. Start the same command again.")
 
 
 class _Job(NamedTuple):
@@ -130,11 +181,12 @@ def pack_split(source: Any, data_config: Any, split: str, folder: Path) -> str:
         disable=not sys.stderr.isatty(),  # a log file gets the report alone
     )
     job = _Job(source, folder, data_config.threads, bar)
+    there = {content.name: content for content in files.contents(folder)}
     with bar:
         for number, shard in enumerate(manifest.shards):
             indices = range(start, start := start + shard.count)
             fault = ""
-            if shard.size and not (fault := packed.misses(folder, shard) or _damage(folder, shard)):
+            if shard.size and not (fault := packed.misses(shard, there) or _damage(folder, shard)):
                 if was_complete or _changed_since(job, shard, indices):
                     _compare(job, shard, indices)
                 else:
@@ -289,7 +341,7 @@ def _serialised(example: dict[str, bytes]) -> bytes:
 
 def _damage(folder: Path, shard: packed.Shard) -> str:
     """Reads a shard; returns what is wrong with it, or ""."""
-    records = packed.open_records([(folder / shard.file, shard.count)])
+    records = open_records([(folder / shard.file, shard.count)])
     for position, expected in enumerate(shard.checksums):
         try:
             good = packed.checksum(packed.parse(records[position])) == expected
@@ -315,7 +367,7 @@ def _changed_since(job: _Job, shard: packed.Shard, indices: Iterable[int]) -> bo
 def _compare(job: _Job, shard: packed.Shard, indices: Sequence[int]) -> None:
     """Refuses a shard whose samples are not those of the source any more."""
     path = job.folder / shard.file
-    records = packed.open_records([(path, shard.count)])
+    records = open_records([(path, shard.count)])
 
     def equal(index: int) -> bool:
         stored = packed.decode(packed.parse(records[index - indices[0]]), shard.file)

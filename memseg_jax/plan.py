@@ -113,6 +113,8 @@ def run(config: ml_collections.ConfigDict, topology: str, workdir: str | None = 
 
 def epoch_images(data: ml_collections.ConfigDict) -> int | None:
     """Number of training images: of the data if they are there, else of the official data set."""
+    data = data.copy_and_resolve_references()
+    data.stage = "none"  # they are counted, not read
     try:
         return len(open_split(data, data.train_split))
     except UserError:

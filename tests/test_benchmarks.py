@@ -2,6 +2,7 @@
 
 import importlib
 import json
+import subprocess
 import sys
 
 import jax
@@ -10,6 +11,7 @@ import pytest
 
 from memseg_jax.errors import UserError
 from memseg_jax.runtime import compilation
+from tests import gcs, tiny
 from tests.small_models import FAST_COMPILE
 from tests.tiny import CONFIG, data_root
 
@@ -222,6 +224,21 @@ def test_start_up(run, tmp_path):
         assert min(seconds.values()) > 0
     assert "| compiling, times that of empty |" in printed
     assert any(path.name.startswith("jit_step-") for path in tmp_path.rglob("*-cache"))
+
+
+@pytest.mark.slow
+def test_data_in_a_bucket():
+    """In a process of its own: the client of buckets keeps what it was told first."""
+    gcs.server_or_skip()
+    command = [sys.executable, "-m", "benchmarks.bucket_data", f"--config={CONFIG}", "--seconds=1"]
+    command += ["--size=40x48", "--crop=32x32", "--images=9", "--batch=2", "--rounds=1"]
+    result = subprocess.run(command, capture_output=True, text=True, cwd=tiny.ROOT)
+    assert result.returncode == 0, result.stderr
+    found = json.loads(next(line for line in result.stderr.splitlines() if line[0:1] == "{"))
+    ways = ("on a disk", "copied from the bucket", "in the bucket")
+    assert tuple(found["rounds"]) == ways
+    assert all(min(map(min, pairs)) > 0 for pairs in found["rounds"].values())
+    assert all(f"| {way} | " in result.stdout for way in ways)
 
 
 def test_many_sizes(run):

@@ -24,6 +24,8 @@ _REQUIRED = {"step", "config", "class_names", "palette", "fingerprint", "checksu
 HARMLESS_FIELDS = (
     "data.root",
     "data.packed",
+    "data.stage",
+    "data.stage_gb",
     "data.workers",
     "data.threads",
     "data.prefetch",

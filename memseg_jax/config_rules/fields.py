@@ -30,6 +30,8 @@ RULES = {
     "data.name": Choice(data_sets),
     "data.root": Text(),
     "data.packed": Text(),
+    "data.stage": Text(empty=False),
+    "data.stage_gb": Number(0, 1e6, above=True, such_as=100.0),
     "data.train_split": Text(empty=False),
     "data.eval_split": Text(empty=False),
     # 255 means "not labelled" in memory, and 254 a value that no label file may hold.

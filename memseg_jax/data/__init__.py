@@ -9,13 +9,15 @@ source is a picklable object with
   `label` uint8 `[height, width]` (0..K-1, or `IGNORE_LABEL`) and `name`, a short unique id;
 * `source.describe(index)`: the files behind a sample, for messages;
 * `source.fingerprint()`: a short hash of the ordered names;
+* optionally `source.expect(indices)`: hears which samples are asked for next, to read ahead;
 * optionally `source.has_labels`: False if the labels of the split are not public, so that all
   pixels of its samples are ignored;
 * optionally `source.official_size`: how many samples a published split should have, or None.
 
 With `config.data.packed` set, the samples of any data set come from that folder (see `packed`). It
 is refused if fields of `config.data` have changed since it was written, so everything that decides
-what the samples are should be such a field.
+what the samples are should be such a field. That folder, or `config.data.root`, may be in a bucket:
+`staging` copies it to this machine, so that no data set has to know of buckets.
 
 The module may have a `BENCHMARK`, an `official.Benchmark`: what the server of its benchmark takes.
 """
@@ -25,6 +27,7 @@ import importlib
 from pathlib import Path
 
 from memseg_jax.errors import UserError
+from memseg_jax.runtime import files
 
 IGNORE_LABEL = 255  # the value in memory that means "not labelled", whatever the files use
 
@@ -33,7 +36,7 @@ def open_split(data_config, split: str, *, needs_labels: bool = True):
     """Opens one split of the data set that `data_config.name` names.
 
     Args:
-        data_config: `config.data`.
+        data_config: `config.data`. A root in a bucket is copied before this returns.
         split: name of the split, such as "train".
         needs_labels: refuse a split whose labels are not public, such as a test split.
 
@@ -49,6 +52,10 @@ def open_split(data_config, split: str, *, needs_labels: bool = True):
 
         source = packed.open_packed(data_config, split)
     else:
+        if data_config.root and files.in_bucket(files.place(data_config.root, "config.data.root")):
+            from memseg_jax.data import staging
+
+            data_config = staging.copied_root(data_config)
         source = importlib.import_module(f"{__name__}.{name}").open_split(data_config, split)
     if needs_labels and not getattr(source, "has_labels", True):
         raise UserError(

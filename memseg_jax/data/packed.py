@@ -4,6 +4,9 @@
     <config.data.packed>/<split>.packed.json                               what belongs to a split
     <config.data.packed>/{dataset_info,features}.json, label.labels.txt    for tensorflow-datasets
 
+The folder may be in a bucket: its files are copied while they are read (see `staging`), and what is
+not copied yet, or not at all, is read record by record (see `records`).
+
 Mode pack writes the folder; with `config.data.packed` set, `open_split` reads it. A record is a
 tf.train.Example: the bytes of the image file, the class map as a PNG file, and the sample's name.
 The image is decoded as in `images.read_image`, so a sample is the same array either way.
@@ -23,27 +26,30 @@ import re
 import zlib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import cv2
 import numpy as np
-from array_record.python.array_record_data_source import ArrayRecordDataSource
 from google.protobuf.message import DecodeError
 from tensorflow_datasets.proto import tf_example_pb2
 
+from memseg_jax.data import staging
 from memseg_jax.data.images import read_image
+from memseg_jax.data.records import BucketRecords, open_records
 from memseg_jax.errors import PROCESS_ERRORS, UserError
-from memseg_jax.runtime.files import on_disk, write_text
+from memseg_jax.runtime import files
 from memseg_jax.runtime.text import first_few
 
 FORMAT = 1
+MANIFEST = ".packed.json"  # ends the names of manifests
 # What array_record and protobuf raise for damaged files, and a record without its features.
 RECORD_ERRORS = (RuntimeError, DecodeError, LookupError)
 _KEYS = ("name", "image", "label")
 # The fields of config.data that do not decide what the samples are.
-_NO_MATTER = frozenset(
-    ["root", "packed", "train_split", "eval_split", "palette", "workers", "threads", "prefetch"]
-)
+_NO_MATTER = frozenset({
+    "root", "packed", "stage", "stage_gb", "workers", "threads", "prefetch", "train_split",
+    "eval_split", "palette",
+})  # fmt: skip
 
 
 @dataclasses.dataclass(frozen=True)
@@ -95,10 +101,18 @@ class Manifest:
 
 @dataclasses.dataclass(frozen=True, repr=False)
 class PackedSource:
-    """Samples of one packed split; see `memseg_jax.data` for the interface."""
+    """Samples of one packed split; see `memseg_jax.data` for the interface.
+
+    Attributes:
+        folder: on a disk or in a bucket.
+        manifest: of the split.
+        copies: of a folder in a bucket: where copies of its files are, or appear, on this machine;
+            "": there are none.
+    """
 
     folder: str
     manifest: Manifest
+    copies: str = ""
 
     def __len__(self) -> int:
         return self.manifest.count
@@ -106,22 +120,34 @@ class PackedSource:
     def __getitem__(self, index: int) -> dict:
         """Reads, checks and decodes one sample; see `folder.FileSource`."""
         where, shard, position = self._locate(index)
+        expected = shard.checksums[position]
         try:
-            example = parse(self._records[where])
+            try:
+                example = _sound(self._records[where], expected)
+            except RECORD_ERRORS:
+                if not self._in_bucket:
+                    raise
+                # The copy may be damaged, or the answer to a request.
+                example = _sound(self._records.read_again(where), expected)
         except PROCESS_ERRORS:
             raise
         except RECORD_ERRORS as error:
             raise self._damaged(index, str(error)) from None
-        if checksum(example) != shard.checksums[position]:
-            raise self._damaged(index, "its checksum is not the one in the manifest")
+        except OSError as error:
+            raise UserError(f"{self.describe(index)} cannot be read: {error}.") from None
         return decode(example, self.describe(index))
+
+    def expect(self, indices: Sequence[int]) -> None:
+        """Hears which samples are asked for next; in a bucket, they are read ahead."""
+        if self._in_bucket:
+            self._records.expect(self._locate(index)[0] for index in indices)
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}({len(self)} samples, {self.fingerprint()})"
 
     def __getstate__(self) -> dict:
         """Leaves out the open files: a worker process opens its own."""
-        return {"folder": self.folder, "manifest": self.manifest}
+        return {"folder": self.folder, "manifest": self.manifest, "copies": self.copies}
 
     @property
     def has_labels(self) -> bool:
@@ -136,8 +162,7 @@ class PackedSource:
     def describe(self, index: int) -> str:
         """Returns the shard and the record of sample `index`."""
         _, shard, position = self._locate(index)
-        path = Path(self.folder, shard.file)
-        return f"{path}, record {position} (sample {shard.names[position]})"
+        return f"{self.folder}/{shard.file}, record {position} (sample {shard.names[position]})"
 
     def fingerprint(self) -> str:
         """Returns the fingerprint of the source that was packed."""
@@ -155,10 +180,15 @@ class PackedSource:
         return list(itertools.accumulate(counts, initial=0))[:-1]
 
     @functools.cached_property
-    def _records(self) -> Sequence[bytes]:
-        return open_records(
-            [(Path(self.folder, shard.file), shard.count) for shard in self.manifest.shards]
-        )
+    def _in_bucket(self) -> bool:
+        return files.in_bucket(files.place(self.folder))
+
+    @functools.cached_property
+    def _records(self) -> Sequence[bytes] | BucketRecords:
+        folder, shards = files.place(self.folder), self.manifest.shards
+        if self._in_bucket:
+            return BucketRecords(folder, shards, Path(self.copies) if self.copies else None)
+        return open_records([(folder / shard.file, shard.count) for shard in shards])
 
     def _damaged(self, index: int, reason: str) -> UserError:
         return UserError(
@@ -166,27 +196,6 @@ class PackedSource:
             "packed; or run --mode pack with the same config where the folders of the data set "
             "are, which writes damaged files again."
         )
-
-
-class _File(NamedTuple):
-    """Tells array_record of a file without opening it, in the form that it expects."""
-
-    filename: str
-    skip: int
-    take: int
-    examples_in_shard: int
-
-
-def open_records(files: Sequence[tuple[Path, int]]) -> Sequence[bytes]:
-    """Opens files as one sequence of records, by random access and from several threads.
-
-    Args:
-        files: path and number of records of each; they are opened when first needed.
-
-    Returns:
-        The records.
-    """
-    return ArrayRecordDataSource([_File(str(path), 0, count, count) for path, count in files])
 
 
 def parse(record: bytes) -> dict[str, bytes]:
@@ -201,6 +210,14 @@ def checksum(example: Mapping[str, bytes]) -> int:
     for key in _KEYS:
         value = zlib.crc32(example[key], value)
     return value
+
+
+def _sound(record: bytes, expected: int) -> dict[str, bytes]:
+    """Parses a record whose checksum is known."""
+    example = parse(record)
+    if checksum(example) != expected:
+        raise RuntimeError("its checksum is not the one in the manifest")
+    return example
 
 
 def decode(example: Mapping[str, bytes], where: str) -> dict:
@@ -223,7 +240,8 @@ def open_packed(data_config, split: str) -> PackedSource:
     """Opens a packed split.
 
     Args:
-        data_config: `config.data`; `packed` is the folder.
+        data_config: `config.data`; `packed` is the folder. One in a bucket begins to be copied to
+            `stage`, in the background.
         split: name of the split.
 
     Returns:
@@ -237,15 +255,20 @@ def open_packed(data_config, split: str) -> PackedSource:
         "Write it with --mode pack, the same config, and config.data.root set to the folders of "
         "the data set; or leave config.data.packed empty to read those."
     )
-    if not folder.is_dir():
-        what = "is not a folder" if folder.exists() else "does not exist"
-        raise UserError(f"config.data.packed: {folder} {what}. {again}")
+    try:
+        there = {content.name: content for content in files.contents(folder)}
+    except OSError as error:
+        raise UserError(f"config.data.packed: {folder} cannot be listed: {error}") from error
+    if not there and not files.exists(folder):
+        raise UserError(f"config.data.packed: {folder} does not exist. {again}")
+    if not there and not files.in_bucket(folder) and not folder.is_dir():
+        raise UserError(f"config.data.packed: {folder} is not a folder. {again}")
     manifest = manifest_of(folder, split)
     if manifest is None:
-        there = ", ".join(one.split for one in manifests(folder)) or "no packed split"
+        splits = ", ".join(one.split for one in manifests(folder)) or "no packed split"
         raise UserError(
             f"{folder}: split {split!r} is not packed there (config.data.packed); the folder holds "
-            f"{there}. {again}"
+            f"{splits}. {again}"
         )
     check_settings(folder, manifest, data_config)
     if not manifest.complete:
@@ -255,7 +278,7 @@ def open_packed(data_config, split: str) -> PackedSource:
             f"{len(manifest.shards)} shards are there. Run --mode pack with the same config: it "
             "goes on where it was interrupted."
         )
-    problems = [text for shard in manifest.shards if (text := misses(folder, shard))]
+    problems = [text for shard in manifest.shards if (text := misses(shard, there))]
     if problems:
         raise UserError(
             f"{folder}: {len(problems)} of {len(manifest.shards)} shards of split {split!r} are "
@@ -263,12 +286,16 @@ def open_packed(data_config, split: str) -> PackedSource:
             "from where it was packed; or run --mode pack with the same config where the folders "
             "of the data set are, which writes missing and damaged files again."
         )
-    return PackedSource(str(folder), manifest)
+    copies = None
+    if files.in_bucket(folder):
+        wanted = [there[shard.file] for shard in manifest.shards]
+        copies = staging.copy_in_background(folder, wanted, data_config, "config.data.packed")
+    return PackedSource(str(folder), manifest, str(copies or ""))
 
 
-def folder_of(data_config) -> Path:
+def folder_of(data_config) -> files.Place:
     """Returns the folder that `config.data.packed` names."""
-    return on_disk(data_config.packed, "config.data.packed")
+    return files.absolute(data_config.packed, "config.data.packed")
 
 
 def split_name(split: str) -> str:
@@ -277,21 +304,21 @@ def split_name(split: str) -> str:
     return f"{name}_" if name == "all" else name
 
 
-def manifest_path(folder: Path, split: str) -> Path:
+def manifest_path(folder: files.Place, split: str) -> files.Place:
     """Returns the file with a split's manifest."""
-    return folder / f"{split_name(split)}.packed.json"
+    return folder / f"{split_name(split)}{MANIFEST}"
 
 
-def manifests(folder: Path) -> list[Manifest]:
+def manifests(folder: files.Place) -> list[Manifest]:
     """Reads the manifests of all splits in a folder, complete or not; see `read_manifest`."""
-    paths = sorted(path for path in folder.glob("*.packed.json") if path.name[0] != ".")
-    return [read_manifest(path) for path in paths]
+    there = [name for name in files.names(folder) if name.endswith(MANIFEST) and name[0] != "."]
+    return [read_manifest(folder / name) for name in there]
 
 
-def manifest_of(folder: Path, split: str) -> Manifest | None:
+def manifest_of(folder: files.Place, split: str) -> Manifest | None:
     """Reads the manifest of a split; None if there is none; see `read_manifest`."""
     path = manifest_path(folder, split)
-    if not path.exists():
+    if not files.is_file(path):
         return None
     manifest = read_manifest(path)
     if manifest.split != split:
@@ -302,14 +329,14 @@ def manifest_of(folder: Path, split: str) -> Manifest | None:
     return manifest
 
 
-def read_manifest(path: Path) -> Manifest:
+def read_manifest(path: files.Place) -> Manifest:
     """Reads a manifest.
 
     Raises:
         UserError: the file is damaged or from a later version.
     """
     try:
-        fields = json.loads(path.read_text(encoding="utf-8"))
+        fields = json.loads(files.read_bytes(path).decode("utf-8"))
         version = fields.pop("format")
         if version != FORMAT:
             raise UserError(
@@ -327,10 +354,10 @@ def read_manifest(path: Path) -> Manifest:
         ) from None
 
 
-def write_manifest(folder: Path, manifest: Manifest) -> None:
+def write_manifest(folder: files.Place, manifest: Manifest) -> None:
     """Writes or replaces the manifest of a split."""
     text = json.dumps({"format": FORMAT} | dataclasses.asdict(manifest))
-    write_text(manifest_path(folder, manifest.split), text)
+    files.write_text(manifest_path(folder, manifest.split), text)
 
 
 def settings_of(data_config) -> dict[str, Any]:
@@ -339,7 +366,7 @@ def settings_of(data_config) -> dict[str, Any]:
     return json.loads(json.dumps(fields))
 
 
-def check_settings(folder: Path, manifest: Manifest, data_config) -> None:
+def check_settings(folder: files.Place, manifest: Manifest, data_config) -> None:
     """Refuses data that was packed with settings other than the config's.
 
     Raises:
@@ -370,10 +397,14 @@ def _difference(packed: Any, now: Any) -> str:
     return f"is {now!r}, and was {packed!r} when it was packed"
 
 
-def misses(folder: Path, shard: Shard) -> str:
-    """Says what is wrong with the size of a shard's file; "" if nothing is."""
-    try:
-        size = os.stat(folder / shard.file).st_size
-    except OSError as error:
-        return f"{shard.file} ({error.strerror})"
+def misses(shard: Shard, there: Mapping[str, files.Content]) -> str:
+    """Says what is wrong with the size of a shard's file; "" if nothing is.
+
+    Args:
+        shard: of the manifest.
+        there: the files of the folder, by name.
+    """
+    if shard.file not in there:
+        return f"{shard.file} (No such file)"
+    size = there[shard.file].size
     return "" if size == shard.size else f"{shard.file} ({size} bytes instead of {shard.size})"

@@ -87,6 +87,7 @@ class TrainSamples:
         if not len(source):
             raise UserError("the training split is empty: there is nothing to train on")
         self._source = source
+        self._expect = getattr(source, "expect", None)
         self._seed = int(config.seed)
         self._augment = config.augment
         self._batch_size = batch_size
@@ -122,6 +123,9 @@ class TrainSamples:
             UserError: If the source cannot read the sample.
         """
         epoch, position, index = self.locate(int(item))
+        if item % self._per_process == 0 and self._expect:
+            # The rest of the batch, and no more: the next one may be another worker's.
+            self._expect([self.locate(item + k)[2] for k in range(1, self._per_process)])
         rng = _generator("augment", self._seed, epoch, position)
         try:
             result = transforms.train_transform(self._source[index], rng, self._augment)

@@ -8,6 +8,7 @@ Functions raise `OSError`, with the bucket, the account and the permission that 
 `FileNotFoundError` where an object is not there.
 """
 
+import base64
 import concurrent.futures
 import contextlib
 import functools
@@ -162,6 +163,24 @@ def remove_if(path: epath.Path, content: str) -> None:
         found, generation = read(path)
         if found == content.encode():
             remove(path, generation)
+
+
+def read_range(path: epath.Path, start: int, size: int) -> bytes:
+    """Some bytes of an object: one request."""
+    bucket, name = _split(path)
+    wanted = {"Range": f"bytes={start}-{start + size - 1}"}
+    return _call(path, "get", "GET", "b/{}/o/{}", bucket, name, alt="media", headers=wanted)[1]
+
+
+def crc32c(path: Path) -> str:
+    """The checksum of a file on a disk, written as those of objects are."""
+    import google_crc32c  # comes with the client
+
+    checksum = google_crc32c.Checksum()
+    with open(path, "rb") as file:
+        while part := file.read(_LARGE):
+            checksum.update(part)
+    return base64.b64encode(checksum.digest()).decode()
 
 
 def exists(path: epath.Path) -> bool:

@@ -21,7 +21,7 @@ import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Union
+from typing import TYPE_CHECKING, NamedTuple, Union
 
 from memseg_jax.errors import UserError
 
@@ -202,6 +202,39 @@ def files_below(folder: Place) -> list[Place]:
     return sorted(path for path in folder.rglob("*") if path.is_file())
 
 
+class Content(NamedTuple):
+    """A file: its name in a folder ("/" between parts), its bytes, its checksum ("": unknown)."""
+
+    name: str
+    size: int
+    checksum: str = ""
+
+
+def contents(folder: Place) -> list[Content]:
+    """What is in a folder and the folders in it, in order; none if it is not there.
+
+    In a bucket, a request for every thousand files, and the checksums are known.
+
+    Raises:
+        OSError: it cannot be listed.
+    """
+    if in_bucket(folder):
+        start = len(str(folder)) - len(str(_bucket().root(folder)))  # names are the bucket's
+        found = [(item.name[start:], item.size, item.crc32c) for item in _bucket().below(folder)]
+        return sorted(Content(*item) for item in found if item[0] and item[0][-1] != "/")
+    return [
+        Content(path.relative_to(folder).as_posix(), path.stat().st_size)
+        for path in files_below(folder)
+    ]
+
+
+def has_content(path: Path, content: Content) -> bool:
+    """Whether a file on a disk is a true copy of a file in a bucket."""
+    if path.stat().st_size != content.size:
+        return False
+    return not content.checksum or _bucket().crc32c(path) == content.checksum
+
+
 def matching(pattern: Place) -> list[Place]:
     """The paths of the files that a pattern names, in order; "**" stands for any folders."""
     if not in_bucket(pattern):
@@ -288,8 +321,7 @@ def copy_folder(source: Path, target: Place) -> None:
     for path in files_below(source):
         to = target / path.relative_to(source).as_posix()
         make_folder(to.parent)
-        with replacing(to) as temporary:
-            shutil.copyfile(path, temporary)
+        copy_file(path, to)
 
 
 # ---- Files --------------------------------------------------------------------------------------
@@ -336,6 +368,20 @@ def _not_written(path: Place) -> Iterator[None]:
         ) from error
 
 
+def copy_file(source: Path, target: Place) -> None:
+    """Replaces a file by one with the content of a file on this machine.
+
+    Raises:
+        UserError: it cannot be written.
+    """
+    if in_bucket(target):
+        with _not_written(target):
+            _bucket().upload(source, target)
+        return
+    with replacing(target) as temporary:
+        shutil.copyfile(source, temporary)
+
+
 def write_text(path: str | os.PathLike, text: str) -> None:
     """Replaces a file by one with this text; see `replacing`."""
     with replacing(path) as temporary:
@@ -361,6 +407,28 @@ def read_bytes(path: Place) -> bytes:
         OSError: it cannot be read; `FileNotFoundError` if there is none.
     """
     return _bucket().read(path)[0] if in_bucket(path) else path.read_bytes()
+
+
+def read_range(path: Place, start: int, size: int) -> bytes:
+    """Some bytes of a file.
+
+    Args:
+        path: the file.
+        start: of the first byte.
+        size: their number, at least 1; the file must have as many.
+
+    Raises:
+        OSError: they cannot be read; `FileNotFoundError` if there is no file.
+    """
+    if in_bucket(path):
+        content = _bucket().read_range(path, start, size)
+    else:
+        with open(path, "rb") as file:
+            file.seek(start)
+            content = file.read(size)
+    if len(content) != size:
+        raise OSError(f"{path}: {len(content)} bytes from {start} on instead of {size}")
+    return content
 
 
 @contextlib.contextmanager

@@ -14,6 +14,7 @@ from PIL import Image
 from configs import common
 from memseg_jax import pack
 from memseg_jax.data import open_split, packed, pipeline, shapes
+from memseg_jax.data.records import open_records
 from memseg_jax.errors import UserError
 from tests import official_trees, tiny
 
@@ -113,7 +114,7 @@ def test_real_samples(name, tmp_path):
     source = assert_same_source(data, packed_data, data.eval_split)
     # The photographs are stored as they are.
     shard = source.manifest.shards[0]
-    records = packed.open_records([(tmp_path / "packed" / shard.file, shard.count)])
+    records = open_records([(tmp_path / "packed" / shard.file, shard.count)])
     for index, path in enumerate(open_split(data, data.eval_split).images):
         assert packed.parse(records[index])["image"] == Path(path).read_bytes()
 
