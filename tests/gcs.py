@@ -83,9 +83,12 @@ class Door(http.server.ThreadingHTTPServer):
 
     Attributes:
         passed: method and path of every request, in their order.
-        answer: gets method and path; returns None to pass a request on, or a status to answer with.
+        answer: gets method and path; returns None to pass a request on, a status to answer with,
+            `DROP`: the connection breaks in the middle of what is sent, or `STALL`: nothing is
+            read or answered until the door closes.
     """
 
+    DROP, STALL = -1, -2
     daemon_threads = True
 
     def __init__(self, address: str):
@@ -93,6 +96,7 @@ class Door(http.server.ThreadingHTTPServer):
         self.behind = address
         self.passed: list[str] = []
         self.answer: Callable[[str, str], int | None] = lambda method, path: None
+        self.closing = threading.Event()
         threading.Thread(target=self.serve_forever, daemon=True).start()
 
     def handle_error(self, request, client_address):
@@ -111,9 +115,16 @@ class _Handler(http.server.BaseHTTPRequestHandler):
         pass
 
     def _pass_on(self):
-        body = self._body()
         self.server.passed.append(f"{self.command} {self.path}")
-        if status := self.server.answer(self.command, self.path):
+        status = self.server.answer(self.command, self.path)
+        if status in (Door.DROP, Door.STALL):
+            if status == Door.STALL:
+                self.server.closing.wait()
+            self.rfile.read(int(self.headers.get("Content-Length", 0)) // 2)
+            self.close_connection = True
+            return
+        body = self._body()
+        if status:
             error = {"error": {"code": status, "message": f"answered by the test: {status}"}}
             self._reply(status, {"Content-Type": "application/json"}, json.dumps(error).encode())
             return
@@ -165,6 +176,7 @@ def door(monkeypatch) -> Iterator[Door]:
     opened = Door(server_or_skip())
     opened.folder = _folder(monkeypatch, opened.address)
     yield opened
+    opened.closing.set()
     opened.shutdown()
     opened.server_close()
 

@@ -25,7 +25,7 @@ from memseg_jax.checkpoint.steps import (
     brief,
     prepare_workdir,
 )
-from memseg_jax.errors import UserError
+from memseg_jax.errors import Unreachable, UserError
 from memseg_jax.runtime import distributed, files
 from memseg_jax.runtime.plain import flatten
 
@@ -181,12 +181,14 @@ class Checkpointer:
             return
         if self._saving is not None and not self._almost_saved.is_set():
             return
-        steps = all_steps(self._workdir)
-        self._untidy = self._saving is not None and self._saving not in steps
-        surplus = set(steps) - kept_steps(steps, readable_scores(self._workdir), self._keep)
-        if not surplus:
-            return
-        files.remove_folders(self._folder, [str(step) for step in sorted(surplus)])
+        try:
+            steps = all_steps(self._workdir)
+            surplus = set(steps) - kept_steps(steps, readable_scores(self._workdir), self._keep)
+            if surplus:
+                files.remove_folders(self._folder, [str(step) for step in sorted(surplus)])
+            self._untidy = self._saving is not None and self._saving not in steps
+        except Unreachable as error:  # what is too much can stay until the next time
+            log.warning("checkpoints that need not be kept stay for now: %s", error)
 
     def restore(self, abstract_state: Any, step: int | None = None) -> tuple[Any, dict[str, Any]]:
         """Restores a whole state.
@@ -315,12 +317,12 @@ class Checkpointer:
         if failed:
             self._after_failure()
             log.warning(
-                "saving the checkpoint of step %s in %s failed: %s. The last good one is of step "
+                "saving the checkpoint of step %s in %s failed: %s. The last good one is "
                 "%s. Trying again now, at step %d.",
                 before,
                 self._folder,
-                "in another process" if error is None else _reason(error) or brief(error),
-                self.latest_step(),
+                "in another process" if error is None else self._reason(error) or brief(error),
+                distributed.on_primary("last_good", self._last_good),
                 step,
             )
         self.tidy()
@@ -328,22 +330,37 @@ class Checkpointer:
 
     @contextlib.contextmanager
     def _disk_errors(self, step: int) -> Iterator[None]:
-        """Turns a full or broken disk into a `UserError`; other errors pass as they are."""
+        """Turns a full or broken disk, or a bucket's trouble, into a `UserError`; no other error."""
         try:
             yield
         except Exception as error:
-            reason = _reason(error)
+            reason = self._reason(error)
             if reason is None and not isinstance(error, OSError):
                 raise
             self._after_failure()
+            cure = "Free space or repair the folder"
+            if files.in_bucket(self._folder):
+                cure = "See to the bucket"
             # What this process sees: the others need not come here.
-            last = max(all_steps(self._workdir), default=None)
             raise UserError(
                 f"{self._folder}: saving the checkpoint of step {step} failed: "
-                f"{reason or brief(error)}. Free space or repair the folder, then start the "
-                "same command again: it continues from the last complete checkpoint"
-                + ("." if last is None else f", that of step {last}.")
+                f"{reason or brief(error)}. {cure}, then start the same command again: it continues "
+                f"from the last complete checkpoint, which is {self._last_good()}."
             ) from error
+
+    def _reason(self, error: BaseException) -> str | None:
+        """What a full or broken disk, or a bucket, says, if that is what an error is about."""
+        if words := files.trouble(self._folder, error):
+            return words
+        return next((words for words in _DISK_ERRORS if words in str(error)), None)
+
+    def _last_good(self) -> str:
+        """Words for the last complete step."""
+        try:
+            steps = all_steps(self._workdir)
+        except Unreachable:
+            return "not known, as the folder cannot be read now"
+        return f"of step {steps[-1]}" if steps else "not there yet"
 
     def _flush(self) -> None:
         """Called in the background before the folder gets its name: all must be on the disk."""
@@ -352,7 +369,8 @@ class Checkpointer:
 
     def _after_failure(self) -> None:
         self._failed = True
-        self._remove_leftovers()
+        with contextlib.suppress(Unreachable):  # then it is done after the next save
+            self._remove_leftovers()
 
     def _remove_leftovers(self) -> None:
         """Removes the folders of saves that did not come to their end."""
@@ -388,8 +406,3 @@ class Checkpointer:
             earlier = {other: scores[other] for other in scores if other <= step}
             if earlier != scores:
                 write_scores(self._workdir, earlier)
-
-
-def _reason(error: BaseException) -> str | None:
-    """The system's words for a full or broken disk, if that is what an error is about."""
-    return next((words for words in _DISK_ERRORS if words in str(error)), None)

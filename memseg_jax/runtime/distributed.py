@@ -368,6 +368,10 @@ def finish(status: int) -> None:
 def leave(status: int, seconds: float = _FAREWELL_SECONDS) -> NoReturn:
     """Ends this process at once, after the others have had some seconds to learn why."""
     with _run.leaving:  # never given back
+        # The log may be a file in a bucket that cannot be reached.
+        closing = threading.Thread(target=logging.shutdown, daemon=True)
+        closing.start()
+        closing.join(_LAST_WORDS_SECONDS)
         sys.stdout.flush()
         sys.stderr.flush()
         if _run.client is not None:
@@ -396,9 +400,11 @@ def _look_for_notes() -> None:
         for key, text in notes:
             index, note = int(key.rpartition("/")[2]), json.loads(text)
             if index != _run.index:
-                print(
-                    f"error: process {index} of {_run.count} has ended: {note['message']}\n"
-                    f"process {_run.index} ends with it",
-                    file=sys.stderr,
+                log.error(
+                    "error: process %d of %d has ended: %s\nprocess %d ends with it",
+                    index,
+                    _run.count,
+                    note["message"],
+                    _run.index,
                 )
                 leave(note["status"])
