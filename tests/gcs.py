@@ -84,11 +84,11 @@ class Door(http.server.ThreadingHTTPServer):
     Attributes:
         passed: method and path of every request, in their order.
         answer: gets method and path; returns None to pass a request on, a status to answer with,
-            `DROP`: the connection breaks in the middle of what is sent, or `STALL`: nothing is
-            read or answered until the door closes.
+            `DROP`: the connection breaks in the middle of what is sent, `STALL`: nothing is read
+            or answered until the door closes, or `LOSE`: it is done, and the answer does not come.
     """
 
-    DROP, STALL = -1, -2
+    DROP, STALL, LOSE = -1, -2, -3
     daemon_threads = True
 
     def __init__(self, address: str):
@@ -124,7 +124,7 @@ class _Handler(http.server.BaseHTTPRequestHandler):
             self.close_connection = True
             return
         body = self._body()
-        if status:
+        if status and status != Door.LOSE:
             error = {"error": {"code": status, "message": f"answered by the test: {status}"}}
             self._reply(status, {"Content-Type": "application/json"}, json.dumps(error).encode())
             return
@@ -133,7 +133,14 @@ class _Handler(http.server.BaseHTTPRequestHandler):
             headers = {k: v for k, v in self.headers.items() if k.lower() not in _OF_A_CONNECTION}
             connection.request(self.command, self.path, body, headers)
             answer = connection.getresponse()
-            self._reply(answer.status, dict(answer.getheaders()), answer.read())
+            headers, content = dict(answer.getheaders()), answer.read()
+        if status == Door.LOSE:
+            self.close_connection = True
+            return
+        if "Location" in headers:  # where large objects are sent, in parts
+            address = self.server.behind, self.server.address
+            headers["Location"] = headers["Location"].replace(*address)
+        self._reply(answer.status, headers, content)
 
     do_GET = do_POST = do_PUT = do_DELETE = do_PATCH = do_HEAD = _pass_on
 
@@ -179,6 +186,18 @@ def door(monkeypatch) -> Iterator[Door]:
     opened.closing.set()
     opened.shutdown()
     opened.server_close()
+
+
+@pytest.fixture
+def impatient(monkeypatch):
+    """Requests are made again after hundredths of a second, and given up after two seconds."""
+    server_or_skip()
+    from memseg_jax.runtime import bucket_client
+
+    hurry = bucket_client.Patience(first_pause=0.01, longest_pause=0.05, answer=1, give_up=2)
+    monkeypatch.setattr(bucket_client, "PATIENCE", hurry)
+    bucket_client.PATIENTLY.forget()
+    return hurry
 
 
 @pytest.fixture(params=["local", "bucket"])

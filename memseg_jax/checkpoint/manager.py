@@ -352,6 +352,8 @@ class Checkpointer:
         """What a full or broken disk, or a bucket, says, if that is what an error is about."""
         if words := files.trouble(self._folder, error):
             return words
+        if files.in_bucket(self._folder) and "NOT_FOUND" in str(error):  # TensorStore's word
+            return "there is no such bucket, or not any more"
         return next((words for words in _DISK_ERRORS if words in str(error)), None)
 
     def _last_good(self) -> str:

@@ -8,6 +8,7 @@ Functions raise `FileNotFoundError` where an object is not there, and `Unreachab
 to it is not open.
 """
 
+import base64
 import concurrent.futures
 import contextlib
 import importlib.util
@@ -28,7 +29,7 @@ SCHEME = "gs://"
 MARKER = "commit_success.txt"
 _NAME = re.compile(r"[a-z0-9][a-z0-9._-]{1,220}[a-z0-9]")  # of a bucket
 _AT_A_TIME = 16  # requests, where there are many to make
-_LARGE = 5 * 2**20  # bytes; larger objects are sent in parts, of which each can be tried again
+_PART = 8 * 2**20  # bytes; larger objects are sent in parts, of which each can be tried again
 # How TensorStore, which reads and writes the arrays of checkpoints, says what `Unreachable` says.
 _TROUBLES = re.compile(r"\b(UNAVAILABLE|DEADLINE_EXCEEDED|PERMISSION_DENIED|UNAUTHENTICATED)\b")
 
@@ -118,11 +119,31 @@ def write(path: epath.Path, content: bytes, generation: int | None = None) -> No
 
 def upload(source: Path, path: epath.Path) -> None:
     """Writes an object with the content of a file."""
-    if source.stat().st_size < _LARGE:
+    if source.stat().st_size < _PART:
         write(path, source.read_bytes())
         return
-    with _explained(path, "create"):
-        _file_system().put_file(str(source), str(path), content_type="application/octet-stream")
+    # A part that was sent again because its answer was lost must not count twice.
+    for _ in range(2):
+        with _explained(path, "create"):
+            _file_system().put_file(
+                str(source), str(path), content_type="application/octet-stream", chunksize=_PART
+            )
+        bucket, name = _split(path)
+        sent = _json(path, "get", "GET", "b/{}/o/{}", bucket, name, fields="crc32c")
+        if sent["crc32c"] == _crc32c(source):
+            return
+    raise Unreachable(f"{path} has not the content that was sent, twice; try again")
+
+
+def _crc32c(source: Path) -> str:
+    """The checksum of a file, as the service writes it."""
+    import google_crc32c
+
+    checksum = google_crc32c.Checksum()
+    with source.open("rb") as file:
+        while part := file.read(_PART):
+            checksum.update(part)
+    return base64.b64encode(checksum.digest()).decode()
 
 
 def download(path: epath.Path, target: Path) -> None:
@@ -382,12 +403,12 @@ def trouble(error: BaseException | None) -> str | None:
         error: of this module, or of the libraries that read and write checkpoints.
     """
     while error is not None:
-        text = str(error).strip() or type(error).__name__
+        first, *more = str(error).strip().splitlines() or [type(error).__name__]
         if isinstance(error, (Unreachable, *_client().ERRORS)):
-            return text.splitlines()[0]
-        if text.startswith("Forbidden"):  # gcsfs's word for 403
-            return text.splitlines()[-1]
-        if isinstance(error, ValueError) and _TROUBLES.search(text):
-            return text.splitlines()[0]
+            return first
+        if first.startswith("Forbidden"):  # gcsfs's word for 403; what the server says comes next
+            return more[-1] if more else first
+        if isinstance(error, ValueError) and _TROUBLES.search(first):
+            return first.partition(" [")[0]  # details for its makers follow
         error = error.__cause__ or error.__context__
     return None

@@ -13,6 +13,7 @@ that grow. A log line says so once for all the requests of such a time.
 import asyncio
 import functools
 import logging
+import math
 import os
 import random
 import time
@@ -47,8 +48,14 @@ class Patience(NamedTuple):
 
 
 PATIENCE = Patience()
+
+
+class GaveUp(Exception):
+    """A request was made again and again, in vain; gcsfs does not begin anew after it."""
+
+
 # What gcsfs raises, also to the libraries below, if the trouble does not pass.
-ERRORS = (HttpError, aiohttp.ClientError, TimeoutError)
+ERRORS = (GaveUp, HttpError, aiohttp.ClientError, TimeoutError)
 _PASSING = frozenset({408, 429, 500, 502, 503, 504})
 _WITH_NEW_TOKENS = 3  # tries after which an account that is not known (401) is not going to be
 _TOLD_AT_TRY = 3  # one or two failures happen every day
@@ -70,7 +77,7 @@ def file_system() -> Any:
     settings = fsspec.config.conf.setdefault("gcs", {})
     # Other programs and other hosts write there, too.
     settings.setdefault("use_listings_cache", False)
-    settings.setdefault("session_kwargs", {"middlewares": (_Patiently(),)})
+    settings.setdefault("session_kwargs", {"middlewares": (PATIENTLY,)})
     settings.setdefault(
         "requests_timeout",
         aiohttp.ClientTimeout(total=None, sock_connect=30, sock_read=PATIENCE.silence),
@@ -92,15 +99,15 @@ def account() -> str:
     return f"your account ({type(credentials).__module__}.{type(credentials).__name__})"
 
 
-class GaveUp(TimeoutError):
-    """A request was tried again and again, in vain."""
-
-
-class _Patiently:
-    """Makes a request of aiohttp, which calls it, again while it fails."""
+class Patiently:
+    """Makes a request again while it fails; aiohttp calls it instead of sending by itself."""
 
     def __init__(self) -> None:
-        self._last_failure = -_APART  # of any request; all are made by one thread
+        self.forget()
+
+    def forget(self) -> None:
+        """What fails next is told, however short the time since the last trouble."""
+        self._last_failure = -math.inf  # of any request; all are made by one thread
         self._told = False
 
     async def __call__(
@@ -146,6 +153,9 @@ class _Patiently:
             )
 
 
+PATIENTLY = Patiently()
+
+
 async def _renew_token(request: aiohttp.ClientRequest) -> None:
     """Asks for another token than the one that was refused, though it had not come to its end."""
     import google.auth.exceptions
@@ -155,9 +165,7 @@ async def _renew_token(request: aiohttp.ClientRequest) -> None:
     if credentials is None:
         return
     try:
-        await asyncio.to_thread(
-            credentials.refresh, google.auth.transport.requests.Request()
-        )
+        await asyncio.to_thread(credentials.refresh, google.auth.transport.requests.Request())
     except google.auth.exceptions.GoogleAuthError as error:
         log.debug("no new token: %s", error)
         return

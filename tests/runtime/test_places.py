@@ -232,7 +232,9 @@ def test_a_permission_that_is_missing_is_named(door, method, part, permission):
 def test_a_bucket_that_is_not_there(bucket):
     with pytest.raises(UserError, match=r"there is no bucket gs://not-there that .*buckets create"):
         files.writable_folder("gs://not-there/run", "the workdir", "--workdir")
-    with pytest.raises(UserError, match=r"cannot write gs://not-there/a: .*no bucket gs://not-there"):
+    with pytest.raises(
+        UserError, match=r"cannot write gs://not-there/a: .*no bucket gs://not-there"
+    ):
         files.write_text(files.place("gs://not-there/a"), "x")
 
 
