@@ -330,7 +330,7 @@ class Checkpointer:
 
     @contextlib.contextmanager
     def _disk_errors(self, step: int) -> Iterator[None]:
-        """Turns a full or broken disk, or a bucket's trouble, into a `UserError`; no other error."""
+        """Turns a full or broken disk, or a bucket's trouble, into a `UserError`; nothing else."""
         try:
             yield
         except Exception as error:
@@ -344,7 +344,7 @@ class Checkpointer:
             # What this process sees: the others need not come here.
             raise UserError(
                 f"{self._folder}: saving the checkpoint of step {step} failed: "
-                f"{reason or brief(error)}. {cure}, then start the same command again: it continues "
+                f"{reason or brief(error)}. {cure}, then start the same command again: it goes on "
                 f"from the last complete checkpoint, which is {self._last_good()}."
             ) from error
 

@@ -369,7 +369,7 @@ def _json(path: epath.Path, permission: str, method: str, url: str, *args: str, 
 
 @contextlib.contextmanager
 def _explained(path: epath.Path, permission: str) -> Iterator[None]:
-    """Turns the client's errors into `Unreachable` that says what is missing where, and for whom."""
+    """Turns the client's errors into `Unreachable`: what is missing where, and for whom."""
     try:
         yield
     except FileNotFoundError:

@@ -64,7 +64,7 @@ _APART = 60.0  # seconds without a failure after which the next one is another t
 
 @functools.cache
 def file_system() -> Any:
-    """gcsfs's client."""
+    """The client, of gcsfs."""
     import fsspec
 
     # gcsfs reports what it raises once more, with a traceback.
@@ -115,6 +115,7 @@ class Patiently:
         request: aiohttp.ClientRequest,
         send: Callable[[aiohttp.ClientRequest], Awaitable[aiohttp.ClientResponse]],
     ) -> aiohttp.ClientResponse:
+        """Returns the first answer that is not about a passing trouble."""
         started, pause, tries = time.monotonic(), PATIENCE.first_pause, 0
         while True:
             tries += 1
