@@ -10,7 +10,7 @@ import jax
 import numpy as np
 
 from memseg_jax.errors import UserError
-from memseg_jax.runtime import files
+from memseg_jax.runtime import distributed, files
 
 log = logging.getLogger(__name__)
 
@@ -19,6 +19,8 @@ def keep_programs() -> None:
     """Keeps compiled programs between runs, in $MEMSEG_CACHE or ~/.cache/memseg_jax/xla.
 
     JAX's own JAX_COMPILATION_CACHE_DIR goes first; without a writable folder there is no cache.
+    Of several processes all read and the first one writes, which JAX sees to. In a bucket, JAX
+    itself would make a bucket that is not there.
 
     Raises:
         UserError: $MEMSEG_CACHE is no path.
@@ -27,9 +29,20 @@ def keep_programs() -> None:
         folder = os.environ.get("MEMSEG_CACHE") or "~/.cache/memseg_jax/xla"
         place = files.place(folder, "MEMSEG_CACHE")
         try:
-            jax.config.update("jax_compilation_cache_dir", str(files.make_folder(place)))
-        except UserError:
+            if not files.in_bucket(place):
+                files.make_folder(place)
+            elif distributed.is_primary():
+                files.writable_folder(place, "the folder of compiled programs", "MEMSEG_CACHE")
+            else:
+                files.exists(place)
+        except UserError as error:
+            if files.in_bucket(place):
+                log.warning("compiled programs are not kept: %s", error)
             return
+        jax.config.update("jax_compilation_cache_dir", str(files.absolute(place)))
+        if files.in_bucket(place):
+            # Files that the compiler for GPUs keeps there by itself: it knows disks only.
+            jax.config.update("jax_persistent_cache_enable_xla_caches", "none")
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 1.0)
 
 
