@@ -162,12 +162,14 @@ def run(
     folder = files.place(output or files.place(workdir) / "predictions", "--output")
     pictures = find_images(pattern, folder)
     _, meta = checkpoint.read_meta(workdir, which)  # first: a misspelt workdir is not to be made
-    files.writable_folder(folder, "the folder for the results", "--output")
+    if files.in_bucket(folder):  # on a disk, nothing is made before it is needed
+        files.writable_folder(folder, "the folder for the results", "--output")
     with config.unlocked():
         config.data.class_names = tuple(meta["class_names"])
     model = build_segmentor(config)
     variables, _ = checkpoint.restore_for_inference(workdir, abstract_variables(model), which)
     palette = visualize.resolve_palette(meta["palette"], len(meta["class_names"]))
+    files.make_folder(folder, "--output")
     mesh = sharding.make_mesh(jax.local_devices())
     pairs = config.augment.flip_pairs
     predictor = Predictor(model, config.eval, mesh, pairs, confidence=save_confidence)

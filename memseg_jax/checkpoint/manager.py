@@ -31,6 +31,8 @@ from memseg_jax.runtime.plain import flatten
 
 log = logging.getLogger(__name__)
 
+# How long a save waits for what other processes write of it: one of them may have failed to.
+_OTHERS_SECONDS = 600
 _CONCURRENT_GB = 1  # of arrays that are on their way to the disk at a time
 # The library below reports disk errors as plain ValueErrors, known only by the system's words.
 _DISK_ERRORS = (
@@ -111,6 +113,7 @@ class Checkpointer:
             else ocp.AsyncCheckpointer(
                 handlers,
                 async_options=ocp.options.AsyncOptions(
+                    timeout_secs=_OTHERS_SECONDS,
                     post_finalization_callback=self._flush,
                     # Otherwise, where a folder cannot be made, a thread waits for it for five
                     # minutes, and the program cannot end before.

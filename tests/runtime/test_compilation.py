@@ -63,12 +63,15 @@ def test_a_bucket_for_programs_that_is_not_there_is_not_made(door, monkeypatch, 
 
 
 COMPILE = """
-    import sys, jax
+    import sys, jax, numpy as np
+    from jax.sharding import Mesh, NamedSharding, PartitionSpec
     from memseg_jax.runtime import compilation, distributed
     distributed.start(*sys.argv[1:])
     compilation.keep_programs()
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
-    print(jax.jit(lambda x: x * 2 + 1)(3.0))
+    # Of all devices: a program for one device of its own is another one in every process.
+    everywhere = NamedSharding(Mesh(np.array(jax.devices()), ("data",)), PartitionSpec("data"))
+    jax.jit(lambda: jax.numpy.arange(8.0) * 2, out_shardings=everywhere)().block_until_ready()
     distributed.finish(0)
 """
 

@@ -14,7 +14,7 @@ from PIL import Image
 
 from memseg_jax import checkpoint, train
 from memseg_jax.models.segmentor import build_segmentor
-from memseg_jax.runtime import compilation
+from memseg_jax.runtime import compilation, files
 from memseg_jax.training import guards, optimizer
 from memseg_jax.training.state import TrainState, abstract_state
 from memseg_jax.training.step import make_train_step
@@ -235,7 +235,7 @@ def run(tmp_path, monkeypatch, compilations, three_convolutions):
     """Trains with bad batches at some steps; returns the exit status."""
     read = train.train_batches
 
-    def start(bad, *flags, root=None):
+    def start(bad, *flags, root=None, workdir=tmp_path):
         def spoiled(source, config, first, *rest):
             return Spoiled(read(source, config, first, *rest), first, bad)
 
@@ -247,7 +247,7 @@ def run(tmp_path, monkeypatch, compilations, three_convolutions):
 
         monkeypatch.setattr(train, "train_batches", spoiled)
         monkeypatch.setattr(compilation, "compile_with_notice", compile_once)
-        flags = (f"--config.data.root={root or tiny.data_root()}", "--workdir", tmp_path, *flags)
+        flags = (f"--config.data.root={root or tiny.data_root()}", "--workdir", workdir, *flags)
         return tiny.run(*flags)
 
     return start
@@ -267,16 +267,17 @@ def rows(workdir, column):
 KEEP = "--config.checkpoint.keep=9"
 
 
-@pytest.mark.parametrize("log_every", [1, pytest.param(50, marks=pytest.mark.slow)])
-def test_raise(run, tmp_path, capsys, log_every):
+def raise_and_go_on(run, workdir, capsys, log_every=1):
+    """A run that ends at a bad step, what it leaves, and how it goes on."""
     log = f"--config.train.log_every={log_every}"
-    assert run({8}, KEEP, log) == 1
+    assert run({8}, KEEP, log, workdir=workdir) == 1
     error = capsys.readouterr().err
-    folder = tmp_path / "nonfinite_step_8"
+    folder = workdir / "nonfinite_step_8"
     assert "error: step 8: grad_norm, loss, " in error
     assert "Traceback" not in error
     assert str(folder) in error
-    kept = np.load(folder / "batch.npz")
+    with files.readable(folder / "batch.npz") as local:
+        kept = dict(np.load(local))
     assert np.isnan(kept["image"][0, 5, 5, 1])
     assert kept["label"].shape == (8, tiny.SIDE, tiny.SIDE)
     assert len(kept["files"]) == 8
@@ -284,11 +285,21 @@ def test_raise(run, tmp_path, capsys, log_every):
         assert f"  {name}\n" in error
         assert "images/train/" in name
     # The state is that before the step, though two more steps were under way.
-    assert checkpoint.all_steps(tmp_path) == [3, 6]
+    assert checkpoint.all_steps(workdir) == [3, 6]
     assert checkpoint.all_steps(folder) == [7]
-    assert run(set(), KEEP, log, "--config.checkpoint.every=7") == 0
-    assert checkpoint.all_steps(tmp_path) == [3, 6, 7, 14, 16]
-    assert_same(load(folder, 7), load(tmp_path, 7))
+    assert run(set(), KEEP, log, "--config.checkpoint.every=7", workdir=workdir) == 0
+    assert checkpoint.all_steps(workdir) == [3, 6, 7, 14, 16]
+    assert_same(load(folder, 7), load(workdir, 7))
+
+
+@pytest.mark.parametrize("log_every", [1, pytest.param(50, marks=pytest.mark.slow)])
+def test_raise(run, tmp_path, capsys, log_every):
+    raise_and_go_on(run, tmp_path, capsys, log_every)
+
+
+@pytest.mark.slow
+def test_raise_in_a_bucket(run, bucket, capsys):
+    raise_and_go_on(run, bucket / "run", capsys)
 
 
 @pytest.mark.slow
