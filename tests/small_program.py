@@ -46,7 +46,7 @@ build = train.build_segmentor
 
 if __name__ == "__main__":
     jax.config.update("jax_enable_x64", True)
-    # Ten minutes otherwise: a test in which one process fails to write has to wait for it.
+    # Twenty minutes otherwise: a test in which one process fails to write has to wait for it.
     manager._OTHERS_SECONDS = int(os.environ.get("OTHERS_SECONDS") or manager._OTHERS_SECONDS)
     sharding._SMALL = 64  # or nothing of this model would be split
     train.build_segmentor = evaluate.build_segmentor = small_model

@@ -31,8 +31,9 @@ from memseg_jax.runtime.plain import flatten
 
 log = logging.getLogger(__name__)
 
-# How long a save waits for what other processes write of it: one of them may have failed to.
-_OTHERS_SECONDS = 600
+# How long a save waits for what other processes write of it, of which one may have failed to: as
+# long as orbax does by default, and longer than TensorStore tries again.
+_OTHERS_SECONDS = 1200
 _CONCURRENT_GB = 1  # of arrays that are on their way to the disk at a time
 # The library below reports disk errors as plain ValueErrors, known only by the system's words.
 _DISK_ERRORS = (

@@ -260,15 +260,16 @@ def load(workdir, step):
 
 
 def rows(workdir, column):
-    with open(workdir / "metrics.csv", newline="") as file:
-        return {int(row["step"]): row[column] for row in csv.DictReader(file) if row[column]}
+    found = csv.DictReader((workdir / "metrics.csv").read_text().splitlines())
+    return {int(row["step"]): row[column] for row in found if row[column]}
 
 
 KEEP = "--config.checkpoint.keep=9"
 
 
-def raise_and_go_on(run, workdir, capsys, log_every=1):
-    """A run that ends at a bad step, what it leaves, and how it goes on."""
+@pytest.mark.parametrize("log_every", [1, pytest.param(50, marks=pytest.mark.slow)])
+def test_raise(run, place_of_run, capsys, log_every):
+    workdir = place_of_run
     log = f"--config.train.log_every={log_every}"
     assert run({8}, KEEP, log, workdir=workdir) == 1
     error = capsys.readouterr().err
@@ -290,16 +291,6 @@ def raise_and_go_on(run, workdir, capsys, log_every=1):
     assert run(set(), KEEP, log, "--config.checkpoint.every=7", workdir=workdir) == 0
     assert checkpoint.all_steps(workdir) == [3, 6, 7, 14, 16]
     assert_same(load(folder, 7), load(workdir, 7))
-
-
-@pytest.mark.parametrize("log_every", [1, pytest.param(50, marks=pytest.mark.slow)])
-def test_raise(run, tmp_path, capsys, log_every):
-    raise_and_go_on(run, tmp_path, capsys, log_every)
-
-
-@pytest.mark.slow
-def test_raise_in_a_bucket(run, bucket, capsys):
-    raise_and_go_on(run, bucket / "run", capsys)
 
 
 @pytest.mark.slow
@@ -327,23 +318,22 @@ def test_skip_gives_up_after_too_many_in_a_row(run, tmp_path, capsys):
     assert guards.all_finite(load(tmp_path, 9))
 
 
-def test_rollback(run, tmp_path, capsys, caplog):
+def test_rollback(run, place_of_run, capsys, caplog):
     rollback = "--config.train.on_nonfinite=rollback"
     with caplog.at_level(logging.WARNING):
-        assert run({8}, KEEP, rollback) == 0, capsys.readouterr().err
+        assert run({8}, KEEP, rollback, workdir=place_of_run) == 0, capsys.readouterr().err
     assert (
         "going back to the state of step 6; the data of steps 7 to 8 are passed over" in caplog.text
     )
-    assert checkpoint.all_steps(tmp_path) == [3, 6, 8, 9, 12, 15, 16]
-    back = guards.at_step(jax.tree.map(jnp.asarray, load(tmp_path, 6)), 8)
-    assert_same(back, load(tmp_path, 8))
-    end = load(tmp_path, 16)
+    assert checkpoint.all_steps(place_of_run) == [3, 6, 8, 9, 12, 15, 16]
+    back = guards.at_step(jax.tree.map(jnp.asarray, load(place_of_run, 6)), 8)
+    assert_same(back, load(place_of_run, 8))
+    end = load(place_of_run, 16)
     assert guards.all_finite(end)
     # Whoever resumes after the rollback passes over the same data: the same end.
-    for step in (9, 12, 15, 16):
-        shutil.rmtree(tmp_path / "checkpoints" / str(step))
-    assert run(set(), KEEP, rollback) == 0
-    assert_same(load(tmp_path, 16), end)
+    files.remove_folders(place_of_run / "checkpoints", ["9", "12", "15", "16"])
+    assert run(set(), KEEP, rollback, workdir=place_of_run) == 0
+    assert_same(load(place_of_run, 16), end)
 
 
 def test_rollback_without_a_checkpoint(run, tmp_path, capsys):
