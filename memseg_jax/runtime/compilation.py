@@ -19,8 +19,9 @@ def keep_programs() -> None:
     """Keeps compiled programs between runs, in $MEMSEG_CACHE or ~/.cache/memseg_jax/xla.
 
     JAX's own JAX_COMPILATION_CACHE_DIR goes first; without a writable folder there is no cache.
-    Of several processes all read and the first one writes, which JAX sees to. In a bucket, JAX
-    itself would make a bucket that is not there.
+    Of several processes all read and the first one writes, which JAX sees to; so programs for the
+    devices of another process alone, as of its part of an evaluation, are compiled every time. JAX
+    would make a bucket that is not there.
 
     Raises:
         UserError: $MEMSEG_CACHE is no path.
