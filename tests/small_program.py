@@ -4,7 +4,6 @@ That compiles in a fraction of the time, and sums in another order change no dig
 Arguments are those of `memseg_jax.main` after --config.
 """
 
-import os
 import sys
 from pathlib import Path
 
@@ -12,7 +11,6 @@ import jax
 import jax.numpy as jnp
 
 from memseg_jax import evaluate, main, train
-from memseg_jax.checkpoint import manager
 from memseg_jax.runtime import sharding
 from memseg_jax.training import program
 from tests.small_models import ThreeConvolutions
@@ -46,8 +44,6 @@ build = train.build_segmentor
 
 if __name__ == "__main__":
     jax.config.update("jax_enable_x64", True)
-    # Twenty minutes otherwise: a test in which one process fails to write has to wait for it.
-    manager._OTHERS_SECONDS = int(os.environ.get("OTHERS_SECONDS") or manager._OTHERS_SECONDS)
     sharding._SMALL = 64  # or nothing of this model would be split
     train.build_segmentor = evaluate.build_segmentor = small_model
     train.init_state = in_double(train.init_state)

@@ -1,6 +1,7 @@
 """Writing checkpoints, and going on from them."""
 
 import contextlib
+import itertools
 import logging
 import os
 import threading
@@ -31,9 +32,7 @@ from memseg_jax.runtime.plain import flatten
 
 log = logging.getLogger(__name__)
 
-# How long a save waits for what other processes write of it, of which one may have failed to: as
-# long as orbax does by default, and longer than TensorStore tries again.
-_OTHERS_SECONDS = 1200
+_saves = itertools.count()  # the same in all processes, which make the same saves
 _CONCURRENT_GB = 1  # of arrays that are on their way to the disk at a time
 # The library below reports disk errors as plain ValueErrors, known only by the system's words.
 _DISK_ERRORS = (
@@ -101,6 +100,7 @@ class Checkpointer:
             prepare_workdir(self._folder)
         self._keep = keep
         self._saving: int | None = None  # the step of the last save until it is known to be over
+        self._name = ""  # of that save, for the other processes
         self._failed = False  # since the last save that was completed
         self._untidy = True  # whether there may be checkpoints that need not be kept
         self._almost_saved = threading.Event()  # the save in the background nears its end
@@ -114,7 +114,7 @@ class Checkpointer:
             else ocp.AsyncCheckpointer(
                 handlers,
                 async_options=ocp.options.AsyncOptions(
-                    timeout_secs=_OTHERS_SECONDS,
+                    barrier_sync_fn=self._meet if distributed.process_count() > 1 else None,
                     post_finalization_callback=self._flush,
                     # Otherwise, where a folder cannot be made, a thread waits for it for five
                     # minutes, and the program cannot end before.
@@ -149,6 +149,7 @@ class Checkpointer:
         with jax.transfer_guard("allow"), self._disk_errors(step):
             meta = sealed(dict(meta) | {"checksums": checksums(flatten(tree))})
             self._saving, self._untidy = step, True
+            self._name = f"save/{next(_saves)}"
             self._almost_saved.clear()
             self._checkpointer.save(
                 self._folder / str(step),
@@ -305,7 +306,15 @@ class Checkpointer:
 
     def _wait(self) -> None:
         if isinstance(self._checkpointer, ocp.AsyncCheckpointer):
-            self._checkpointer.wait_until_finished()
+            try:
+                self._checkpointer.wait_until_finished()
+            except Exception:
+                distributed.call_off(self._name)
+                raise
+
+    def _meet(self, *, key: str, timeout_ms: int) -> None:
+        """Waits in the background for the other processes, which may have failed in their part."""
+        distributed.meet(key, timeout_ms / 1000, self._name)
 
     def _report_failure(self, step: int) -> bool:
         """Waits for the save before; returns whether it failed, in any process."""
