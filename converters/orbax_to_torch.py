@@ -88,6 +88,8 @@ def convert(workdir: str | os.PathLike, which: str | int, output: str | os.PathL
         raise UserError(f"--output {output}: expected a name that ends in .pth or .safetensors")
     if files.exists(output):
         raise UserError(f"--output {output} exists already; choose another name, or remove it")
+    if files.in_bucket(output):
+        files.writable_folder(output.parent, "the folder", "--output")
     step, meta = checkpoint.read_meta(workdir, which)
     config = ml_collections.ConfigDict(meta["config"])
     model = build_segmentor(config)

@@ -124,6 +124,8 @@ def convert(
     output = files.absolute(output, "--output")
     if files.exists(output):
         raise UserError(f"--output {output} exists already; choose another folder, or remove it")
+    if files.in_bucket(output):
+        files.writable_folder(output, "the folder", "--output")
     file = torch_files.read(path, sha256)
     variables, conversion = to_variables(file, build_segmentor(config), config)
     class_names = tuple(config.data.class_names)

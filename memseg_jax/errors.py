@@ -12,6 +12,10 @@ class UserError(ValueError):
     """
 
 
+class Unreachable(OSError, UserError):
+    """A bucket gives no answer, or refuses: nothing is known about what is in it."""
+
+
 class Stopped(Exception):
     """The run was asked to stop, and everything is saved; the message says how to go on."""
 

@@ -161,7 +161,9 @@ def run(
     config_rules.check(config)
     folder = files.place(output or files.place(workdir) / "predictions", "--output")
     pictures = find_images(pattern, folder)
-    _, meta = checkpoint.read_meta(workdir, which)
+    _, meta = checkpoint.read_meta(workdir, which)  # first: a misspelt workdir is not to be made
+    if files.in_bucket(folder):  # on a disk, nothing is made before it is needed
+        files.writable_folder(folder, "the folder for the results", "--output")
     with config.unlocked():
         config.data.class_names = tuple(meta["class_names"])
     model = build_segmentor(config)

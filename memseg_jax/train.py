@@ -20,6 +20,7 @@ from memseg_jax.data.pipeline import check_batch, steps_per_epoch, train_batches
 from memseg_jax.errors import UserError
 from memseg_jax.models.segmentor import build_segmentor
 from memseg_jax.runtime import compilation, distributed, files, sharding
+from memseg_jax.runtime.log_file import LogFile, say
 from memseg_jax.runtime.stopping import StopRequests
 from memseg_jax.runtime.text import format_duration
 from memseg_jax.runtime.watchdog import Watchdog
@@ -86,6 +87,7 @@ def _run(
     folder = checkpoint.prepare_workdir(workdir)  # not before: a wrong config leaves no folder
     check_processes_agree(config, fingerprint, folder)
     lock = stack.enter_context(RunLock(folder, config.checkpoint.lock_minutes))
+    stack.enter_context(LogFile(folder))
     epoch_steps = steps_per_epoch(len(train_source), batch_size, config.replica_groups)
     total_steps = train.epochs * epoch_steps
     log.info(
@@ -157,7 +159,6 @@ def _run(
             log.info("%s", report)
         # The first message between devices gives up if the others take much longer to compile.
         distributed.wait_for_all("compiled")
-        compilation.keep_entries()
 
     # ---- Loop -----------------------------------------------------------------------------------
     stack.push(_tell_others)  # the first thing on the way out: closing the rest may take the others
@@ -324,15 +325,14 @@ def _print_next_steps(
 ) -> None:
     """Says what there is to look at, and the next thing to try."""
     if first_step >= total_steps:
-        print(f"This run is complete ({total_steps} steps); nothing to train.")
+        say(f"This run is complete ({total_steps} steps); nothing to train.")
     else:
-        print(f"Trained {total_steps - first_step} steps in {format_duration(seconds)}.")
-    print(
+        say(f"Trained {total_steps - first_step} steps in {format_duration(seconds)}.")
+    say(
         f"  picture      {folder / PICTURE}\n"
         f"  scores       {folder / 'metrics.json'}, {folder / 'per_class.csv'}\n"
         f"  progress     {folder / 'metrics.csv'}\n"
         f"  checkpoints  {folder / checkpoint.FOLDER}\n"
         "Segment your own pictures:\n"
-        f"  python -m memseg_jax.main {shlex.join(sys.argv[1:])} --mode predict --input PICTURES",
-        flush=True,
+        f"  python -m memseg_jax.main {shlex.join(sys.argv[1:])} --mode predict --input PICTURES"
     )

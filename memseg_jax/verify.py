@@ -80,6 +80,9 @@ def check(workdir: files.Place, step: int) -> Report:
 
     Returns:
         What was found.
+
+    Raises:
+        Unreachable: its bucket gives no answer or refuses, which says nothing about it.
     """
     folder = workdir / records.FOLDER / str(step) / "state"
     try:
@@ -93,6 +96,8 @@ def check(workdir: files.Place, step: int) -> Report:
         try:
             array = stored.read_on_host(folder, [name])[name]
         except Exception as error:
+            if refused := stored.unreachable(folder, error):
+                raise refused from error
             problems.append(f"{name} in {folder} cannot be read ({records.brief(error)})")
             continue
         size += array.nbytes

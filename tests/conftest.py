@@ -18,7 +18,7 @@ jax.config.update("jax_default_matmul_precision", "highest")
 
 from memseg_jax.models import convolution  # noqa: E402
 from tests import session  # noqa: E402
-from tests.gcs import bucket, door, place  # noqa: E402, F401
+from tests.gcs import bucket, door, impatient, place, place_of_run  # noqa: E402, F401
 from tests.tiny import compilations, quiet_entry, three_convolutions  # noqa: E402, F401
 
 

@@ -83,9 +83,12 @@ class Door(http.server.ThreadingHTTPServer):
 
     Attributes:
         passed: method and path of every request, in their order.
-        answer: gets method and path; returns None to pass a request on, or a status to answer with.
+        answer: gets method and path; returns None to pass a request on, a status to answer with,
+            `DROP`: the connection breaks in the middle of what is sent, `STALL`: nothing is read
+            or answered until the door closes, or `LOSE`: it is done, and the answer does not come.
     """
 
+    DROP, STALL, LOSE = -1, -2, -3
     daemon_threads = True
 
     def __init__(self, address: str):
@@ -93,6 +96,7 @@ class Door(http.server.ThreadingHTTPServer):
         self.behind = address
         self.passed: list[str] = []
         self.answer: Callable[[str, str], int | None] = lambda method, path: None
+        self.closing = threading.Event()
         threading.Thread(target=self.serve_forever, daemon=True).start()
 
     def handle_error(self, request, client_address):
@@ -111,9 +115,16 @@ class _Handler(http.server.BaseHTTPRequestHandler):
         pass
 
     def _pass_on(self):
-        body = self._body()
         self.server.passed.append(f"{self.command} {self.path}")
-        if status := self.server.answer(self.command, self.path):
+        status = self.server.answer(self.command, self.path)
+        if status in (Door.DROP, Door.STALL):
+            if status == Door.STALL:
+                self.server.closing.wait()
+            self.rfile.read(int(self.headers.get("Content-Length", 0)) // 2)
+            self.close_connection = True
+            return
+        body = self._body()
+        if status and status != Door.LOSE:
             error = {"error": {"code": status, "message": f"answered by the test: {status}"}}
             self._reply(status, {"Content-Type": "application/json"}, json.dumps(error).encode())
             return
@@ -122,7 +133,14 @@ class _Handler(http.server.BaseHTTPRequestHandler):
             headers = {k: v for k, v in self.headers.items() if k.lower() not in _OF_A_CONNECTION}
             connection.request(self.command, self.path, body, headers)
             answer = connection.getresponse()
-            self._reply(answer.status, dict(answer.getheaders()), answer.read())
+            headers, content = dict(answer.getheaders()), answer.read()
+        if status == Door.LOSE:
+            self.close_connection = True
+            return
+        if "Location" in headers:  # where large objects are sent, in parts
+            address = self.server.behind, self.server.address
+            headers["Location"] = headers["Location"].replace(*address)
+        self._reply(answer.status, headers, content)
 
     do_GET = do_POST = do_PUT = do_DELETE = do_PATCH = do_HEAD = _pass_on
 
@@ -165,14 +183,33 @@ def door(monkeypatch) -> Iterator[Door]:
     opened = Door(server_or_skip())
     opened.folder = _folder(monkeypatch, opened.address)
     yield opened
+    opened.closing.set()
     opened.shutdown()
     opened.server_close()
+
+
+@pytest.fixture
+def impatient(monkeypatch):
+    """Requests are made again after hundredths of a second, and given up after two seconds."""
+    server_or_skip()
+    from memseg_jax.runtime import bucket_client
+
+    hurry = bucket_client.Patience(first_pause=0.01, longest_pause=0.05, answer=1, give_up=2)
+    monkeypatch.setattr(bucket_client, "PATIENCE", hurry)
+    bucket_client.PATIENTLY.forget()
+    return hurry
 
 
 @pytest.fixture(params=["local", "bucket"])
 def place(request, tmp_path):
     """An empty folder, on a disk and in a bucket."""
     return tmp_path if request.param == "local" else request.getfixturevalue("bucket")
+
+
+@pytest.fixture(params=["local", pytest.param("bucket", marks=pytest.mark.slow)])
+def place_of_run(request, tmp_path):
+    """As `place`, for tests of whole runs: in a bucket they are slow."""
+    return tmp_path if request.param == "local" else request.getfixturevalue("bucket") / "run"
 
 
 def server_or_skip() -> str:

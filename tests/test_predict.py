@@ -279,6 +279,18 @@ def test_checkpoint_of_another_model(tmp_path, predict, capsys, change):
     assert not (tmp_path / "out").exists()
 
 
+def test_an_output_that_may_not_be_written_is_named_before_anything_is_done(
+    door, tmp_path, predict, capsys, caplog
+):
+    path = picture(tmp_path / "a.png", 40, 50)
+    door.answer = lambda method, path: 403 if method == "POST" else None
+    assert predict(path, output=door.folder / "out") == 1
+    error = capsys.readouterr().err
+    assert f"cannot write to the folder for the results {door.folder / 'out'}: " in error
+    assert "storage.objects.create" in error
+    assert "segmenting" not in caplog.text
+
+
 def test_an_empty_input_is_refused():
     with pytest.raises(UserError, match="--input"):
         find_images("", OUT)

@@ -9,7 +9,11 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 # Whatever these files test is a fault that the page is about.
-ALL_OF = ("tests/checkpoint/test_faults.py", "tests/checkpoint/test_kills.py")
+ALL_OF = (
+    "tests/checkpoint/test_bucket_faults.py",
+    "tests/checkpoint/test_faults.py",
+    "tests/checkpoint/test_kills.py",
+)
 
 
 def named():

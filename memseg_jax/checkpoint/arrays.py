@@ -13,7 +13,7 @@ from flax.traverse_util import unflatten_dict
 from memseg_jax.checkpoint.checksums import checksums, describe
 from memseg_jax.checkpoint.meta import read_meta
 from memseg_jax.checkpoint.steps import FOLDER, DamagedCheckpoint, brief, damaged
-from memseg_jax.errors import UserError
+from memseg_jax.errors import Unreachable, UserError
 from memseg_jax.runtime import distributed, files
 from memseg_jax.runtime.plain import flatten, show
 from memseg_jax.runtime.text import first_few
@@ -74,6 +74,7 @@ def restore_arrays(workdir: files.Place, step: int, abstract: Any, meta: Any, pa
         DamagedCheckpoint: an array is missing, cannot be read, or has not the saved checksum; in
             every process if it is so in one.
         UserError: it is of another model.
+        Unreachable: its bucket gives no answer or refuses, which says nothing about it.
     """
     folder = workdir / FOLDER / str(step) / "state"
     # The plain form first: what is on disk knows nothing of dataclasses and named tuples.
@@ -94,9 +95,11 @@ def restore_arrays(workdir: files.Place, step: int, abstract: Any, meta: Any, pa
         except (MemoryError, jax.errors.JaxRuntimeError):
             raise  # the checkpoint is not to blame
         except Exception as error:
-            names = ", ".join(unreadable(folder, target))
-            wrong = f"the arrays in {folder}: {names and names + ': '}cannot be read"
-            wrong, cause = f"{wrong} ({brief(error)})", error
+            refused = unreachable(folder, error)
+            if refused is None:
+                names = ", ".join(unreadable(folder, target))
+                wrong = f"the arrays in {folder}: {names and names + ': '}cannot be read"
+                wrong, cause = f"{wrong} ({brief(error)})", error
         _agree(workdir, step, wrong, cause)
         if refused:
             raise refused
@@ -121,12 +124,15 @@ def list_arrays(workdir: files.Place, step: int, meta: Mapping[str, Any]) -> dic
 
     Raises:
         DamagedCheckpoint: the list cannot be read, or is not the one that was saved.
+        Unreachable: as in `restore_arrays`.
     """
     folder = workdir / FOLDER / str(step) / "state"
     try:
         saved = flatten(ocp.PyTreeCheckpointHandler().metadata(folder).tree)
         found = {name: describe(x) for name, x in saved.items()}
     except Exception as error:
+        if refused := unreachable(folder, error):
+            raise refused from error
         raise damaged(
             workdir, step, f"the list of arrays in {folder} cannot be read ({brief(error)})"
         ) from error
@@ -140,6 +146,19 @@ def list_arrays(workdir: files.Place, step: int, meta: Mapping[str, Any]) -> dic
         wrong = "; ".join(first_few(lines))
         raise damaged(workdir, step, f"the list of arrays in {folder}: {wrong}")
     return saved
+
+
+def unreachable(folder: files.Place, error: BaseException) -> Unreachable | None:
+    """The error to raise in the place of one that says nothing about a checkpoint; else None.
+
+    Args:
+        folder: of the checkpoint, or in it.
+        error: from reading it.
+    """
+    words = files.trouble(folder, error)
+    if words is None:
+        return None
+    return Unreachable(f"{folder} cannot be read now: {words}. It may be good; try again later")
 
 
 def read_on_host(folder: files.Place, names: list[str]) -> dict[str, np.ndarray]:

@@ -19,7 +19,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from memseg_jax.errors import UserError
+from memseg_jax.errors import Unreachable, UserError
 from memseg_jax.runtime import distributed, files
 
 log = logging.getLogger(__name__)
@@ -47,10 +47,10 @@ class RunLock:
         self._path = folder / FILE
         self._seconds = 60 * minutes
         self._own = _describe_self()
-        self._text = ""  # what this process has written last
         # The folder is not taken from a run that was seen to hold it a moment ago.
         self._pause = min(files.seconds_between_looks(folder), self._seconds / _RENEWALS)
         self._seen = 0.0
+        self._renewed_at = 0.0  # when the file last said so
         self._ended = threading.Event()
         self._thread: threading.Thread | None = None
 
@@ -67,20 +67,36 @@ class RunLock:
             return
         self._ended.set()
         self._thread.join()
-        text = files.read_text(self._path)
-        if (_parse(text) or {}).get("id") == self._own["id"]:
-            files.remove_if(self._path, text)
+        try:
+            text = files.read_text(self._path)
+            if self._is_own(text):
+                files.remove_if(self._path, text)
+        except Unreachable as error:  # what ended the run, if something did, matters more
+            log.warning("cannot remove %s: %s", self._path, error)
 
     def check(self) -> None:
         """Refuses to go on if the folder is not this run's any more; to be called before it writes.
 
+        A bucket that gives no answer takes the folder from nobody: others respect a lock for some
+        minutes after its last renewal.
+
         Raises:
-            UserError: another run has taken the folder, or the file was removed.
+            UserError: another run has taken the folder, the file was removed, or for so long that
+                another run may have taken it, nothing could be known.
         """
         if self._thread is None or 0 <= time.time() - self._seen < self._pause:
             return
-        found = _parse(files.read_text(self._path))
-        if (found or {}).get("id") == self._own["id"]:
+        try:
+            found = _parse(files.read_text(self._path))
+            if found is None:
+                files.names(self._path.parent)  # whose bucket may be gone
+        except Unreachable as error:
+            gone = isinstance(error, FileNotFoundError)
+            if gone or not 0 <= time.time() - self._renewed_at < self._seconds:
+                raise
+            log.warning("cannot look at %s, which is this run's still: %s", self._path, error)
+            return
+        if found and found["id"] == self._own["id"]:
             self._seen = time.time()
             return
         raise UserError(
@@ -95,9 +111,8 @@ class RunLock:
             text = files.read_text(self._path)
             if text is not None:
                 self._check_dead(text)
-            self._text = self._renewed()
             try:
-                if files.replace_if(self._path, text, self._text):
+                if self._replace(text):
                     return
             except OSError as error:
                 raise UserError(f"cannot write {self._path}: {error.strerror or error}") from error
@@ -129,15 +144,24 @@ class RunLock:
             )
         log.warning("taking over the workdir from %s, which has ended", _name(holder))
 
-    def _renewed(self) -> str:
-        return json.dumps(self._own | {"renewed": time.time()})
+    def _replace(self, before: str | None) -> bool:
+        """Writes a file that says that this process lives now; returns whether it did."""
+        now = time.time()
+        done = files.replace_if(self._path, before, json.dumps(self._own | {"renewed": now}))
+        if done:
+            self._renewed_at = now
+        return done
+
+    def _is_own(self, text: str | None) -> bool:
+        return (_parse(text) or {}).get("id") == self._own["id"]
 
     def _renew(self) -> None:
         while not self._ended.wait(self._seconds / _RENEWALS):
-            text = self._renewed()
             try:
-                if files.replace_if(self._path, self._text, text):
-                    self._text = text
+                # Not what was written last: that may have been done though its answer was lost.
+                text = files.read_text(self._path)
+                if self._is_own(text):
+                    self._replace(text)
             except OSError as error:  # the disk's trouble is reported where the run writes
                 log.warning("cannot renew %s: %s", self._path, error)
 

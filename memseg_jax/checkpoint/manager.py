@@ -1,6 +1,7 @@
 """Writing checkpoints, and going on from them."""
 
 import contextlib
+import itertools
 import logging
 import os
 import threading
@@ -25,12 +26,13 @@ from memseg_jax.checkpoint.steps import (
     brief,
     prepare_workdir,
 )
-from memseg_jax.errors import UserError
+from memseg_jax.errors import Unreachable, UserError
 from memseg_jax.runtime import distributed, files
 from memseg_jax.runtime.plain import flatten
 
 log = logging.getLogger(__name__)
 
+_saves = itertools.count()  # the same in all processes, which make the same saves
 _CONCURRENT_GB = 1  # of arrays that are on their way to the disk at a time
 # Devices that hold the same array write a part of it each. Cutting is a program of its own for
 # every shape and device, which training waits for: only where it is little beside the writing.
@@ -110,6 +112,7 @@ class Checkpointer:
             prepare_workdir(self._folder)
         self._keep = keep
         self._saving: int | None = None  # the step of the last save until it is known to be over
+        self._name = ""  # of that save, for the other processes
         self._failed = False  # since the last save that was completed
         self._untidy = True  # whether there may be checkpoints that need not be kept
         self._almost_saved = threading.Event()  # the save in the background nears its end
@@ -123,6 +126,7 @@ class Checkpointer:
             else ocp.AsyncCheckpointer(
                 handlers,
                 async_options=ocp.options.AsyncOptions(
+                    barrier_sync_fn=self._meet if distributed.process_count() > 1 else None,
                     post_finalization_callback=self._flush,
                     # Otherwise, where a folder cannot be made, a thread waits for it for five
                     # minutes, and the program cannot end before.
@@ -157,6 +161,7 @@ class Checkpointer:
         with jax.transfer_guard("allow"), self._disk_errors(step):
             meta = sealed(dict(meta) | {"checksums": checksums(flatten(tree))})
             self._saving, self._untidy = step, True
+            self._name = f"save/{next(_saves)}"
             self._almost_saved.clear()
             self._checkpointer.save(
                 self._folder / str(step),
@@ -193,12 +198,14 @@ class Checkpointer:
             return
         if self._saving is not None and not self._almost_saved.is_set():
             return
-        steps = all_steps(self._workdir)
-        self._untidy = self._saving is not None and self._saving not in steps
-        surplus = set(steps) - kept_steps(steps, readable_scores(self._workdir), self._keep)
-        if not surplus:
-            return
-        files.remove_folders(self._folder, [str(step) for step in sorted(surplus)])
+        try:
+            steps = all_steps(self._workdir)
+            surplus = set(steps) - kept_steps(steps, readable_scores(self._workdir), self._keep)
+            if surplus:
+                files.remove_folders(self._folder, [str(step) for step in sorted(surplus)])
+            self._untidy = self._saving is not None and self._saving not in steps
+        except Unreachable as error:  # what is too much can stay until the next time
+            log.warning("checkpoints that need not be kept stay for now: %s", error)
 
     def restore(self, abstract_state: Any, step: int | None = None) -> tuple[Any, dict[str, Any]]:
         """Restores a whole state.
@@ -311,7 +318,15 @@ class Checkpointer:
 
     def _wait(self) -> None:
         if isinstance(self._checkpointer, ocp.AsyncCheckpointer):
-            self._checkpointer.wait_until_finished()
+            try:
+                self._checkpointer.wait_until_finished()
+            except Exception:
+                distributed.call_off(self._name)
+                raise
+
+    def _meet(self, *, key: str, timeout_ms: int) -> None:
+        """Waits in the background for the other processes, which may have failed in their part."""
+        distributed.meet(key, timeout_ms / 1000, self._name)
 
     def _report_failure(self, step: int) -> bool:
         """Waits for the save before; returns whether it failed, in any process."""
@@ -327,12 +342,12 @@ class Checkpointer:
         if failed:
             self._after_failure()
             log.warning(
-                "saving the checkpoint of step %s in %s failed: %s. The last good one is of step "
+                "saving the checkpoint of step %s in %s failed: %s. The last good one is "
                 "%s. Trying again now, at step %d.",
                 before,
                 self._folder,
-                "in another process" if error is None else _reason(error) or brief(error),
-                self.latest_step(),
+                "in another process" if error is None else self._reason(error) or brief(error),
+                distributed.on_primary("last_good", self._last_good),
                 step,
             )
         self.tidy()
@@ -340,22 +355,39 @@ class Checkpointer:
 
     @contextlib.contextmanager
     def _disk_errors(self, step: int) -> Iterator[None]:
-        """Turns a full or broken disk into a `UserError`; other errors pass as they are."""
+        """Turns a full or broken disk, or a bucket's trouble, into a `UserError`; nothing else."""
         try:
             yield
         except Exception as error:
-            reason = _reason(error)
+            reason = self._reason(error)
             if reason is None and not isinstance(error, OSError):
                 raise
             self._after_failure()
+            cure = "Free space or repair the folder"
+            if files.in_bucket(self._folder):
+                cure = "See to the bucket"
             # What this process sees: the others need not come here.
-            last = max(all_steps(self._workdir), default=None)
             raise UserError(
                 f"{self._folder}: saving the checkpoint of step {step} failed: "
-                f"{reason or brief(error)}. Free space or repair the folder, then start the "
-                "same command again: it continues from the last complete checkpoint"
-                + ("." if last is None else f", that of step {last}.")
+                f"{reason or brief(error)}. {cure}, then start the same command again: it goes on "
+                f"from the last complete checkpoint, which is {self._last_good()}."
             ) from error
+
+    def _reason(self, error: BaseException) -> str | None:
+        """What a full or broken disk, or a bucket, says, if that is what an error is about."""
+        if words := files.trouble(self._folder, error):
+            return words
+        if files.in_bucket(self._folder) and "NOT_FOUND" in str(error):  # TensorStore's word
+            return "there is no such bucket, or not any more"
+        return next((words for words in _DISK_ERRORS if words in str(error)), None)
+
+    def _last_good(self) -> str:
+        """Words for the last complete step."""
+        try:
+            steps = all_steps(self._workdir)
+        except Unreachable:
+            return "not known, as the folder cannot be read now"
+        return f"of step {steps[-1]}" if steps else "not there yet"
 
     def _flush(self) -> None:
         """Called in the background before the folder gets its name: all must be on the disk."""
@@ -364,7 +396,8 @@ class Checkpointer:
 
     def _after_failure(self) -> None:
         self._failed = True
-        self._remove_leftovers()
+        with contextlib.suppress(Unreachable):  # then it is done after the next save
+            self._remove_leftovers()
 
     def _remove_leftovers(self) -> None:
         """Removes the folders of saves that did not come to their end."""
@@ -400,8 +433,3 @@ class Checkpointer:
             earlier = {other: scores[other] for other in scores if other <= step}
             if earlier != scores:
                 write_scores(self._workdir, earlier)
-
-
-def _reason(error: BaseException) -> str | None:
-    """The system's words for a full or broken disk, if that is what an error is about."""
-    return next((words for words in _DISK_ERRORS if words in str(error)), None)

@@ -10,7 +10,7 @@ from typing import Any
 
 import memseg_jax
 from memseg_jax.checkpoint.steps import FOLDER, DamagedCheckpoint, brief, damaged, find_step
-from memseg_jax.errors import UserError
+from memseg_jax.errors import Unreachable, UserError
 from memseg_jax.runtime import distributed, files
 from memseg_jax.runtime.plain import ABSENT, flatten, plain, show
 
@@ -135,6 +135,7 @@ def read_meta_file(workdir: files.Place, step: int) -> dict[str, Any]:
     Raises:
         DamagedCheckpoint: it cannot be read, is empty or incomplete, or was changed.
         UserError: it is of a later version.
+        Unreachable: its bucket gives no answer or refuses, which says nothing about it.
     """
     path = workdir / FOLDER / str(step) / "meta" / META_FILE
     try:
@@ -146,7 +147,7 @@ def read_meta_file(workdir: files.Place, step: int) -> dict[str, Any]:
         missing = _REQUIRED - set(meta)
         later = version > FORMAT_VERSION
     except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
-        if isinstance(error, DamagedCheckpoint):
+        if isinstance(error, DamagedCheckpoint | Unreachable):
             raise
         raise damaged(workdir, step, f"{path} cannot be read ({brief(error)})") from error
     if not missing and sealed(meta)[_SEAL] != meta[_SEAL]:

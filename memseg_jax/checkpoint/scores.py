@@ -9,7 +9,7 @@ import logging
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from memseg_jax.errors import UserError
+from memseg_jax.errors import Unreachable, UserError
 from memseg_jax.runtime import files
 from memseg_jax.runtime.plain import plain
 
@@ -24,6 +24,7 @@ def read_scores(workdir: files.Place) -> dict[int, dict[str, Any]]:
 
     Raises:
         UserError: the file is damaged.
+        Unreachable: its bucket gives no answer or refuses.
     """
     path = workdir / FILE
     try:
@@ -31,6 +32,8 @@ def read_scores(workdir: files.Place) -> dict[int, dict[str, Any]]:
         if text is None:
             return {}
         return {int(step): dict(scores) for step, scores in json.loads(text).items()}
+    except Unreachable:
+        raise
     except (OSError, ValueError, TypeError, AttributeError) as error:
         raise UserError(
             f"{path} cannot be read ({error}), so the best checkpoint is not known: name a step "
@@ -42,6 +45,8 @@ def readable_scores(workdir: files.Place) -> dict[int, dict[str, Any]]:
     """`read_scores`, but a damaged file counts as none, with a warning: a run goes on without."""
     try:
         return read_scores(workdir)
+    except Unreachable:
+        raise  # it may be good: what is done without it, such as removing checkpoints, is for good
     except UserError as error:
         log.warning("%s", error)
         return {}

@@ -4,14 +4,13 @@ An object is there as a whole or not at all: an upload that breaks off leaves no
 folders, no lines to append, no new names for what is there, and no locks. Instead, every object has
 a generation: a write can ask that the object is still the one that was read, or is not there.
 
-Functions raise `OSError`, with the bucket, the account and the permission that is missing;
-`FileNotFoundError` where an object is not there.
+Functions raise `FileNotFoundError` where an object is not there, and `Unreachable` where the way
+to it is not open.
 """
 
 import base64
 import concurrent.futures
 import contextlib
-import functools
 import importlib.util
 import json
 import os
@@ -23,14 +22,20 @@ from typing import Any, NamedTuple
 
 from etils import epath
 
-from memseg_jax.errors import UserError
+from memseg_jax.errors import Unreachable, UserError
 
 SCHEME = "gs://"
 # The library that writes checkpoints makes this object last in a folder that is complete.
 MARKER = "commit_success.txt"
 _NAME = re.compile(r"[a-z0-9][a-z0-9._-]{1,220}[a-z0-9]")  # of a bucket
 _AT_A_TIME = 16  # requests, where there are many to make
-_LARGE = 5 * 2**20  # bytes; larger objects are sent in parts, of which each can be tried again
+_PART = 8 * 2**20  # bytes; larger objects are sent in parts, of which each can be tried again
+# How TensorStore, which reads and writes the arrays of checkpoints, says what `Unreachable` says.
+_TROUBLES = re.compile(r"\b(UNAVAILABLE|DEADLINE_EXCEEDED|PERMISSION_DENIED|UNAUTHENTICATED)\b")
+
+
+class NoBucket(FileNotFoundError, Unreachable):
+    """There is no such bucket, or not any more."""
 
 
 class Object(NamedTuple):
@@ -114,11 +119,20 @@ def write(path: epath.Path, content: bytes, generation: int | None = None) -> No
 
 def upload(source: Path, path: epath.Path) -> None:
     """Writes an object with the content of a file."""
-    if source.stat().st_size < _LARGE:
+    if source.stat().st_size < _PART:
         write(path, source.read_bytes())
         return
-    with _explained(path, "create"):
-        _file_system().put_file(str(source), str(path), content_type="application/octet-stream")
+    # A part that was sent again because its answer was lost must not count twice.
+    for _ in range(2):
+        with _explained(path, "create"):
+            _file_system().put_file(
+                str(source), str(path), content_type="application/octet-stream", chunksize=_PART
+            )
+        bucket, name = _split(path)
+        sent = _json(path, "get", "GET", "b/{}/o/{}", bucket, name, fields="crc32c")
+        if sent["crc32c"] == crc32c(source):
+            return
+    raise Unreachable(f"{path} has not the content that was sent, twice; try again")
 
 
 def download(path: epath.Path, target: Path) -> None:
@@ -178,7 +192,7 @@ def crc32c(path: Path) -> str:
 
     checksum = google_crc32c.Checksum()
     with open(path, "rb") as file:
-        while part := file.read(_LARGE):
+        while part := file.read(_PART):
             checksum.update(part)
     return base64.b64encode(checksum.digest()).decode()
 
@@ -289,14 +303,7 @@ def move_folder(folder: epath.Path, target: epath.Path) -> None:
 def probe(folder: epath.Path) -> None:
     """Writes, reads, lists and removes a small object, so that this does not fail hours later."""
     path, content = folder / f".probe-{os.getpid()}-{secrets.token_hex(4)}", b"test"
-    try:
-        write(path, content)
-    except FileNotFoundError:
-        bucket = _split(path)[0]
-        raise FileNotFoundError(
-            f"there is no bucket {SCHEME}{bucket} that {_account()} can see. Make it with: "
-            f"gcloud storage buckets create {SCHEME}{bucket}"
-        ) from None
+    write(path, content)
     if read(path)[0] != content or path.name not in names(folder)[0]:
         raise OSError(f"{path} was written, and is not there as it was written")
     remove(path)
@@ -305,15 +312,18 @@ def probe(folder: epath.Path) -> None:
 # ---- Requests -----------------------------------------------------------------------------------
 
 
-@functools.cache
-def _file_system() -> Any:
-    """The client, of which there is one; it repeats requests that fail for a while."""
-    import fsspec
+def _client():
+    from memseg_jax.runtime import bucket_client  # not at the top: gcsfs may not be installed
 
-    # For all who use it, the libraries below included: listings are never taken from a cache. Other
-    # programs and other hosts write there, too.
-    fsspec.config.conf.setdefault("gcs", {}).setdefault("use_listings_cache", False)
-    return fsspec.filesystem("gcs")
+    return bucket_client
+
+
+def _file_system() -> Any:
+    return _client().file_system()
+
+
+def _account() -> str:
+    return _client().account()
 
 
 def _split(path: epath.Path) -> tuple[str, str]:
@@ -351,8 +361,13 @@ def _each(function: Callable[[str], Any], names: Iterable[str]) -> Iterator[Any]
 
 def _call(path: epath.Path, permission: str, method: str, url: str, *args: str, **kw: Any) -> Any:
     """Headers and content of the answer to a request."""
-    with _explained(path, permission):
-        return _file_system().call(method, url, *args, **kw)
+    try:
+        with _explained(path, permission):
+            return _file_system().call(method, url, *args, **kw)
+    except FileNotFoundError:
+        if url.endswith("b/{}/o"):  # to list, or to write
+            raise no_bucket(path) from None
+        raise
 
 
 def _json(path: epath.Path, permission: str, method: str, url: str, *args: str, **kw: Any) -> Any:
@@ -361,31 +376,46 @@ def _json(path: epath.Path, permission: str, method: str, url: str, *args: str, 
 
 @contextlib.contextmanager
 def _explained(path: epath.Path, permission: str) -> Iterator[None]:
-    """Turns the client's errors into `OSError`s that say what is missing where, and for whom."""
+    """Turns the client's errors into `Unreachable`: what is missing where, and for whom."""
     try:
         yield
     except FileNotFoundError:
-        bucket = _split(path)[0]
-        raise FileNotFoundError(f"{path} is not there, or there is no bucket {bucket}") from None
+        raise FileNotFoundError(f"{path} is not there") from None
     except FileExistsError:
         raise  # a generation that was asked for
     except Exception as error:
         text = str(error).strip() or type(error).__name__
         if getattr(error, "code", None) in (401, 403) or text.startswith("Forbidden"):
-            raise PermissionError(
+            raise Unreachable(
                 f"{_account()} lacks the permission storage.objects.{permission} in the bucket "
                 f"{SCHEME}{_split(path)[0]} ({text.splitlines()[-1]}). Grant it, for example with "
                 "the role roles/storage.objectAdmin, or use another account"
             ) from error
-        raise OSError(f"{path}: {text}") from error
+        raise Unreachable(f"{path}: {text}") from error
 
 
-def _account() -> str:
-    """Words for the account whose requests these are."""
-    credentials = getattr(_file_system().credentials, "credentials", None)
-    if credentials is None:
-        return "nobody (no credentials were found: gcloud auth application-default login)"
-    email = getattr(credentials, "service_account_email", None)
-    if email:
-        return f"the service account {email}"
-    return f"your account ({type(credentials).__module__}.{type(credentials).__name__})"
+def no_bucket(path: epath.Path) -> NoBucket:
+    """The error that the bucket of a path is not there."""
+    bucket = _split(path)[0]
+    return NoBucket(
+        f"there is no bucket {SCHEME}{bucket} that {_account()} can see. Make it with: "
+        f"gcloud storage buckets create {SCHEME}{bucket}"
+    )
+
+
+def trouble(error: BaseException | None) -> str | None:
+    """What an error says if it is about the way to a bucket, not about what is in it; else None.
+
+    Args:
+        error: of this module, or of the libraries that read and write checkpoints.
+    """
+    while error is not None:
+        first, *more = str(error).strip().splitlines() or [type(error).__name__]
+        if isinstance(error, (Unreachable, *_client().ERRORS)):
+            return first
+        if first.startswith("Forbidden"):  # gcsfs's word for 403; what the server says comes next
+            return more[-1] if more else first
+        if isinstance(error, ValueError) and _TROUBLES.search(first):
+            return first.partition(" [")[0]  # details for its makers follow
+        error = error.__cause__ or error.__context__
+    return None

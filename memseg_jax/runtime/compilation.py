@@ -1,14 +1,5 @@
-"""Compiling ahead of time, and saying so: no silent minutes before the first step.
+"""Compiling ahead of time, and saying so: no silent minutes before the first step."""
 
-What is compiled is kept in JAX's persistent cache, on a disk or in a bucket. JAX lets process 0
-alone write to it, so that many processes do not write the same entry at once. But the key of an
-entry names devices: process 0 has no entry for a program that runs on another process's own
-devices, as in an evaluation, and on CPUs not even for those that run on the devices of all. So the
-others write, too, what is missing when process 0 has written (`keep_entries`); else they would
-compile these programs again at every start, and process 0 would wait for them.
-"""
-
-import functools
 import logging
 import os
 import time
@@ -23,14 +14,14 @@ from memseg_jax.runtime import distributed, files
 
 log = logging.getLogger(__name__)
 
-# What writes the entries of programs that this process has compiled, and is not process 0.
-_unwritten: list[Callable[[], None]] = []
-
 
 def keep_programs() -> None:
     """Keeps compiled programs between runs, in $MEMSEG_CACHE or ~/.cache/memseg_jax/xla.
 
     JAX's own JAX_COMPILATION_CACHE_DIR goes first; without a writable folder there is no cache.
+    Of several processes all read and the first one writes, which JAX sees to; so programs for the
+    devices of another process alone, as of its part of an evaluation, are compiled every time. JAX
+    would make a bucket that is not there.
 
     Raises:
         UserError: $MEMSEG_CACHE is no path.
@@ -39,39 +30,23 @@ def keep_programs() -> None:
         folder = os.environ.get("MEMSEG_CACHE") or "~/.cache/memseg_jax/xla"
         place = files.place(folder, "MEMSEG_CACHE")
         try:
-            jax.config.update("jax_compilation_cache_dir", str(files.make_folder(place)))
-        except UserError:
+            if not files.in_bucket(place):
+                files.make_folder(place)
+            elif distributed.is_primary():
+                files.writable_folder(place, "the folder of compiled programs", "MEMSEG_CACHE")
+            else:
+                files.exists(place)
+        except UserError as error:
+            if files.in_bucket(place):
+                log.warning("compiled programs are not kept: %s", error)
             return
+        jax.config.update("jax_compilation_cache_dir", str(files.absolute(place)))
+        if files.in_bucket(place):
+            # Files that the compiler for GPUs keeps there by itself: it knows disks only.
+            jax.config.update("jax_persistent_cache_enable_xla_caches", "none")
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 1.0)
     if given := os.environ.get("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"):  # goes first, too
         jax.config.update("jax_persistent_cache_min_compile_time_secs", float(given))
-    if not distributed.is_primary():
-        from jax._src import compiler  # the rule that only process 0 writes has no public name
-
-        compiler._cache_write = _remember_entry
-
-
-def _remember_entry(
-    key: str, seconds: float, name: str, backend: Any, executable: Any, host_callbacks: Any
-) -> None:
-    """Takes the place of JAX's function that writes an entry, in all processes but the first."""
-    from jax._src import compilation_cache
-
-    if seconds >= jax.config.jax_persistent_cache_min_compile_time_secs and not host_callbacks:
-        write = compilation_cache.put_executable_and_time
-        _unwritten.append(functools.partial(write, key, name, executable, backend, int(seconds)))
-
-
-def keep_entries() -> None:
-    """Writes to the cache what this process has compiled and the cache does not have.
-
-    For programs of all processes, to be called when process 0 has compiled them.
-    """
-    while _unwritten:
-        try:
-            _unwritten.pop()()
-        except Exception as error:  # the program runs without an entry
-            log.warning("a compiled program could not be kept: %s", error)
 
 
 def compile_with_notice(function: Callable, what: str, *args: Any) -> Callable:
@@ -90,14 +65,7 @@ def compile_with_notice(function: Callable, what: str, *args: Any) -> Callable:
     compiled = function.lower(*args).compile()
     seconds = time.monotonic() - start
     log.info("compiled %s in %.1f s on %s", what, seconds, jax.default_backend())
-    if not _is_of_several_processes(args):
-        keep_entries()
     return compiled
-
-
-def _is_of_several_processes(args: Any) -> bool:
-    shardings = [getattr(x, "sharding", None) for x in jax.tree.leaves(args)]
-    return not all(sharding is None or sharding.is_fully_addressable for sharding in shardings)
 
 
 def program_bytes(compiled: Any) -> int | None:

@@ -34,6 +34,8 @@ _GOES_LAST_SECONDS = 1  # enough for the others to exit after the farewell
 _LAST_WORDS_SECONDS = 3  # the same where one of them is known to be gone
 _CHUNK = 2**20  # bytes in one value of the key-value store
 _NOTES = "memseg_jax/notes/"
+_MEETINGS = "memseg_jax/meetings/"
+_CALLED_OFF = "memseg_jax/called_off/"
 _STOP = "memseg_jax/stop/"
 # What the messages of a collective operation have in them whose other end is gone.
 _LOST = ("gloo", "nccl", "connection closed", "connection reset", "socket closed", "heartbeat")
@@ -50,6 +52,7 @@ class _Run:
         self.leaving = threading.Lock()
         self.stop_requested = threading.Event()
         self.calls: Counter[str] = Counter()
+        self.last_meeting = ""
 
 
 _run = _Run()
@@ -228,6 +231,45 @@ def wait_for_all(name: str) -> None:
     reduce_on_primary(name, b"", lambda payloads: b"")
 
 
+def meet(key: str, seconds: float, called_off: str) -> None:
+    """Returns when every process has come here, unless one of them calls it off.
+
+    Unlike `wait_for_all`, it may be called by any thread, one at a time in a process.
+
+    Args:
+        key: of this meeting, another one each time.
+        seconds: after which it is given up.
+        called_off: the name that `call_off` is given.
+
+    Raises:
+        TimeoutError: another process has not come.
+        RuntimeError: it was called off.
+    """
+    _run.client.key_value_set(f"{_MEETINGS}{key}/{_run.index}", "here")
+    ends = time.monotonic() + seconds
+    for other in range(_run.count):
+        while True:
+            try:
+                _run.client.blocking_key_value_get(f"{_MEETINGS}{key}/{other}", 1000)
+                break
+            except Exception as error:
+                if "DEADLINE_EXCEEDED" not in str(error):
+                    raise
+            if _run.client.key_value_dir_get(f"{_CALLED_OFF}{called_off}/"):
+                raise RuntimeError("another process could not do its part, and says why")
+            if time.monotonic() > ends:
+                raise TimeoutError(f"process {other} did not come within {seconds:.0f} s")
+    if is_primary() and _run.last_meeting:  # which all have left
+        _run.client.key_value_delete(f"{_MEETINGS}{_run.last_meeting}/")
+    _run.last_meeting = key
+
+
+def call_off(name: str) -> None:
+    """Lets the others not wait in `meet` for this process."""
+    if _run.client is not None:
+        _run.client.key_value_set(f"{_CALLED_OFF}{name}/{_run.index}", "", allow_overwrite=True)
+
+
 def check_same(name: str, values: dict[str, Any]) -> None:
     """Refuses to go on unless all processes have the same values.
 
@@ -368,6 +410,10 @@ def finish(status: int) -> None:
 def leave(status: int, seconds: float = _FAREWELL_SECONDS) -> NoReturn:
     """Ends this process at once, after the others have had some seconds to learn why."""
     with _run.leaving:  # never given back
+        # The log may be a file in a bucket that cannot be reached.
+        closing = threading.Thread(target=logging.shutdown, daemon=True)
+        closing.start()
+        closing.join(_LAST_WORDS_SECONDS)
         sys.stdout.flush()
         sys.stderr.flush()
         if _run.client is not None:
@@ -396,9 +442,11 @@ def _look_for_notes() -> None:
         for key, text in notes:
             index, note = int(key.rpartition("/")[2]), json.loads(text)
             if index != _run.index:
-                print(
-                    f"error: process {index} of {_run.count} has ended: {note['message']}\n"
-                    f"process {_run.index} ends with it",
-                    file=sys.stderr,
+                log.error(
+                    "error: process %d of %d has ended: %s\nprocess %d ends with it",
+                    index,
+                    _run.count,
+                    note["message"],
+                    _run.index,
                 )
                 leave(note["status"])

@@ -107,6 +107,18 @@ def in_bucket(path: Place) -> bool:
     return isinstance(path, os.PathLike) and not isinstance(path, Path)
 
 
+def trouble(path: Place, error: BaseException) -> str | None:
+    """What an error says, if it is about the way to a bucket and not about what is in it.
+
+    Such an error means that nothing is known about a file: it may be there, whole and good.
+
+    Args:
+        path: that was read or written; of what is on a disk, no error is of this kind.
+        error: of this module, or of the libraries that read and write checkpoints.
+    """
+    return _bucket().trouble(error) if in_bucket(path) else None
+
+
 def seconds_between_looks(path: Place) -> float:
     """How long one may go without looking at a file that others change: 0 on a disk."""
     return _SECONDS_BETWEEN_LOOKS if in_bucket(path) else 0.0
@@ -404,7 +416,8 @@ def read_bytes(path: Place) -> bytes:
     """The content of a file.
 
     Raises:
-        OSError: it cannot be read; `FileNotFoundError` if there is none.
+        OSError: it cannot be read; `FileNotFoundError` if there is none, `Unreachable` if the
+            bucket gives no answer or refuses.
     """
     return _bucket().read(path)[0] if in_bucket(path) else path.read_bytes()
 

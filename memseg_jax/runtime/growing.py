@@ -63,6 +63,7 @@ class _InBucket:
         self._text = self._written = text
         self._writing = threading.Lock()
         self._changed, self._closed = threading.Event(), threading.Event()
+        self._told = False  # that it cannot be written
         self._thread = threading.Thread(target=self._write_again, name=path.name, daemon=True)
         self._thread.start()
 
@@ -75,7 +76,7 @@ class _InBucket:
             text = self._text
             if text != self._written:
                 self._replace(text)
-                self._written = text
+                self._written, self._told = text, False
 
     def close(self) -> None:
         self._closed.set()
@@ -103,4 +104,6 @@ class _InBucket:
             try:
                 self.flush()
             except UserError as error:  # it is tried again with the next lines
-                log.warning("%s", error)
+                if not self._told:
+                    self._told = True  # before: the warning may be a line of this very file
+                    log.warning("%s", error)

@@ -19,6 +19,7 @@ from memseg_jax.data.reading import map_ahead
 from memseg_jax.inference import Predictor
 from memseg_jax.models.segmentor import Segmentor
 from memseg_jax.runtime import distributed, files, sharding
+from memseg_jax.runtime.log_file import say
 from memseg_jax.scoring import metrics, visualize
 
 log = logging.getLogger(__name__)
@@ -138,7 +139,7 @@ class Evaluator:
             extra: further entries for metrics.json, such as the step.
         """
         scores, names = evaluation.scores, self._names
-        print(metrics.format_table(scores, names), flush=True)
+        say(metrics.format_table(scores, names))
         extra = {"images": len(self._source)} | extra
         metrics.write_results(workdir, scores, evaluation.matrix, names, extra)
         sheet = visualize.comparison_sheet(evaluation.examples, names, self._palette)

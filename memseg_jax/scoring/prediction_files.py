@@ -53,7 +53,8 @@ class PredictionWriter:
                 f"config.eval.save_predictions is {folder}, which is in config.data.root "
                 f"({data_root}), whose files it could replace. Choose another folder."
             )
-        files.make_folder(self.benchmark_folder if benchmark else self._folder, _FIELD)
+        folder = self.benchmark_folder if benchmark else self._folder
+        files.writable_folder(folder, "the folder for the label maps", _FIELD)
 
     @property
     def benchmark_folder(self) -> files.Place:

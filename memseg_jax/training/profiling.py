@@ -9,6 +9,7 @@ from typing import Any
 
 import jax
 
+from memseg_jax.errors import UserError
 from memseg_jax.runtime import distributed, files
 
 log = logging.getLogger(__name__)
@@ -67,13 +68,21 @@ class StepProfiler:
         """Ends the trace after its last step, when `results` of the step are there."""
         if self._running and number >= self._last:
             jax.block_until_ready(results)
-            self._stop()
-            log.info("wrote the trace of steps %d to %d to %s", self._first, number, self._folder)
+            if self._stop():
+                what = "wrote the trace of steps %d to %d to %s"
+                log.info(what, self._first, number, self._folder)
 
-    def _stop(self) -> None:
-        if self._running:
-            self._running = False
-            jax.profiler.stop_trace()
-            if self._local:
-                with self._local as local:
+    def _stop(self) -> bool:
+        """Ends the trace, if there is one; returns whether it could be written."""
+        if not self._running:
+            return False
+        self._running = False
+        jax.profiler.stop_trace()
+        if self._local:
+            with self._local as local:
+                try:
                     files.copy_folder(Path(local), self._folder)
+                except UserError as error:  # no reason to end the run that it shows
+                    log.warning("the trace could not be written: %s", error)
+                    return False
+        return True

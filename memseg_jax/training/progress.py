@@ -22,6 +22,7 @@ import numpy as np
 
 from memseg_jax.errors import UserError
 from memseg_jax.runtime import distributed, files, growing
+from memseg_jax.runtime.log_file import say
 from memseg_jax.runtime.text import format_duration
 from memseg_jax.scoring.memory_health import MemoryHealth
 from memseg_jax.training.guards import FLAG
@@ -87,11 +88,10 @@ class TrainingLog:
             for name, value in values.items()
             if name.startswith("loss_")
         }
-        print(
+        say(
             format_progress(
                 step, self._total_steps, self._epochs, values["loss"], terms, values["lr"], rates
-            ),
-            flush=True,
+            )
         )
         speed = {"images_per_second": rates.images_per_second, "data_wait": rates.data_wait}
         self._writer.write(step, values | {"epoch": rates.epoch} | speed)

@@ -12,14 +12,14 @@ import time
 import pytest
 
 from memseg_jax.checkpoint import RunLock
-from memseg_jax.errors import UserError
+from memseg_jax.errors import Unreachable, UserError
 from memseg_jax.runtime import files
-from tests import tiny
+from tests import gcs, tiny
 
 HOLDER = """
     import sys, time
     from memseg_jax.checkpoint import RunLock
-    from memseg_jax.errors import UserError
+    from memseg_jax.errors import Unreachable, UserError
     from memseg_jax.runtime import files
     try:
         with RunLock(files.place({folder!r}), 10):
@@ -42,6 +42,13 @@ def content(folder):
 
 def rewrite(folder, **changes):
     (folder / "run.lock").write_text(json.dumps(content(folder) | changes))
+
+
+def wait_for_renewal(folder):
+    first, limit = content(folder)["renewed"], time.monotonic() + 60
+    while content(folder)["renewed"] == first:
+        assert time.monotonic() < limit
+        time.sleep(0.01)
 
 
 @pytest.fixture
@@ -109,11 +116,7 @@ def test_a_holder_elsewhere_counts_as_dead_when_it_was_silent_for_long(left_behi
 
 def test_it_is_renewed(place):
     with RunLock(place, 0.02) as lock:
-        first = content(place)["renewed"]
-        limit = time.monotonic() + 60
-        while content(place)["renewed"] == first:
-            assert time.monotonic() < limit
-            time.sleep(0.01)
+        wait_for_renewal(place)
         lock.check()
 
 
@@ -134,6 +137,48 @@ def test_a_file_that_says_nothing_is_taken_over(place, text):
     (place / "run.lock").write_text(text)
     with RunLock(place, 10) as lock:
         lock.check()
+
+
+# ---- A bucket that fails ------------------------------------------------------------------------
+
+
+def test_it_is_renewed_after_a_storm_and_after_an_answer_that_was_lost(door, impatient, caplog):
+    with RunLock(door.folder, 0.02) as lock:
+        for kind in (503, gcs.Door.LOSE):
+            door.answer = lambda method, path, kind=kind: kind if method == "POST" else None
+            limit = time.monotonic() + 60
+            while "cannot renew" not in caplog.text:
+                assert time.monotonic() < limit
+                time.sleep(0.05)
+            door.answer = lambda method, path: None
+            wait_for_renewal(door.folder)
+            lock.check()
+            caplog.clear()
+    assert files.names(door.folder) == []
+
+
+def test_it_is_held_while_nothing_can_be_known_until_others_may_take_it(door, caplog, monkeypatch):
+    monkeypatch.setattr(files, "_SECONDS_BETWEEN_LOOKS", 0)
+    with RunLock(door.folder, 10) as lock:
+        door.answer = lambda method, path: 403
+        lock.check()
+        assert "cannot look at gs://" in caplog.text
+        monkeypatch.setattr(lock, "_renewed_at", time.time() - 601)
+        with pytest.raises(Unreachable, match=r"storage\.objects\.get"):
+            lock.check()
+        door.answer = lambda method, path: None
+        lock.check()
+
+
+def test_with_its_bucket_it_is_gone(door):
+    with RunLock(door.folder, 10) as lock:
+        door.answer = lambda method, path: 404
+        with pytest.raises(UserError, match="there is no bucket gs://memseg-tests that nobody"):
+            lock.check()
+        # What ended the run is what is told, not that its lock cannot be removed.
+
+
+# ---- The file -----------------------------------------------------------------------------------
 
 
 def test_of_many_that_replace_a_file_one_wins(place):

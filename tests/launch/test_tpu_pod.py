@@ -261,6 +261,7 @@ def test_a_slice_is_taken_back_twice_and_the_run_ends_with_the_same_numbers(buck
     assert "resuming at step" in second[0]
     assert "resuming at step" in third[0]
     assert f"step {4 * EPOCHS}/{4 * EPOCHS}" in third[0]
-    for log in (*first, *second, *third):  # of both hosts: the undisturbed run has kept it
+    # On CPUs, the keys of a program differ from process to process, and only the first one writes.
+    for log in (first[0], second[0], third[0]):
         assert "Persistent compilation cache hit for 'jit_step'" in log
     assert numbers(workdir) == numbers(bucket / "undisturbed")

@@ -1,67 +1,119 @@
 """Where compiled programs are kept, and what they hold."""
 
-from inspect import signature
+import os
+import socket
+import subprocess
+import sys
+import textwrap
 
 import jax
-from jax._src import compilation_cache as jax_cache
-from jax._src import compiler
+import pytest
 
-from memseg_jax.runtime import compilation, distributed
+from memseg_jax.runtime import compilation, distributed, files
+from tests import gcs, tiny
 
 
-def test_compilation_cache(tmp_path, monkeypatch):
-    names = ("jax_compilation_cache_dir", "jax_persistent_cache_min_compile_time_secs")
+@pytest.fixture
+def settings(monkeypatch):
+    """JAX's own, which are set back."""
+    names = (
+        "jax_compilation_cache_dir",
+        "jax_persistent_cache_min_compile_time_secs",
+        "jax_persistent_cache_enable_xla_caches",
+    )
     before = {name: getattr(jax.config, name) for name in names}
-    try:
-        monkeypatch.delenv("JAX_COMPILATION_CACHE_DIR", raising=False)
-        monkeypatch.setenv("MEMSEG_CACHE", str(tmp_path / "a" / "b"))
-        compilation.keep_programs()
-        assert jax.config.jax_compilation_cache_dir == str(tmp_path / "a" / "b")
-        assert jax.config.jax_persistent_cache_min_compile_time_secs == 1.0
-        (tmp_path / "file").write_text("")
-        monkeypatch.setenv("MEMSEG_CACHE", str(tmp_path / "file" / "x"))
-        compilation.keep_programs()  # no folder, no cache, no failure
-        jax.config.update("jax_compilation_cache_dir", "given")
-        monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", "given")
-        compilation.keep_programs()
-        assert jax.config.jax_compilation_cache_dir == "given"
-    finally:
-        for name, value in before.items():
-            jax.config.update(name, value)
+    monkeypatch.delenv("JAX_COMPILATION_CACHE_DIR", raising=False)
+    yield jax.config
+    for name, value in before.items():
+        jax.config.update(name, value)
 
 
-def test_other_processes_write_what_is_missing(monkeypatch, caplog):
-    # That another process finds its programs at its second start is tested on a slice, in
-    # tests/launch; here, that JAX's function is still the one whose place is taken.
-    ours, theirs = compilation._remember_entry, compiler._cache_write
-    assert len(signature(ours).parameters) == len(signature(theirs).parameters)
-    written = []
-
-    def put(key, name, executable, backend, seconds):
-        if key == "full":
-            raise OSError("no space")
-        written.append(key)
-
-    monkeypatch.setattr(jax_cache, "put_executable_and_time", put)
-    for key, seconds, callbacks in (
-        ("one", 60.0, []), ("quick", 0.001, []), ("host", 60.0, [print]), ("full", 60.0, []),
-    ):  # fmt: skip
-        ours(key, seconds, "step", None, None, callbacks)
-    assert written == []
-    compilation.keep_entries()
-    compilation.keep_entries()
-    assert written == ["one"]
-    assert caplog.text.count("a compiled program could not be kept: no space") == 1
-
-    monkeypatch.setattr(compiler, "_cache_write", theirs)
+def test_compilation_cache(tmp_path, monkeypatch, settings):
+    monkeypatch.setenv("MEMSEG_CACHE", str(tmp_path / "a" / "b"))
+    compilation.keep_programs()
+    assert settings.jax_compilation_cache_dir == str(tmp_path / "a" / "b")
+    assert settings.jax_persistent_cache_min_compile_time_secs == 1.0
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("MEMSEG_CACHE", str(tmp_path / "file" / "x"))
+    compilation.keep_programs()  # no folder, no cache, no failure
+    jax.config.update("jax_compilation_cache_dir", "given")
     monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", "given")
-    least = jax.config.jax_persistent_cache_min_compile_time_secs
-    monkeypatch.setenv("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", str(least))
-    for primary, function in ((True, theirs), (False, ours)):
-        monkeypatch.setattr(distributed, "is_primary", lambda answer=primary: answer)
+    compilation.keep_programs()
+    assert settings.jax_compilation_cache_dir == "given"
+
+
+def test_a_folder_of_programs_in_a_bucket(bucket, monkeypatch, settings):
+    monkeypatch.setenv("MEMSEG_CACHE", str(bucket / "programs"))
+    compilation.keep_programs()
+    assert settings.jax_compilation_cache_dir == str(bucket / "programs")
+    assert settings.jax_persistent_cache_enable_xla_caches == "none"
+    assert files.names(bucket) == []
+
+
+def test_a_bucket_for_programs_that_is_not_there_is_not_made(door, monkeypatch, settings, caplog):
+    monkeypatch.setenv("MEMSEG_CACHE", "gs://not-there/programs")
+    for primary in (True, False):
+        monkeypatch.setattr(distributed, "is_primary", lambda primary=primary: primary)
+        caplog.clear()
         compilation.keep_programs()
-        assert compiler._cache_write is function
-    assert jax.config.jax_persistent_cache_min_compile_time_secs == least
+        assert "compiled programs are not kept: " in caplog.text
+        assert "there is no bucket gs://not-there" in caplog.text
+    assert "not-there" not in str(settings.jax_compilation_cache_dir)
+    assert not [request for request in door.passed if request.startswith("POST /storage/v1/b?")]
+
+
+COMPILE = """
+    import sys, jax, numpy as np
+    from jax.sharding import Mesh, NamedSharding, PartitionSpec
+    from memseg_jax.runtime import compilation, distributed
+    distributed.start(*sys.argv[1:])
+    compilation.keep_programs()
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
+    # Of all devices: a program for one device of its own is another one in every process.
+    everywhere = NamedSharding(Mesh(np.array(jax.devices()), ("data",)), PartitionSpec("data"))
+    jax.jit(lambda: jax.numpy.arange(8.0) * 2, out_shardings=everywhere)().block_until_ready()
+    distributed.finish(0)
+"""
+
+
+@pytest.mark.slow
+def test_of_two_processes_the_first_writes_programs_and_both_read_them(door, monkeypatch):
+    def start():
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            address = f"127.0.0.1:{free.getsockname()[1]}"
+        door.passed.clear()
+        code = [sys.executable, "-c", textwrap.dedent(COMPILE), "on", address, "2"]
+        doors = [opened.address for opened in (door, other)]
+        env = os.environ | {"JAX_PLATFORMS": "cpu", "MEMSEG_CACHE": str(door.folder)}
+        env.pop("JAX_COMPILATION_CACHE_DIR", None)
+        processes = [
+            subprocess.Popen(
+                [*code, str(index)], cwd=tiny.ROOT, env=env | gcs.environment(doors[index])
+            )
+            for index in range(2)
+        ]
+        assert [process.wait(300) for process in processes] == [0, 0]
+
+    def entries(opened, method, part):
+        return [x for x in opened.passed if x.startswith(method) and part in x and "-cache" in x]
+
+    other = gcs.Door(door.behind)  # of the second process
+    try:
+        start()
+        written = {path.name for path in files.files_below(door.folder)}
+        assert any(name.endswith("-cache") for name in written)
+        assert entries(door, "POST", "upload")
+        assert not entries(other, "POST", "upload")
+        other.passed.clear()
+        start()
+        assert {path.name for path in files.files_below(door.folder)} == written
+        for opened in (door, other):
+            assert not entries(opened, "POST", "upload")
+            assert entries(opened, "GET", "alt=media")
+    finally:
+        other.shutdown()
+        other.server_close()
 
 
 def test_memory_that_the_compiler_does_not_tell():

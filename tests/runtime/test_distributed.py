@@ -24,7 +24,7 @@ from memseg_jax import checkpoint, main
 from memseg_jax.errors import UserError
 from memseg_jax.runtime import distributed
 from memseg_jax.scoring import evaluator
-from tests import session, tiny
+from tests import gcs, session, tiny
 
 PROGRAM = (sys.executable, "-m", "tests.small_program")
 WITH_RESNET = (sys.executable, "-m", "memseg_jax.main", "--config", tiny.CONFIG)
@@ -113,6 +113,48 @@ def test_notes_are_looked_for_after_failures_too(monkeypatch):
     assert run.client.failures < 0
 
 
+class Store:
+    """In the place of the runtime's key-value store, for one process of two."""
+
+    def __init__(self):
+        self.values = {}
+
+    def key_value_set(self, key, value, allow_overwrite=False):
+        assert allow_overwrite or key not in self.values
+        self.values[key] = value
+
+    def blocking_key_value_get(self, key, milliseconds):
+        if key not in self.values:
+            raise RuntimeError("DEADLINE_EXCEEDED: not there")
+        return self.values[key]
+
+    def key_value_dir_get(self, prefix):
+        return [(key, value) for key, value in self.values.items() if key.startswith(prefix)]
+
+    def key_value_delete(self, prefix):
+        self.values = {k: v for k, v in self.values.items() if not k.startswith(prefix)}
+
+
+def test_a_meeting_is_over_when_all_have_come_or_one_has_called_it_off(monkeypatch):
+    store = Store()
+    monkeypatch.setattr(distributed, "_run", distributed._Run())
+    distributed._run.client, distributed._run.count = store, 2
+    for name in ("a", "b", "c"):
+        store.values[f"{distributed._MEETINGS}{name}/1"] = "here"
+        distributed.meet(name, 60, "x")
+    # What is left is that of the last one, which the others may be at.
+    assert set(store.values) == {f"{distributed._MEETINGS}c/{index}" for index in range(2)}
+    with pytest.raises(TimeoutError, match="process 1 did not come within 0 s"):
+        distributed.meet("d", 0, "x")
+    distributed._run.index = 1
+    distributed.call_off("x")
+    distributed._run.index = 0
+    with pytest.raises(RuntimeError, match="another process could not do its part"):
+        distributed.meet("e", 60, "x")
+    store.values[f"{distributed._MEETINGS}f/1"] = "here"
+    distributed.meet("f", 60, "y")
+
+
 def test_flags_are_only_for_some_modes(capsys):
     arguments = ["main", "--config", str(tiny.CONFIG), "--mode", "predict", "--input", "x"]
     assert main.main([*arguments, "--distributed=off"]) == 1
@@ -150,12 +192,13 @@ def test_parts_of_an_evaluation_add_up():
 
 def start(
     count, workdir, *arguments, root=None, devices=1, program=PROGRAM, heartbeat=300, last=(),
-    homes=None,
+    homes=None, of_last=(),
 ):  # fmt: skip
     """Starts the processes of one run; their output goes to files beside the workdir.
 
-    `last` are further arguments of the last process. With a folder `homes`, each process has a disk
-    of its own there, as far as a process can tell, and the output goes there.
+    `last` are further arguments of the last process, `of_last` its own environment. With a folder
+    `homes`, each process has a disk of its own there, as far as a process can tell, and the output
+    goes there.
     """
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
@@ -181,6 +224,8 @@ def start(
             beside = homes / "run"
             place = tempfile.mkdtemp(dir=homes)
             own = env | {"HOME": place, "TMPDIR": place, "PYTHONPATH": str(tiny.ROOT)}
+        if index == count - 1:
+            own = own | dict(of_last)
         path = beside.with_name(f"{beside.name}.{time.monotonic_ns()}.{index}.log")
         with open(path, "w") as file:
             process = subprocess.Popen(
@@ -271,6 +316,55 @@ def test_two_processes_are_killed_and_go_on_as_two_and_as_one(alone, tmp_path, f
 def test_two_processes_in_a_bucket_are_killed_and_go_on_as_two_and_as_one(alone, bucket, tmp_path):
     kill_two_and_go_on(alone, bucket / "run", homes=tmp_path)
     assert checkpoint.all_steps(bucket / "run") == checkpoint.all_steps(alone)
+
+
+@pytest.mark.slow
+def test_two_processes_in_a_bucket_that_fails_for_a_while(alone, door, tmp_path):
+    workdir, refused = door.folder / "run", []
+    processes = start(2, workdir, homes=tmp_path)
+    wait_for(lambda: checkpoint.all_steps(workdir), processes)
+    for kind in (503, gcs.Door.DROP, 429):
+        until = time.monotonic() + 3
+
+        def answer(method, path, kind=kind, until=until):
+            if time.monotonic() < until:
+                refused.append(kind)
+                return kind
+            return None
+
+        door.answer = answer
+        time.sleep(4)
+    codes, logs = finish(processes)
+    assert codes == [0, 0], "\n".join(logs)
+    assert refused
+    assert all(log.count("Requests are made again") <= 1 for log in logs)
+    assert_same_run(workdir, alone)
+    assert checkpoint.all_steps(workdir) == checkpoint.all_steps(alone)
+
+
+@pytest.mark.slow
+def test_one_of_two_processes_may_not_write_for_a_while(alone, door, tmp_path):
+    workdir, other, refused = door.folder / "run", gcs.Door(door.behind), []
+
+    def refuse_first_arrays(method, path):
+        if method == "POST" and "checkpoints%2F3%2F" in path and "%2Fd%2F" in path:
+            refused.append(path)
+            return 403
+        return None
+
+    other.answer = refuse_first_arrays
+    try:
+        processes = start(2, workdir, homes=tmp_path, of_last=gcs.environment(other.address))
+        codes, logs = finish(processes)
+    finally:
+        other.shutdown()
+        other.server_close()
+    assert codes == [0, 0], "\n".join(logs)
+    assert refused
+    assert "saving the checkpoint of step 3 in gs://" in logs[0]
+    assert "Trying again now, at step 6" in logs[0]
+    assert_same_run(workdir, alone)
+    assert checkpoint.all_steps(workdir) == checkpoint.all_steps(alone)
 
 
 @pytest.mark.slow

@@ -84,22 +84,22 @@ class FakePredictor:
     [n if n == signal.SIGTERM else pytest.param(n, marks=pytest.mark.slow) for n in SIGNALS],
 )
 def test_a_signal_saves_at_the_end_of_the_step(
-    tmp_path, capsys, monkeypatch, three_convolutions, number
+    place_of_run, capsys, monkeypatch, three_convolutions, number
 ):
     tiny.count_steps(monkeypatch, send(number, at=5))
     monkeypatch.setattr(evaluator, "Predictor", FakePredictor)
     monkeypatch.setattr(FakePredictor, "signal_at_last", False)
-    arguments = (f"--config.data.root={tiny.data_root()}", "--workdir", tmp_path)
+    arguments = (f"--config.data.root={tiny.data_root()}", "--workdir", place_of_run)
     arguments += ("--config.checkpoint.every=1000",)
     assert tiny.run(*arguments) == Stopped.EXIT_STATUS
     error = capsys.readouterr().err
     name = signal.Signals(number).name
     assert f"{name}: finishing the step and saving" in error
     assert f"stopped by {name} after step 5 of {STEPS}, which is saved" in error
-    assert checkpoint.all_steps(tmp_path) == [5]
-    assert [int(row["step"]) for row in rows(tmp_path)] == [1, 2, 3, 4, 5]
+    assert checkpoint.all_steps(place_of_run) == [5]
+    assert [int(row["step"]) for row in rows(place_of_run)] == [1, 2, 3, 4, 5]
     assert tiny.run(*arguments) == 0
-    assert [int(row["step"]) for row in rows(tmp_path)] == list(range(1, STEPS + 1))
+    assert [int(row["step"]) for row in rows(place_of_run)] == list(range(1, STEPS + 1))
 
 
 def test_a_signal_during_an_evaluation_does_not_wait_for_its_end(

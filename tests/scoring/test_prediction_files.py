@@ -65,7 +65,7 @@ def test_names_make_folders_but_never_leave_theirs(tmp_path):
 
 def test_folder_that_cannot_be(tmp_path):
     (tmp_path / "file").touch()
-    with pytest.raises(UserError, match=r"cannot make the folder .*file/out.*save_predictions"):
+    with pytest.raises(UserError, match=r"cannot write to the folder .*file/out.*save_predictions"):
         PredictionWriter(str(tmp_path / "file/out"), "", PALETTE, None)
     for folder in (tmp_path, tmp_path / "out"):
         with pytest.raises(UserError, match="whose files it could replace"):

@@ -14,7 +14,7 @@ from PIL import Image
 
 from memseg_jax import checkpoint, train
 from memseg_jax.models.segmentor import build_segmentor
-from memseg_jax.runtime import compilation
+from memseg_jax.runtime import compilation, files
 from memseg_jax.training import guards, optimizer
 from memseg_jax.training.state import TrainState, abstract_state
 from memseg_jax.training.step import make_train_step
@@ -238,7 +238,7 @@ def run(tmp_path, monkeypatch, compilations, three_convolutions):
     """Trains with bad batches at some steps; returns the exit status."""
     read = train.train_batches
 
-    def start(bad, *flags, root=None):
+    def start(bad, *flags, root=None, workdir=tmp_path):
         def spoiled(source, config, first, *rest):
             return Spoiled(read(source, config, first, *rest), first, bad)
 
@@ -250,7 +250,7 @@ def run(tmp_path, monkeypatch, compilations, three_convolutions):
 
         monkeypatch.setattr(train, "train_batches", spoiled)
         monkeypatch.setattr(compilation, "compile_with_notice", compile_once)
-        flags = (f"--config.data.root={root or tiny.data_root()}", "--workdir", tmp_path, *flags)
+        flags = (f"--config.data.root={root or tiny.data_root()}", "--workdir", workdir, *flags)
         return tiny.run(*flags)
 
     return start
@@ -263,23 +263,25 @@ def load(workdir, step):
 
 
 def rows(workdir, column):
-    with open(workdir / "metrics.csv", newline="") as file:
-        return {int(row["step"]): row[column] for row in csv.DictReader(file) if row[column]}
+    found = csv.DictReader((workdir / "metrics.csv").read_text().splitlines())
+    return {int(row["step"]): row[column] for row in found if row[column]}
 
 
 KEEP = "--config.checkpoint.keep=9"
 
 
 @pytest.mark.parametrize("log_every", [1, pytest.param(50, marks=pytest.mark.slow)])
-def test_raise(run, tmp_path, capsys, log_every):
+def test_raise(run, place_of_run, capsys, log_every):
+    workdir = place_of_run
     log = f"--config.train.log_every={log_every}"
-    assert run({8}, KEEP, log) == 1
+    assert run({8}, KEEP, log, workdir=workdir) == 1
     error = capsys.readouterr().err
-    folder = tmp_path / "nonfinite_step_8"
+    folder = workdir / "nonfinite_step_8"
     assert "error: step 8: grad_norm, loss, " in error
     assert "Traceback" not in error
     assert str(folder) in error
-    kept = np.load(folder / "batch.npz")
+    with files.readable(folder / "batch.npz") as local:
+        kept = dict(np.load(local))
     assert np.isnan(kept["image"][0, 5, 5, 1])
     assert kept["label"].shape == (8, tiny.SIDE, tiny.SIDE)
     assert len(kept["files"]) == 8
@@ -287,11 +289,11 @@ def test_raise(run, tmp_path, capsys, log_every):
         assert f"  {name}\n" in error
         assert "images/train/" in name
     # The state is that before the step, though two more steps were under way.
-    assert checkpoint.all_steps(tmp_path) == [3, 6]
+    assert checkpoint.all_steps(workdir) == [3, 6]
     assert checkpoint.all_steps(folder) == [7]
-    assert run(set(), KEEP, log, "--config.checkpoint.every=7") == 0
-    assert checkpoint.all_steps(tmp_path) == [3, 6, 7, 14, 16]
-    assert_same(load(folder, 7), load(tmp_path, 7))
+    assert run(set(), KEEP, log, "--config.checkpoint.every=7", workdir=workdir) == 0
+    assert checkpoint.all_steps(workdir) == [3, 6, 7, 14, 16]
+    assert_same(load(folder, 7), load(workdir, 7))
 
 
 @pytest.mark.slow
@@ -319,23 +321,22 @@ def test_skip_gives_up_after_too_many_in_a_row(run, tmp_path, capsys):
     assert guards.all_finite(load(tmp_path, 9))
 
 
-def test_rollback(run, tmp_path, capsys, caplog):
+def test_rollback(run, place_of_run, capsys, caplog):
     rollback = "--config.train.on_nonfinite=rollback"
     with caplog.at_level(logging.WARNING):
-        assert run({8}, KEEP, rollback) == 0, capsys.readouterr().err
+        assert run({8}, KEEP, rollback, workdir=place_of_run) == 0, capsys.readouterr().err
     assert (
         "going back to the state of step 6; the data of steps 7 to 8 are passed over" in caplog.text
     )
-    assert checkpoint.all_steps(tmp_path) == [3, 6, 8, 9, 12, 15, 16]
-    back = guards.at_step(jax.tree.map(jnp.asarray, load(tmp_path, 6)), 8)
-    assert_same(back, load(tmp_path, 8))
-    end = load(tmp_path, 16)
+    assert checkpoint.all_steps(place_of_run) == [3, 6, 8, 9, 12, 15, 16]
+    back = guards.at_step(jax.tree.map(jnp.asarray, load(place_of_run, 6)), 8)
+    assert_same(back, load(place_of_run, 8))
+    end = load(place_of_run, 16)
     assert guards.all_finite(end)
     # Whoever resumes after the rollback passes over the same data: the same end.
-    for step in (9, 12, 15, 16):
-        shutil.rmtree(tmp_path / "checkpoints" / str(step))
-    assert run(set(), KEEP, rollback) == 0
-    assert_same(load(tmp_path, 16), end)
+    files.remove_folders(place_of_run / "checkpoints", ["9", "12", "15", "16"])
+    assert run(set(), KEEP, rollback, workdir=place_of_run) == 0
+    assert_same(load(place_of_run, 16), end)
 
 
 def test_rollback_without_a_checkpoint(run, tmp_path, capsys):
