@@ -354,7 +354,11 @@ def test_one_of_two_processes_may_not_write_for_a_while(alone, door, tmp_path):
 
     other.answer = refuse_first_arrays
     try:
-        processes = start(2, workdir, homes=tmp_path, of_last=gcs.environment(other.address))
+        # Split arrays: small ones that both have are written by the first process alone.
+        environment = gcs.environment(other.address)
+        processes = start(
+            2, workdir, "--config.sharding.fsdp=2", homes=tmp_path, of_last=environment
+        )
         codes, logs = finish(processes)
     finally:
         other.shutdown()
