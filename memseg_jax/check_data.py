@@ -16,6 +16,7 @@ from tqdm import tqdm
 
 from memseg_jax import config_rules
 from memseg_jax.data import IGNORE_LABEL, open_split, transforms
+from memseg_jax.data.classes import palette_of
 from memseg_jax.data.images import LabelValueError, value_advice
 from memseg_jax.data.pipeline import TrainSamples
 from memseg_jax.data.reading import map_ahead
@@ -200,7 +201,7 @@ def draw_picture(config, source, split: str, folder: Place) -> str:
     path = folder / f"{split.replace('/', '_')}.png"
     try:
         class_names = tuple(config.data.class_names)
-        palette = visualize.resolve_palette(config.data.palette, len(class_names))
+        palette = visualize.resolve_palette(palette_of(config.data), len(class_names))
         if split == config.data.train_split:
             titles = ("image", "label", "image for the network", "label for the network")
             rows = _rows(source, TrainSamples(source, config))

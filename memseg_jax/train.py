@@ -16,6 +16,7 @@ import ml_collections
 from memseg_jax import checkpoint, config_rules
 from memseg_jax.checkpoint import Checkpointer, RunLock
 from memseg_jax.data import open_split
+from memseg_jax.data.classes import palette_of
 from memseg_jax.data.pipeline import check_batch, steps_per_epoch, train_batches
 from memseg_jax.errors import UserError
 from memseg_jax.models.segmentor import build_segmentor
@@ -77,7 +78,7 @@ def _run(
     train, batch_size = config.train, config.train.batch_size
     sharding.check_batch_size(batch_size, mesh, config.replica_groups, train.accumulate)
     class_names = tuple(config.data.class_names)
-    palette = visualize.resolve_palette(config.data.palette, len(class_names))
+    palette = visualize.resolve_palette(palette_of(config.data), len(class_names))
     train_source = open_split(config.data, config.data.train_split)
     fingerprint = train_source.fingerprint()
     eval_source = open_split(config.data, config.data.eval_split)

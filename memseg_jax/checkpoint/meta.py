@@ -42,7 +42,15 @@ HARMLESS_FIELDS = (
     "eval.*",
 )
 # What the fields that came later were before: checkpoints of then lack them.
-_EARLIER = {"model.precision": "default"}
+_EARLIER = {
+    "model.precision": "default",
+    "data.label_map": [],
+    "data.label_colors": [],
+    "data.ignore_colors": [],
+    "data.unknown_color": "error",
+    "data.label_name": "",
+    "data.val_share": 0.0,
+}
 _PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy")
 
 

@@ -113,6 +113,38 @@ def read_label(path: str | os.PathLike) -> np.ndarray:
         raise UserError(_not_an_index_image(path, image))
 
 
+def read_colors(path: str | os.PathLike) -> np.ndarray:
+    """Reads the colours of a label file, as a viewer shows them.
+
+    A palette file gives its colours, a greyscale or bilevel file three equal channels; transparency
+    is dropped. An EXIF orientation is applied as it is to images.
+
+    Args:
+        path: the file: 8 bits per channel, in a format that keeps every value.
+
+    Returns:
+        uint8 `[height, width, 3]`, RGB.
+
+    Raises:
+        UserError: the file is missing, damaged, lossy, or not of 8 bits per channel.
+    """
+    with _opened(path) as image:
+        if image.format in ("JPEG", "MPO"):
+            raise UserError(
+                f"{path}: the label is a JPEG file. JPEG changes the colours of pixels, most "
+                "of all where classes meet. Export the masks as PNG files; a copy of this file as "
+                "PNG would keep the damage."
+            )
+        image = _upright(image)
+        if image.mode not in ("1", "L", "LA", "P", "PA", "RGB", "RGBA"):
+            raise UserError(
+                f"{path}: the label has mode {image.mode}, not 8 bits for each of red, green and "
+                "blue. Expected a colour mask (config.data.label_colors is set): save it as an RGB "
+                "PNG file, or leave config.data.label_colors empty if the file holds class ids."
+            )
+        return np.array(image.convert("RGB"))
+
+
 def image_size(path: str | os.PathLike) -> tuple[int, int]:
     """Returns (height, width) in pixels as `read_image` would give, from the header alone.
 
@@ -318,7 +350,8 @@ def _not_an_index_image(path: str | os.PathLike, image: Image.Image) -> str:
     examples = ", ".join(str(tuple(c.tolist())) for c in distinct[:_COLOUR_EXAMPLES])
     return (
         f"{path}: the label is a colour mask (mode {image.mode}, {len(distinct)} colours such as "
-        f"{examples}). {expected} Convert each colour to its class id."
+        f"{examples}). {expected} Or name the colours of every class in config.data.label_colors, "
+        "such as ((0, 0, 0), (128, 64, 128)); --mode init finds them."
     )
 
 

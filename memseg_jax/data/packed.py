@@ -44,6 +44,8 @@ _KEYS = ("name", "image", "label")
 _NO_MATTER = frozenset(
     ["root", "packed", "train_split", "eval_split", "palette", "workers", "threads", "prefetch"]
 )
+# What fields that came later were before, where that is not empty: manifests of then lack them.
+_EARLIER = {"unknown_color": "error", "outside_polygons": "ignore"}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -346,11 +348,12 @@ def check_settings(folder: Path, manifest: Manifest, data_config) -> None:
         UserError: names every field that differs, with both values.
     """
     now = settings_of(data_config)
-    # A field that only one version of this program knows cannot have been set to anything.
+    then = {field: _EARLIER.get(field, type(value)()) for field, value in now.items()}
+    then |= {field: value for field, value in manifest.settings.items() if field in now}
     differences = [
-        f"config.data.{field} {_difference(manifest.settings[field], now[field])}"
-        for field in sorted(manifest.settings.keys() & now.keys())
-        if manifest.settings[field] != now[field]
+        f"config.data.{field} {_difference(then[field], now[field])}"
+        for field in sorted(now)
+        if then[field] != now[field]
     ]
     if differences:
         raise UserError(
