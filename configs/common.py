@@ -6,6 +6,7 @@ example `--config.train.batch_size=8`. What each may hold is in `memseg_jax/conf
 """
 
 import ml_collections
+from ml_collections import config_dict
 
 from memseg_jax.errors import UserError
 
@@ -133,7 +134,9 @@ def get_config() -> ml_collections.ConfigDict:
     loss.auxiliary = 0.4
     loss.consistency = 0.0  # representation-consistency loss on the memory rows
     loss.consistency_from_epoch = 2  # epochs count from 1
-    loss.class_weights = ()  # one per class; empty: all 1
+    # One per class; empty: all 1; "balanced": the rarer a class is in the images that show it, the
+    # more its pixels weigh (median frequency), counted once, before the training.
+    loss.class_weights = config_dict.FieldReference((), field_type=object)
 
     config.optimizer = optimizer = ml_collections.ConfigDict()
     optimizer.lr = 0.01

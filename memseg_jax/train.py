@@ -29,6 +29,7 @@ from memseg_jax.scoring.evaluator import PICTURE, Evaluator
 from memseg_jax.scoring.memory_health import MemoryHealth
 from memseg_jax.training import guards
 from memseg_jax.training.agreement import check_processes_agree
+from memseg_jax.training.class_weights import class_weights_of
 from memseg_jax.training.initial import initial_variables
 from memseg_jax.training.profiling import StepProfiler
 from memseg_jax.training.program import training_program
@@ -99,10 +100,15 @@ def _run(
     )
 
     # ---- Optimiser and state --------------------------------------------------------------------
-    program = training_program(config, model, mesh, epoch_steps)
+    watchdog.beat("counting the pixels of every class")
+    class_weights = class_weights_of(config, train_source, folder)
+    program = training_program(config, model, mesh, epoch_steps, class_weights)
     checkpointer = stack.enter_context(Checkpointer(folder, config.checkpoint.keep))
     check_same_run = functools.partial(
-        checkpoint.check_same_run, config=config, fingerprint=fingerprint
+        checkpoint.check_same_run,
+        config=config,
+        fingerprint=fingerprint,
+        class_weights=class_weights,
     )
     # What there is to go on from: this workdir's run, weights that were converted into this
     # workdir, the files of config.init, random values; the first of them that exists.
@@ -138,6 +144,7 @@ def _run(
         class_names=class_names,
         palette=palette,
         fingerprint=fingerprint,
+        class_weights=class_weights,
     )
     saver = _Saver(checkpointer, lock, describe, health)
     evaluation = _Evaluation(

@@ -133,7 +133,12 @@ RULES = {
     "loss.auxiliary": _WEIGHT,
     "loss.consistency": _WEIGHT,
     "loss.consistency_from_epoch": _COUNT,
-    "loss.class_weights": Several(_WEIGHT, 0, 254, "weights, one per class", (1.0, 0.5, 2.0)),
+    "loss.class_weights": Either(
+        (
+            Several(_WEIGHT, 0, 254, "weights, one per class", (1.0, 0.5, 2.0)),
+            Choice(("balanced",)),
+        )
+    ),
     "optimizer.lr": Number(0, 1000, above=True, such_as=0.01),
     "optimizer.min_lr": Number(0, 1000),
     "optimizer.power": Number(0, 100),

@@ -32,7 +32,7 @@ def _as_many_as_classes(config: Any) -> Iterator[UserError]:
         ("loss.class_weights", config.loss),
     ):
         values = section[name.split(".")[1]]
-        if values and len(values) != classes:
+        if values and not isinstance(values, str) and len(values) != classes:
             yield refusal(
                 f"config.{name}",
                 values,
@@ -43,7 +43,7 @@ def _as_many_as_classes(config: Any) -> Iterator[UserError]:
 
 def _some_weight(config: Any) -> Iterator[UserError]:
     loss = config.loss
-    if loss.class_weights and not any(loss.class_weights):
+    if loss.class_weights != "balanced" and loss.class_weights and not any(loss.class_weights):
         yield refusal("config.loss.class_weights", loss.class_weights, "some weight above 0")
     stage1 = loss.stage1 if config.model.memory.enabled else 0
     auxiliary = loss.auxiliary if config.model.auxiliary else 0

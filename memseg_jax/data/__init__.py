@@ -9,6 +9,7 @@ source is a picklable object with
   `label` uint8 `[height, width]` (0..K-1, or `IGNORE_LABEL`) and `name`, a short unique id;
 * `source.describe(index)`: the files behind a sample, for messages;
 * `source.fingerprint()`: a short hash of the ordered names;
+* optionally `source.label(index)`: the label alone, where that is quicker;
 * optionally `source.has_labels`: False if the labels of the split are not public, so that all
   pixels of its samples are ignored;
 * optionally `source.official_size`: how many samples a published split should have, or None.

@@ -69,6 +69,13 @@ class FileSource:
             label = np.full(image.shape[:2], IGNORE_LABEL, np.uint8)
         return {"image": image, "label": label, "name": self.names[index]}
 
+    def label(self, index: int) -> np.ndarray:
+        """Reads the label of a sample without its image, if there is one; see `__getitem__`."""
+        path = self.labels[index]
+        if not path:
+            return self[index]["label"]
+        return self.map_values(self.read_values(path), path)
+
     def __repr__(self) -> str:
         return f"{type(self).__name__}({len(self)} samples, {self.fingerprint()})"
 
