@@ -2,10 +2,11 @@
 
 import json
 
+import jax
 import numpy as np
 import pytest
 
-from memseg_jax import checkpoint
+from memseg_jax import checkpoint, train
 from memseg_jax.data import open_split
 from memseg_jax.errors import UserError
 from memseg_jax.training import class_weights
@@ -67,29 +68,55 @@ def test_numbers_stay_as_they_are(tmp_path):
         assert with_class_weights(config, weights) is config
 
 
+def run_flags(tmp_path, workdir):
+    root = tmp_path / "data"
+    if not root.exists():
+        tiny.write_folder(root, {"train": [(32, 32)] * 8, "val": [(32, 32)]})
+    return [f"--config.data.root={root}", "--config.train.epochs=1", "--workdir", workdir]
+
+
 @pytest.mark.usefixtures("quiet_entry", "compilations", "three_convolutions")
-def test_a_run_records_and_uses_them(tmp_path, capsys):
-    root = tiny.write_folder(tmp_path / "data", {"train": [(32, 32)] * 8, "val": [(32, 32)]})
-    workdir = tmp_path / "run"
-    flags = [f"--config.data.root={root}", "--config.train.epochs=1", "--workdir", workdir]
-    assert tiny.run(*flags, "--config.loss.class_weights=balanced") == 0
-    kept = json.loads((workdir / class_weights.FILE).read_text())["class_weights"]
-    meta = checkpoint.read_meta(workdir)[1]
+def test_a_run_records_them(tmp_path, capsys, monkeypatch):
+    programs = []
+
+    def count_steps(function, what, *args):
+        def step(state, batch):
+            with jax.transfer_guard("allow"):
+                state = state.replace(step=state.step + 1)
+            return state, {"loss": np.float32(1), "lr": np.float32(0.1), "nonfinite": np.int32(0)}
+
+        return step
+
+    tiny.replace_training_step(monkeypatch, count_steps)
+    made = train.training_program
+    monkeypatch.setattr(
+        train, "training_program", lambda *args: programs.append(args) or made(*args)
+    )
+    run = [*run_flags(tmp_path, tmp_path / "run"), "--config.loss.class_weights=balanced"]
+    assert tiny.run(*run) == 0
+    kept = json.loads((tmp_path / "run" / class_weights.FILE).read_text())["class_weights"]
+    meta = checkpoint.read_meta(tmp_path / "run")[1]
     assert meta["class_weights"] == kept
     assert meta["config"]["loss"]["class_weights"] == "balanced"
-    # The same weights as numbers give the same losses.
-    numbers = f"--config.loss.class_weights={tuple(kept)}"
-    assert tiny.run(*flags[:-1], tmp_path / "other", numbers) == 0
-    first, second = (
-        (folder / "metrics.csv").read_text().splitlines()[1].split(",")[:6]
-        for folder in (workdir, tmp_path / "other")
-    )
-    assert first == second
+    assert programs[0][-1] == tuple(kept)
     # Labels that changed since would go unnoticed.
-    (workdir / class_weights.FILE).write_text(json.dumps({"class_weights": [1.0, 1.0, 2.0]}))
+    (tmp_path / "run" / class_weights.FILE).write_text('{"class_weights": [1.0, 1.0, 2.0]}')
     capsys.readouterr()
-    assert tiny.run(*flags, "--config.loss.class_weights=balanced") == 1
-    assert (
-        f"the class weights: {kept} in the checkpoint, [1.0, 1.0, 2.0] now"
-        in capsys.readouterr().err
-    )
+    assert tiny.run(*run) == 1
+    message = f"the class weights: {kept} in the checkpoint, [1.0, 1.0, 2.0] now"
+    assert message in capsys.readouterr().err
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("quiet_entry", "compilations", "three_convolutions")
+def test_a_run_has_the_losses_of_the_same_weights_as_numbers(tmp_path):
+    first, second = tmp_path / "first", tmp_path / "second"
+    assert tiny.run(*run_flags(tmp_path, first), "--config.loss.class_weights=balanced") == 0
+    weights = checkpoint.read_meta(first)[1]["class_weights"]
+    numbers = f"--config.loss.class_weights={tuple(weights)}"
+    assert tiny.run(*run_flags(tmp_path, second), numbers) == 0
+    lines = [(run / "metrics.csv").read_text().splitlines()[:2] for run in (first, second)]
+    columns = [dict(zip(*(line.split(",") for line in of_run))) for of_run in lines]
+    losses = [{k: v for k, v in values.items() if "loss" in k} for values in columns]
+    assert losses[0] == losses[1]
+    assert len(losses[0]) > 3
