@@ -43,13 +43,16 @@ def get_config() -> ml_collections.ConfigDict:
     # For label files with any ids: pairs of a value and the class it means, or "ignore", such as
     # tuple({0: "ignore", 7: "road", 8: "road"}.items()); empty: 0 is the first class, and so on.
     data.label_map = ()
+    # Also for names in JSON files of LabelMe or COCO: ("lorry", "truck"). There, this is the class
+    # of pixels in no polygon; or "ignore".
+    data.outside_polygons = "ignore"
     # For colour masks: the colour of every class, or a tuple of its colours; empty: the values of
     # label files are class ids.
     data.label_colors = ()
     data.ignore_colors = ()  # colours that mean "not labelled"
     data.unknown_color = "error"  # what any other colour is; or "ignore", "nearest" (known colour)
     data.image_dir = "images/{split}"
-    data.label_dir = "labels/{split}"
+    data.label_dir = "labels/{split}"  # or a JSON file of COCO: "annotations/{split}.json"
     # What labels are called, such as "{stem}_mask.png"; {stem}: the image's name without suffix,
     # {name}: with it, {parent}: its folder below image_dir. Empty: like the image, but for the
     # suffix. Without {parent}, labels are in the same folders below label_dir as the images below

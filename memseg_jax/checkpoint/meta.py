@@ -45,6 +45,7 @@ HARMLESS_FIELDS = (
 _EARLIER = {
     "model.precision": "default",
     "data.label_map": [],
+    "data.outside_polygons": "ignore",
     "data.label_colors": [],
     "data.ignore_colors": [],
     "data.unknown_color": "error",

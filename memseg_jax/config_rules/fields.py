@@ -63,6 +63,7 @@ RULES = {
         "pairs",
         ((0, "ignore"), (7, "road")),
     ),
+    "data.outside_polygons": Text(empty=False),
     "data.label_colors": Several(
         Either((_COLOR, Several(_COLOR, 1, 1000, "colours", ((128, 64, 128), (0, 0, 255))))),
         0,

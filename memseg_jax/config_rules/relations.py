@@ -180,6 +180,13 @@ def _colors_with_one_meaning(config: Any) -> Iterator[UserError]:
 
 def _map_to_classes(config: Any) -> Iterator[UserError]:
     data = config.data
+    if data.outside_polygons not in (IGNORE, *data.class_names):
+        yield refusal(
+            "config.data.outside_polygons",
+            data.outside_polygons,
+            f"{IGNORE!r} or one of config.data.class_names",
+            did_you_mean(data.outside_polygons, data.class_names).rstrip("."),
+        )
     if not data.label_map:
         return
     name = "config.data.label_map"

@@ -13,7 +13,7 @@ from typing import NamedTuple
 import cv2
 import numpy as np
 
-from memseg_jax.data import IGNORE_LABEL, folder, lists, scanning
+from memseg_jax.data import IGNORE_LABEL, file_source, lists, scanning
 from memseg_jax.errors import UserError
 from memseg_jax.runtime.files import on_disk
 from memseg_jax.runtime.text import first_few
@@ -68,7 +68,7 @@ class Files(NamedTuple):
 
 
 @dataclasses.dataclass(frozen=True, repr=False)
-class OfficialSource(folder.FileSource):
+class OfficialSource(file_source.FileSource):
     """Samples of one split; see `DataSet` for `title` and `table`.
 
     Attributes:

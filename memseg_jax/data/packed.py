@@ -106,7 +106,7 @@ class PackedSource:
         return self.manifest.count
 
     def __getitem__(self, index: int) -> dict:
-        """Reads, checks and decodes one sample; see `folder.FileSource`."""
+        """Reads, checks and decodes one sample; see `file_source.FileSource`."""
         where, shard, position = self._locate(index)
         try:
             example = parse(self._records[where])

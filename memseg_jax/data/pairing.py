@@ -20,7 +20,7 @@ class Pair(NamedTuple):
 
     name: str
     image: Path
-    label: Path
+    label: Path | str
 
 
 def pairs_of(
@@ -40,17 +40,9 @@ def pairs_of(
     Raises:
         UserError: a folder, a file or a label is missing, or there are no images.
     """
-    share = data_config.val_share
-    if share and split not in (data_config.train_split, data_config.eval_split):
-        raise UserError(
-            f"split {split!r}: with config.data.val_share = {share:g} there are the two splits "
-            f"{data_config.train_split!r} and {data_config.eval_split!r}. Set "
-            "--config.data.val_share=0 for a split with a folder or a list of its own."
-        )
-    searched = data_config.train_split if share else split
-    folders = _Folders(data_config, searched, root, label_suffixes)
+    folders = _Folders(data_config, searched_split(data_config, split), root, label_suffixes)
     pairs = _listed(folders) if data_config.list_file else _all_of_folder(folders)
-    return _part(pairs, data_config, split) if share else pairs
+    return part_of(pairs, data_config, split)
 
 
 class _Folders:
@@ -101,8 +93,8 @@ class _Folders:
         return bool(re.fullmatch(pattern, name))
 
 
-def _name(image: Path, root: Path) -> str:
-    """Path of the image relative to the root, without suffix; never an absolute path."""
+def sample_name(image: Path, root: Path) -> str:
+    """Returns the path of an image relative to the root, without suffix; never an absolute one."""
     path = image.relative_to(root if image.is_relative_to(root) else image.anchor)
     return path.with_suffix("").as_posix()
 
@@ -129,7 +121,7 @@ def _all_of_folder(folders: _Folders) -> list[Pair]:
         if label is None:
             missing.append(image)
         else:
-            pairs.append(Pair(_name(image, folders.root), image, label))
+            pairs.append(Pair(sample_name(image, folders.root), image, label))
     if missing:
         raise UserError(_missing_labels(folders, len(images), missing))
     return pairs
@@ -214,7 +206,7 @@ def _listed(folders: _Folders) -> list[Pair]:
         except FileNotFoundError as error:
             problems.append(f"line {line.number}: {error}")
             continue
-        name = _name(image, root)
+        name = sample_name(image, root)
         if name in line_of:
             problems.append(f"line {line.number}: {name} is named in line {line_of[name]} already")
         line_of.setdefault(name, line.number)
@@ -269,9 +261,42 @@ def _how_lines_are_read(folders: _Folders) -> str:
 # ---- A share of the samples ---------------------------------------------------------------------
 
 
-def _part(pairs: list[Pair], data_config: Any, split: str) -> list[Pair]:
-    """The samples that `config.data.val_share` gives to a split."""
+def searched_split(data_config: Any, split: str) -> str:
+    """Returns the split whose folders and lists are searched for the samples of a split.
+
+    Args:
+        data_config: `config.data`; with `val_share`, one split has no files of its own.
+        split: the split.
+
+    Raises:
+        UserError: `val_share` does not make this split.
+    """
     share = data_config.val_share
+    if not share:
+        return split
+    if split not in (data_config.train_split, data_config.eval_split):
+        raise UserError(
+            f"split {split!r}: with config.data.val_share = {share:g} there are the two splits "
+            f"{data_config.train_split!r} and {data_config.eval_split!r}. Set "
+            "--config.data.val_share=0 for a split with a folder or a list of its own."
+        )
+    return data_config.train_split
+
+
+def part_of(pairs: list[Pair], data_config: Any, split: str) -> list[Pair]:
+    """Returns the samples that belong to a split: all, or those that `val_share` gives to it.
+
+    Args:
+        pairs: what was found for `searched_split`.
+        data_config: `config.data`.
+        split: the split.
+
+    Raises:
+        UserError: one of the two splits would be empty.
+    """
+    share = data_config.val_share
+    if not share:
+        return pairs
     evaluated = [pair for pair in pairs if place_of(pair.name) < share]
     if not evaluated or len(evaluated) == len(pairs):
         places = sorted(place_of(pair.name) for pair in pairs)

@@ -44,10 +44,10 @@ ARGUMENTS = ("", ":ms_flip", ":2021", ":2025", ":2025,ms_flip")
 RELATED = {
     "replica_groups", "sharding.data", "sharding.fsdp", "init.backbone", "init.checkpoint",
     "data.name", "data.class_names", "data.palette", "data.label_map", "data.label_colors",
-    "data.ignore_colors", "data.unknown_color", "data.label_name", "augment.scale_range",
-    "augment.flip_pairs",
-    "loss.class_weights", "loss.stage2", "model.memory.momentum", "model.memory.base_lr",
-    "optimizer.lr", "optimizer.min_lr", "train.batch_size", "train.accumulate",
+    "data.ignore_colors", "data.unknown_color", "data.label_name", "data.outside_polygons",
+    "augment.scale_range", "augment.flip_pairs", "loss.class_weights", "loss.stage2",
+    "model.memory.momentum", "model.memory.base_lr", "optimizer.lr", "optimizer.min_lr",
+    "train.batch_size", "train.accumulate",
 }  # fmt: skip
 
 
