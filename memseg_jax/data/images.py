@@ -162,6 +162,19 @@ def image_size(path: str | os.PathLike) -> tuple[int, int]:
         return height, width
 
 
+def image_mode(path: str | os.PathLike) -> str:
+    """Returns Pillow's name for what the pixels of a file are, such as "RGB", from its header.
+
+    Args:
+        path: the file.
+
+    Raises:
+        UserError: the file is missing, empty, or its header cannot be read.
+    """
+    with _opened(path) as image:
+        return image.mode
+
+
 def exif_orientation(path: str | os.PathLike) -> int:
     """Returns the EXIF orientation of an image file, 1 (upright) to 8; 1 if it has none.
 

@@ -2,7 +2,6 @@
 
 A form is a picklable object with
 
-* `suffixes`: of the files that it reads;
 * `read(path)`: what is in a file, as it is: `[height, width]`, or `[height, width, 3]` for colours;
 * `to_classes(values, path)`: the classes that this means, uint8 `[height, width]`: 0..K-1, or
   `IGNORE_LABEL`. It refuses what the config does not name.
@@ -16,10 +15,13 @@ from typing import Any
 import numpy as np
 
 from memseg_jax.data.classes import colors_by_class
+from memseg_jax.data.labels import ids, labelme
 from memseg_jax.data.labels.colors import ColorLabels
 from memseg_jax.data.labels.ids import IdLabels, MappedIds
 from memseg_jax.data.labels.labelme import LabelMe
 from memseg_jax.data.labels.names import meanings_of, outside_of
+
+SUFFIXES = (*ids.SUFFIXES, *labelme.SUFFIXES)  # of files that can be labels
 
 
 @dataclasses.dataclass(frozen=True)
@@ -33,11 +35,7 @@ class FormOfEach:
 
     pixels: Any
     shapes: LabelMe
-
-    @property
-    def suffixes(self) -> tuple[str, ...]:
-        """Of the files that it reads."""
-        return (*self.pixels.suffixes, *self.shapes.suffixes)
+    suffixes = SUFFIXES
 
     def read(self, path: str) -> np.ndarray:
         """Returns what is in a file, as it is."""
@@ -48,7 +46,7 @@ class FormOfEach:
         return self._form(path).to_classes(values, path)
 
     def _form(self, path: str) -> Any:
-        return self.shapes if path.lower().endswith(self.shapes.suffixes) else self.pixels
+        return self.shapes if path.lower().endswith(labelme.SUFFIXES) else self.pixels
 
 
 def form_of(data_config: Any) -> FormOfEach:
@@ -70,8 +68,8 @@ def _form_of_pixels(data_config: Any) -> Any:
             ignored=tuple(map(tuple, data_config.ignore_colors)),
             unknown=data_config.unknown_color,
         )
-    ids = [(value, name) for value, name in data_config.label_map if isinstance(value, int)]
+    pairs = [(value, name) for value, name in data_config.label_map if isinstance(value, int)]
     ignore_label = int(data_config.ignore_label)
-    if ids:  # the others are names in JSON files
-        return MappedIds(class_names, tuple(ids), ignore_label)
+    if pairs:  # the others are names in JSON files
+        return MappedIds(class_names, tuple(pairs), ignore_label)
     return IdLabels(len(class_names), ignore_label)

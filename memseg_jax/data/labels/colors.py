@@ -9,7 +9,6 @@ import numpy as np
 from memseg_jax.data import IGNORE_LABEL
 from memseg_jax.data.classes import Color
 from memseg_jax.data.images import read_colors
-from memseg_jax.data.labels.ids import SUFFIXES
 from memseg_jax.errors import UserError
 from memseg_jax.runtime.text import first_few
 
@@ -33,7 +32,6 @@ class ColorLabels:
     colors: tuple[tuple[Color, ...], ...]
     ignored: tuple[Color, ...]
     unknown: str
-    suffixes = SUFFIXES
 
     def read(self, path: str) -> np.ndarray:
         """Returns the colours of a file: uint8 `[height, width, 3]`."""

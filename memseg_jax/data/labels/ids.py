@@ -22,7 +22,6 @@ class IdLabels:
 
     num_classes: int
     ignore_label: int
-    suffixes = SUFFIXES
 
     def read(self, path: str) -> np.ndarray:
         """Returns the values of a file as they are: integers `[height, width]`."""
@@ -46,7 +45,6 @@ class MappedIds:
     class_names: tuple[str, ...]
     label_map: tuple[tuple[int, str], ...]
     ignore_label: int
-    suffixes = SUFFIXES
 
     def read(self, path: str) -> np.ndarray:
         """Returns the values of a file as they are: integers `[height, width]`."""

@@ -31,7 +31,6 @@ class LabelMe:
 
     meanings: Mapping[str, int]
     outside: int
-    suffixes = SUFFIXES
 
     def read(self, path: str) -> np.ndarray:
         """Returns the classes that the shapes of a file mean: uint8 `[height, width]`.
@@ -49,7 +48,7 @@ class LabelMe:
         except (ValueError, TypeError, LookupError) as error:
             raise UserError(
                 f"{path}: not a file of LabelMe, or damaged ({type(error).__name__}: {error}). "
-                "Expected JSON with imageHeight, imageWidth and shapes: save it with LabelMe again, "
+                "Expected JSON with imageHeight, imageWidth and shapes: save it again in LabelMe, "
                 "or remove it with its image."
             ) from None
         unknown = [shape.name for shape in shapes if shape.name not in self.meanings]
