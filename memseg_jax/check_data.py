@@ -16,7 +16,7 @@ from tqdm import tqdm
 
 from memseg_jax import config_rules
 from memseg_jax.data import IGNORE_LABEL, open_split, transforms
-from memseg_jax.data.classes import palette_of
+from memseg_jax.data.classes import IGNORE, palette_of
 from memseg_jax.data.images import LabelValueError, value_advice
 from memseg_jax.data.pipeline import TrainSamples
 from memseg_jax.data.reading import map_ahead
@@ -88,7 +88,7 @@ def run(config, folder: str | None = None) -> int:
             unusable.append(split)
             continue
         report = check_split(source, split, len(data.class_names), data.threads)
-        print("\n" + format_report(report, data.class_names, data.ignore_label))
+        print("\n" + format_report(report, data.class_names, data.ignore_label, _ignoring(data)))
         if folder is not None:
             print(f"\n  {draw_picture(config, source, split, place(folder, '--output'))}")
         num_images += report.images
@@ -244,13 +244,30 @@ def _rows(source, samples: TrainSamples | None) -> Iterator[tuple[str, list[np.n
         raise UserError("none of the samples it would show can be read.")
 
 
-def format_report(report: SplitReport, class_names, ignore_label: int = IGNORE_LABEL) -> str:
+def _ignoring(data_config) -> str:
+    """The field that says which pixels are not labelled, besides those of no class."""
+    if data_config.label_colors:
+        return "config.data.ignore_colors"
+    if data_config.label_map:
+        return "config.data.label_map"
+    if data_config.outside_polygons != IGNORE or data_config.label_dir.endswith(".json"):
+        return "config.data.outside_polygons"
+    return "config.data.ignore_label"
+
+
+def format_report(
+    report: SplitReport,
+    class_names,
+    ignore_label: int = IGNORE_LABEL,
+    ignoring: str = "config.data.ignore_label",
+) -> str:
     """Formats the report of one split for the console.
 
     Args:
         report: from `check_split`.
         class_names: K names.
         ignore_label: the config's ignore value in files, or -1; for the advice.
+        ignoring: the field that says what is not labelled; for the advice.
 
     Returns:
         Several lines: sizes, class table, bad files, warnings.
@@ -269,7 +286,7 @@ def format_report(report: SplitReport, class_names, ignore_label: int = IGNORE_L
         if report.num_bad > len(report.bad):
             lines.append(f"    ... and {report.num_bad - len(report.bad)} more")
     # Last, where they are seen: a list of bad files can be long.
-    warnings = _warnings(report, class_names, ignore_label)
+    warnings = _warnings(report, class_names, ignore_label, ignoring)
     if warnings:
         lines += ["", *(f"  warning: {text}" for text in warnings)]
     return "\n".join(lines)
@@ -319,7 +336,7 @@ def _percent(share: float) -> str:
     return f"{100 * share:.2f}%"
 
 
-def _warnings(report: SplitReport, class_names, ignore_label: int) -> list[str]:
+def _warnings(report: SplitReport, class_names, ignore_label: int, ignoring: str) -> list[str]:
     """What is allowed but probably not meant, and the likely cause of label values that are bad."""
     num_classes = len(class_names)
     good = report.images - report.num_bad
@@ -347,12 +364,15 @@ def _warnings(report: SplitReport, class_names, ignore_label: int) -> list[str]:
     elif good and not labelled:
         warnings.append(
             f"no pixel is labelled: every one has the ignore value {ignore_label}. Correct "
-            "config.data.ignore_label or the files."
+            f"{ignoring} or the files."
+            if ignoring == "config.data.ignore_label"
+            else f"no pixel is labelled. Correct {ignoring} or the files."
         )
     elif ignored > labelled:
         warnings.append(
-            f"more pixels are not labelled than labelled: is config.data.ignore_label = "
-            f"{ignore_label} meant?"
+            f"more pixels are not labelled than labelled: is {ignoring}"
+            + f" = {ignore_label}" * (ignoring == "config.data.ignore_label")
+            + " meant?"
         )
     never = [str(class_names[k]) for k in range(num_classes) if k not in seen]
     if good and never:

@@ -4,7 +4,7 @@ It reads no more than names, headers and labels, prints what it saw and what it 
 one file, which it never replaces. What cannot be trained on is refused as training would refuse it.
 """
 
-import pprint
+import json
 import re
 import shlex
 import tempfile
@@ -28,6 +28,7 @@ from memseg_jax.runtime.files import on_disk, write_text
 from memseg_jax.runtime.text import format_bytes
 
 _THREADS = 4
+_WIDTH = 90  # of a value in the config file
 _SIZES = 200  # images whose size is looked at
 _DRAWN = 20  # labels that tell how much of the images polygons cover
 _CROP = {"cpu": 256, "other": 512}  # the largest, by the kind of device
@@ -234,7 +235,7 @@ def config_text(
     lines = [f'"""{root.name.replace(chr(34), "")}: written by --mode init. It guessed:', "", said]
     lines += ['"""', "", "from configs import own_folder", "", "", "def get_config():"]
     lines += ['    """Returns the config."""', "    config = own_folder.get_config("]
-    arguments = {"root": str(root), "class_names": tuple(fields["class_names"])}
+    arguments: dict[str, Any] = {"root": str(root), "class_names": tuple(fields["class_names"])}
     if sizes:
         arguments |= {"crop": (sizes.crop, sizes.crop), "epochs": sizes.epochs}
     lines += [f"        {name}={_python(value, 8)}," for name, value in arguments.items()]
@@ -252,9 +253,21 @@ def config_text(
 
 
 def _python(value: Any, indent: int) -> str:
-    """A value as Python writes it, over several lines if it is long."""
-    text = pprint.pformat(value, width=90 - indent, compact=True)
-    return text.replace("\n", "\n" + " " * (indent + 2))
+    """A value as Python writes it; tuples that are long fill several lines."""
+    if isinstance(value, str):
+        return json.dumps(value, ensure_ascii=False)
+    if not isinstance(value, tuple):
+        return repr(value)
+    items = [_python(item, indent) for item in value]
+    line = f"({', '.join(items)}{',' * (len(items) == 1)})"
+    if len(line) + indent <= _WIDTH:
+        return line
+    lines, inside = [""], " " * (indent + 4)
+    for item in items:
+        if lines[-1] and len(inside + lines[-1] + item) > _WIDTH:
+            lines.append("")
+        lines[-1] += f" {item}," if lines[-1] else f"{item},"
+    return "\n".join(["(", *(inside + line for line in lines), " " * indent + ")"])
 
 
 def _config_of(text: str) -> Any:

@@ -76,6 +76,21 @@ def black_and_white(root: Path) -> None:
         _save(root / f"masks/{name}.png", np.where(label == 2, 255, 0).astype(np.uint8))
 
 
+def voc_like(root: Path) -> None:
+    """JPEGImages, of which some have a label in SegmentationClass, and lists of several kinds."""
+    for k, name in enumerate([*NAMES, "unlabelled"]):
+        image, label = picture(k)
+        _save(root / f"JPEGImages/{name}.jpg", image)
+        if k < len(NAMES):
+            _save(root / f"SegmentationClass/{name}.png", label)
+    for split, names in (("train", NAMES[:TRAIN]), ("val", NAMES[TRAIN:])):
+        for list_file, ending in (("Main/box_{}", " -1"), ("Segmentation/{}", "")):
+            path = root / "ImageSets" / f"{list_file.format(split)}.txt"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_text("".join(f"{name}{ending}\n" for name in names))
+    (root / "classes.json").write_text(json.dumps({"title": "ours", "classes": CLASSES}))
+
+
 def _box(k: int) -> list[tuple[int, int]]:
     return [(3 + k, 4), (20 + k, 4), (20 + k, 22), (3 + k, 22)]
 
@@ -117,6 +132,7 @@ def coco(root: Path) -> None:
 TREES = {
     tree.__name__: tree
     for tree in (
-        in_folders, camvid_like, with_lists, in_one_folder, black_and_white, labelme, coco,
+        in_folders, camvid_like, with_lists, voc_like, in_one_folder, black_and_white, labelme,
+        coco,
     )
 }  # fmt: skip

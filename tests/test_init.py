@@ -31,6 +31,13 @@ EXPECTED = {
             "eval_split": "test",
         },
     ),
+    "voc_like": (
+        CLASSES,
+        {
+            "image_dir": "JPEGImages", "label_dir": "SegmentationClass",
+            "list_file": "ImageSets/Segmentation/{split}.txt",
+        },
+    ),
     "in_one_folder": (
         ("class 0", "class 7", "class 11", "class 26"),
         {

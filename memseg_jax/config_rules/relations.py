@@ -241,6 +241,20 @@ def _two_parts(config: Any) -> Iterator[UserError]:
         )
 
 
+def _only_of_folders(config: Any) -> Iterator[UserError]:
+    data = config.data
+    if data.name == "folder":
+        return
+    for field in ("label_map", "label_colors", "label_name", "val_share"):
+        if data[field]:
+            yield refusal(
+                f"config.data.{field}",
+                data[field],
+                f"{type(data[field])()!r} beside config.data.name = {data.name!r}, which has "
+                "labels and splits of its own: set config.data.name='folder' for files of yours",
+            )
+
+
 RELATIONS = (
     _one_start,
     _as_many_as_classes,
@@ -256,4 +270,5 @@ RELATIONS = (
     _map_to_classes,
     _names_of_labels,
     _two_parts,
+    _only_of_folders,
 )

@@ -24,6 +24,8 @@ MOST_FILES = 5000  # that are read
 _MOST_CLASSES = 254
 _VOID = ("void", "ignore", "__ignore__", "unlabeled", "unlabelled", "unknown", "out of roi")
 _BACKGROUND = ("background", "_background_", "__background__")
+_LISTS = ("classes", "class_names", "names", "labels")  # keys of names in a JSON file
+_HEADER = {"name", "class", "label", "r", "red"}  # words of a line that is no class
 _MEANT = 1e-3  # share of all pixels from which on a colour is a class and not a smoothed edge
 _COVERED = 0.95  # share of the pixels in polygons from which on the rest is not labelled
 
@@ -192,6 +194,9 @@ def _of_values(values: Mapping[int, int], table: Mapping[str, Any]) -> Found:
             ["0 is the background and 255 an object, whose names you may change"],
         )
     names = table.get("names", ())
+    if names and not void and ids[:-1] and ids[-2] < len(names) <= ids[-1]:
+        void = [ids.pop()]
+        guesses.append(f"{void[0]} means not labelled: {table['path']} has no name for it")
     last = len(names) - 1 if names else ids[-1] if ids else -1
     dense = ids and ids[0] >= 0 and ids[-1] <= last < _MOST_CLASSES
     if dense and (names or last + 1 <= 2 * len(ids)):
@@ -204,6 +209,8 @@ def _of_values(values: Mapping[int, int], table: Mapping[str, Any]) -> Found:
         else:
             guesses.append(f"the names of the classes are those of {table['path']}")
         fields: dict[str, Any] = {"class_names": tuple(names)}
+        if void and void != [255]:
+            fields["ignore_label"] = void[0]
         return Found(fields, "class ids 0, 1, 2, ...", guesses)
     _check_count(ids, "values")
     names = tuple(f"class {value}" for value in ids)
@@ -270,7 +277,7 @@ def _check_count(classes: Sequence[Any], what: str) -> None:
 
 
 def class_table(root: Path) -> dict[str, Any]:
-    """Finds a file in the root that names the classes.
+    """Finds a file in the root, or in a folder there, that names the classes.
 
     Args:
         root: folder of the data set.
@@ -278,7 +285,7 @@ def class_table(root: Path) -> dict[str, Any]:
     Returns:
         "path" of the file, and "names" in order, or "colors": the name of each; or nothing.
     """
-    for path in sorted(root.iterdir()):
+    for path in sorted([*root.glob("*.*"), *root.glob("*/*.*")], key=lambda p: len(p.parts)):
         if path.suffix.lower() not in (".txt", ".csv", ".json", ".names") or path.name[0] == ".":
             continue
         if not re.search("class|label|name|colou?r|palette|categor", path.stem, re.IGNORECASE):
@@ -300,6 +307,9 @@ def class_table(root: Path) -> dict[str, Any]:
 def _rows_of_json(text: str) -> list[tuple[str, Color | None]]:
     """A list of names, or name -> id, id -> name, or name -> colour."""
     content = json.loads(text)
+    if isinstance(content, dict):
+        lists = (content[key] for key in _LISTS if isinstance(content.get(key), list))
+        content = next(lists, content)
     if isinstance(content, list):
         return [(name, None) for name in content if isinstance(name, str)]
     rows = list(content.items())
@@ -315,10 +325,11 @@ def _rows_of_json(text: str) -> list[tuple[str, Color | None]]:
 def _rows_of_text(text: str) -> list[tuple[str, Color | None]]:
     """A name on each line, and often its colour: three numbers beside it."""
     rows = []
-    for line in text.splitlines():
+    for number, line in enumerate(text.splitlines()):
         line = line.strip()
-        if not line or line[0] == "#" or re.search(r"\b(r|red),", line, re.IGNORECASE):
-            continue  # the last is a header
+        is_header = number == 0 and _HEADER & set(re.split(r"[\s,;:]+", line.lower()))
+        if not line or line[0] == "#" or ("," in line and is_header):
+            continue
         color = re.search(r"(?<!\d)(\d{1,3})[\s,]+(\d{1,3})[\s,]+(\d{1,3})(?!\d)", line)
         name = line.replace(color[0], "") if color else re.sub(r"^\d+[\s,:;]+", "", line)
         if name := name.strip(" \t,:;\"'"):

@@ -11,18 +11,18 @@ from collections.abc import Iterator
 from pathlib import Path, PurePosixPath
 from typing import Any, NamedTuple
 
+import ml_collections
 import numpy as np
 from PIL import Image
 
+from memseg_jax.data.labels import SUFFIXES
 from memseg_jax.data.labels.ids import SUFFIXES as PIXEL_SUFFIXES
 from memseg_jax.data.labels.labelme import SUFFIXES as SHAPE_SUFFIXES
-from memseg_jax.data.lists import read_lines
-from memseg_jax.data.pairing import place_of
+from memseg_jax.data.pairing import pairs_of, place_of
 from memseg_jax.data.scanning import IMAGE_SUFFIXES, Finder, files_by_stem, holds
 from memseg_jax.errors import UserError
 
 VAL_SHARE = 0.15
-_LABEL_SUFFIXES = (*PIXEL_SUFFIXES, *SHAPE_SUFFIXES)
 _TRAIN = ("train", "training", "Train", "TRAIN", "trn")
 _VAL = ("val", "valid", "validation", "Val", "VAL", "dev", "test", "testing", "Test", "TEST")
 _LABEL_WORDS = ("label", "mask", "annot", "seg", "gt", "ground", "truth")
@@ -143,7 +143,7 @@ def _folder_layout(root: Path, files: list[str]) -> dict[str, Any]:
     if split:
         return split | of_match
     fields = {"image_dir": best.images, "label_dir": best.labels} | of_match
-    return fields | (_lists(root, files, best.images) or _share(root, files, best))
+    return fields | (_lists(root, files, fields) or _share(root, files, best))
 
 
 def _matches(root: Path, files: list[str]) -> Iterator[_Match]:
@@ -206,7 +206,7 @@ def _patterns(images: _Names, labels: _Names, same: bool) -> list[str]:
         beside = [name for name in images.get(parent, ()) if _is_image(name)]
         # Longest first: "a_1_mask" belongs to "a_1", not to "a".
         beside.sort(key=len, reverse=True)
-        for label in _some([n for n in names if n.endswith(_LABEL_SUFFIXES)], 10):
+        for label in _some([n for n in names if n.endswith(SUFFIXES)], 10):
             stem = PurePosixPath(label).stem
             for image in beside:
                 image_stem = PurePosixPath(image).stem
@@ -229,7 +229,7 @@ def _count(images: _Names, labels: _Names, label_name: str, same: bool) -> dict[
     pairs = {}
     for parent, names in images.items():
         there = set(labels.get(parent, ()))
-        stems = {PurePosixPath(n).stem: n for n in there if n.lower().endswith(_LABEL_SUFFIXES)}
+        stems = {PurePosixPath(n).stem: n for n in there if n.lower().endswith(SUFFIXES)}
         for name in filter(_is_image, names):
             stem = PurePosixPath(name).stem
             if label_name:
@@ -303,26 +303,23 @@ def _split_of(images: str, labels: str, there: Any) -> dict[str, Any] | None:
     return None
 
 
-def _lists(root: Path, files: list[str], images: str) -> dict[str, Any] | None:
-    """Fields of list files, if there are some for two splits."""
-    finder = Finder()
-    places = (root / images, root)
+def _lists(root: Path, files: list[str], fields: dict[str, Any]) -> dict[str, Any] | None:
+    """Fields of list files for two splits, if all their lines have images and labels."""
+    data = ml_collections.ConfigDict({"label_name": "", "val_share": 0.0} | fields)
+    data.list_file = ""
 
     def is_list(file: str) -> bool:
+        data.list_file = file
         try:
-            lines = read_lines(root / file, "", "")
-            texts = [image for image, _ in lines[0].readings]
-            return any(finder.find(places, text, IMAGE_SUFFIXES, "image") for text in texts)
+            return bool(pairs_of(data, "", root, SUFFIXES))
         except UserError:
             return False
 
-    lists = [file for file in files if file.endswith((".txt", ".csv")) and is_list(file)]
-    for file in lists:
-        fields = _split_of(file, file, lambda path, _: path in lists)
-        if fields:
-            list_file = fields.pop("image_dir")
-            fields.pop("label_dir")
-            return fields | {"list_file": list_file}
+    lists = {file for file in files if file.endswith((".txt", ".csv")) and is_list(file)}
+    for file in sorted(lists, key=len):
+        if found := _split_of(file, file, lambda path, _: path in lists):
+            splits = {key: found[key] for key in ("train_split", "eval_split")}
+            return splits | {"list_file": found["image_dir"]}
     return None
 
 

@@ -130,6 +130,10 @@ def config_with(**fields):
             "config.data.outside_polygons is 'grund'; .* Did you mean ground",
         ),
         (
+            {"data__name": "lip", "data__val_share": 0.1},
+            "config.data.val_share is 0.1; expected 0.0 beside config.data.name = 'lip', which has",
+        ),
+        (
             {"data__label_name": "mask.png"},
             "config.data.label_name is 'mask.png'; expected text with {stem} or {name}, and no",
         ),

@@ -33,14 +33,24 @@ def test_values(tmp_path, values, names, label_map):
         ("classes.json", '["sky", "road", "car"]'),
         ("label_names.json", '{"0": "sky", "1": "road", "2": "car"}'),
         ("classes.json", '{"sky": 0, "road": 1, "car": 2}'),
+        ("classes.json", '{"title": "streets", "classes": ["sky", "road", "car"]}'),
+        ("train/_classes.csv", "Pixel Value, Class\n0, sky\n1, road\n2, car\n"),
     ],
 )
 def test_names_of_classes(tmp_path, file, text):
     (tmp_path / "label_list.txt").write_text("a.png\nb.png\n")  # no names
+    (tmp_path / file).parent.mkdir(exist_ok=True)
     (tmp_path / file).write_text(text)
     found = label_survey.meaning_of(seen(values={0: 9, 1: 9, 255: 3}), tmp_path)
     assert found.fields == {"class_names": ("sky", "road", "car")}
     assert any(file in guess for guess in found.guesses)
+
+
+def test_a_value_without_a_name(tmp_path):
+    (tmp_path / "classes.txt").write_text("sky\nroad\n")
+    found = label_survey.meaning_of(seen(values={0: 9, 1: 9, 2: 3}), tmp_path)
+    assert found.fields == {"class_names": ("sky", "road"), "ignore_label": 2}
+    assert any("2 means not labelled" in guess for guess in found.guesses)
 
 
 @pytest.mark.parametrize(
