@@ -245,21 +245,21 @@ def _rows(source, samples: TrainSamples | None) -> Iterator[tuple[str, list[np.n
 
 
 def _ignoring(data_config) -> str:
-    """The field that says which pixels are not labelled, besides those of no class."""
+    """The field that says what is not labelled; "" for `ignore_label`: the files hold class ids."""
     if data_config.label_colors:
         return "config.data.ignore_colors"
     if data_config.label_map:
         return "config.data.label_map"
     if data_config.outside_polygons != IGNORE or data_config.label_dir.endswith(".json"):
         return "config.data.outside_polygons"
-    return "config.data.ignore_label"
+    return ""
 
 
 def format_report(
     report: SplitReport,
     class_names,
     ignore_label: int = IGNORE_LABEL,
-    ignoring: str = "config.data.ignore_label",
+    ignoring: str = "",
 ) -> str:
     """Formats the report of one split for the console.
 
@@ -267,7 +267,7 @@ def format_report(
         report: from `check_split`.
         class_names: K names.
         ignore_label: the config's ignore value in files, or -1; for the advice.
-        ignoring: the field that says what is not labelled; for the advice.
+        ignoring: another field that says what is not labelled, if one does; for the advice.
 
     Returns:
         Several lines: sizes, class table, bad files, warnings.
@@ -356,23 +356,23 @@ def _warnings(report: SplitReport, class_names, ignore_label: int, ignoring: str
         # Good samples tell which allowed values the files hold besides.
         values.update({int(k): int(report.pixels[k]) for k in seen})
         warnings.append(value_advice(values, num_classes, ignore_label))
-    if good and seen.tolist() == [0] and num_classes > 1 and ignored and ignore_label == 255:
+    has_value = "" if ignoring else f": every one has the ignore value {ignore_label}"
+    black_and_white = seen.tolist() == [0] and ignore_label == 255 and not ignoring
+    if good and black_and_white and num_classes > 1 and ignored:
         warnings.append(
             "the label files hold values 0 and 255 only, and 255 means 'not labelled' here. If "
-            "they are masks with 255 = object: with 2 classes save object pixels as 1."
+            "they are masks with 255 = object: name 2 classes, and set config.data.label_map = "
+            "((0, 'background'), (255, 'object'))."
         )
     elif good and not labelled:
         warnings.append(
-            f"no pixel is labelled: every one has the ignore value {ignore_label}. Correct "
-            f"{ignoring} or the files."
-            if ignoring == "config.data.ignore_label"
-            else f"no pixel is labelled. Correct {ignoring} or the files."
+            f"no pixel is labelled{has_value}. Correct {ignoring or 'config.data.ignore_label'} or "
+            "the files."
         )
     elif ignored > labelled:
         warnings.append(
-            f"more pixels are not labelled than labelled: is {ignoring}"
-            + f" = {ignore_label}" * (ignoring == "config.data.ignore_label")
-            + " meant?"
+            "more pixels are not labelled than labelled: is "
+            f"{ignoring or f'config.data.ignore_label = {ignore_label}'} meant?"
         )
     never = [str(class_names[k]) for k in range(num_classes) if k not in seen]
     if good and never:
@@ -382,7 +382,7 @@ def _warnings(report: SplitReport, class_names, ignore_label: int, ignoring: str
         warnings.append(f"{len(never)} of {num_classes} classes are never seen{of_read}: {names}")
         if collides and never == collides:
             warnings[-1] += f" (its id {ignore_label} is the ignore value)"
-        elif not report.bad_values and seen.size and seen[0] > 0:
+        elif not ignoring and not report.bad_values and seen.size and seen[0] > 0:
             warnings[-1] += (
                 ". Class 0 is among them: class ids must count from 0 in the order of "
                 "config.data.class_names; check that they are not shifted."

@@ -195,8 +195,8 @@ def test_what_training_would_refuse(tmp_path, capsys, monkeypatch):
         ([(3000, 4000)] * 9, 300, "cpu", 16e9, 256, 8, (2048, 512)),
         ([(360, 480)] * 9, 3, "cpu", None, 256, 2, ()),
         ([(20, 30)] * 9, 300, "cpu", None, 32, 8, ()),
-        ([(360, 480)] * 9, 300, "cpu", 5e9, 256, 2, ()),
-        ([(360, 480)] * 9, 300, "cpu", 1e9, 64, 2, ()),
+        ([(360, 480)] * 9, 300, "cpu", 5e9, 256, 4, ()),
+        ([(360, 480)] * 9, 300, "cpu", 1e9, 96, 2, ()),
     ],
 )
 def test_sizes(sides, images, kind, memory, crop, batch, base_size):

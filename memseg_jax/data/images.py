@@ -237,18 +237,19 @@ def value_advice(values: Mapping[int, int], num_classes: int, ignore_label: int)
     bad = _values_not_allowed(seen, num_classes, ignore_label)
     if 255 in bad and set(seen) <= {0, 255}:
         return (
-            "The files hold 0 and 255 only, like masks of one object: save the object's pixels "
-            "as 1 and name 2 classes; or set config.data.ignore_label=255 if 255 means "
-            "'not labelled'."
+            "The files hold 0 and 255 only, like masks of one object: name 2 classes, and set "
+            "config.data.label_map = ((0, 'background'), (255, 'object')), with their names; or "
+            "set config.data.ignore_label=255 if 255 means 'not labelled'."
         )
     if bad == [255]:
         return "If 255 means 'not labelled', set config.data.ignore_label=255."
     if bad == [num_classes]:
         if ignore_label == 0 or 0 not in seen:
             return (
-                "The class ids of the files seem to count from 1. They must count from 0: subtract "
-                "1 in the files, or put a name for id 0 first in config.data.class_names (and "
-                "set config.data.ignore_label=0 if 0 means 'not labelled')."
+                "The class ids of the files seem to count from 1. Say with config.data.label_map "
+                "what each is, such as ((0, 'ignore'), (1, 'road')); or put a name for id 0 first "
+                "in config.data.class_names (and set config.data.ignore_label=0 if 0 means "
+                "'not labelled')."
             )
         return (
             f"If {num_classes} means 'not labelled', set config.data.ignore_label={num_classes}; "
@@ -256,7 +257,8 @@ def value_advice(values: Mapping[int, int], num_classes: int, ignore_label: int)
         )
     if bad and bad[-1] > 255:
         return (
-            "Values above 255 are often instance ids or class id times 1000: save plain class ids."
+            "Values above 255 are often instance ids or class id times 1000: save plain class ids, "
+            "or say with config.data.label_map what each of them is."
         )
     if len(bad) > 20:
         return (

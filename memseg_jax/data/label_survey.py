@@ -215,8 +215,8 @@ def _of_values(values: Mapping[int, int], table: Mapping[str, Any]) -> Found:
     _check_count(ids, "values")
     names = tuple(f"class {value}" for value in ids)
     guesses.append(
-        "each value is a class of its own, called after it: name them, give several the same "
-        f"name, or {IGNORE!r} to those that mean not labelled"
+        "each value is a class of its own, called after it: name them; in label_map, several "
+        f"values may have the same name, and {IGNORE!r} means not labelled"
     )
     return Found({"class_names": names, "label_map": tuple(zip(ids, names))}, "ids", guesses)
 
