@@ -88,7 +88,9 @@ def run(config, folder: str | None = None) -> int:
             unusable.append(split)
             continue
         report = check_split(source, split, len(data.class_names), data.threads)
-        print("\n" + format_report(report, data.class_names, data.ignore_label, _ignoring(data)))
+        print(
+            "\n" + format_report(report, data.class_names, data.ignore_label, ignoring_field(data))
+        )
         if folder is not None:
             print(f"\n  {draw_picture(config, source, split, place(folder, '--output'))}")
         num_images += report.images
@@ -244,8 +246,8 @@ def _rows(source, samples: TrainSamples | None) -> Iterator[tuple[str, list[np.n
         raise UserError("none of the samples it would show can be read.")
 
 
-def _ignoring(data_config) -> str:
-    """The field that says what is not labelled; "" for `ignore_label`: the files hold class ids."""
+def ignoring_field(data_config) -> str:
+    """Returns the field that says what is not labelled; "" for `ignore_label` and class ids."""
     if data_config.label_colors:
         return "config.data.ignore_colors"
     if data_config.label_map:
