@@ -129,10 +129,32 @@ def coco(root: Path) -> None:
         (root / f"annotations/instances_{split}2017.json").write_text(json.dumps(content))
 
 
+def coco_panoptic(root: Path) -> None:
+    """train2017, val2017 and annotations/panoptic_{train,val}2017 with PNG files and JSON."""
+    for split, numbers in (("train", range(TRAIN)), ("val", range(TRAIN, TRAIN + VAL))):
+        images, annotations = [], []
+        for k in numbers:
+            image, label = picture(k)
+            _save(root / f"{split}2017/{NAMES[k]}.jpg", image)
+            ids = np.array([0, 300, 70_000] + [0] * 253)[label]  # the ground has no segment
+            colors = np.stack([ids % 256, ids // 256 % 256, ids // 65536], -1).astype(np.uint8)
+            _save(root / f"annotations/panoptic_{split}2017/{NAMES[k]}.png", colors)
+            size = {"height": SIZE[0], "width": SIZE[1]}
+            images.append({"id": k, "file_name": f"{NAMES[k]}.jpg"} | size)
+            there = [(n, category) for n, category in ((300, 3), (70_000, 8)) if (ids == n).any()]
+            segments = [{"id": n, "category_id": category} for n, category in there]
+            annotations.append(
+                {"image_id": k, "file_name": f"{NAMES[k]}.png", "segments_info": segments}
+            )
+        categories = [{"id": 3, "name": "box"}, {"id": 8, "name": "disc"}]
+        content = {"images": images, "annotations": annotations, "categories": categories}
+        (root / f"annotations/panoptic_{split}2017.json").write_text(json.dumps(content))
+
+
 TREES = {
     tree.__name__: tree
     for tree in (
         in_folders, camvid_like, with_lists, voc_like, in_one_folder, black_and_white, labelme,
-        coco,
+        coco, coco_panoptic,
     )
 }  # fmt: skip

@@ -1,11 +1,13 @@
 """Mode init, and with what it writes the other modes, on data in all forms."""
 
+import json
+
 import numpy as np
 import pytest
 from PIL import Image
 
 from configs import common
-from memseg_jax import command_line, init, main
+from memseg_jax import checkpoint, command_line, init, main
 from memseg_jax.data import IGNORE_LABEL, open_split
 from tests import label_trees, tiny
 from tests.label_trees import TREES
@@ -58,6 +60,13 @@ EXPECTED = {
         {
             "image_dir": ".", "label_dir": ".", "outside_polygons": "background",
             "label_name": "{stem}.json", "val_share": 0.15,
+        },
+    ),
+    "coco_panoptic": (
+        BOXES,
+        {
+            "image_dir": "{split}2017", "label_dir": "annotations/panoptic_{split}2017.json",
+            "outside_polygons": "background",
         },
     ),
     "coco": (
@@ -223,6 +232,9 @@ def test_train_evaluate_and_predict(made, name, tmp_path, capsys):
     predicted = np.array(Image.open(tmp_path / "run/predictions" / f"{pictures[0].stem}.png"))
     assert predicted.shape == label_trees.SIZE
     data = command_line.load_config(str(path)).data
+    recorded = checkpoint.read_meta(tmp_path / "run")[1]["config"]["data"]
+    for field in ("label_colors", "label_map", "outside_polygons", "label_name", "list_file"):
+        assert recorded[field] == json.loads(json.dumps(data[field]))
     if data.label_colors:  # the pictures have the colours of the labels
         with Image.open(tmp_path / "run/predictions" / f"{pictures[0].stem}.png") as image:
             assert image.getpalette()[:3] == list(data.label_colors[0])
