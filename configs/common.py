@@ -6,6 +6,7 @@ example `--config.train.batch_size=8`. What each may hold is in `memseg_jax/conf
 """
 
 import ml_collections
+from ml_collections import config_dict
 
 from memseg_jax.errors import UserError
 
@@ -43,9 +44,28 @@ def get_config() -> ml_collections.ConfigDict:
     data.class_names = ("",)  # a tuple of strings; its length is the number of classes
     data.palette = ()  # one (red, green, blue) per class; empty: generated colours
     data.ignore_label = 255  # the value in label files that means "not labelled"; -1: there is none
+    # For label files with any ids: pairs of a value and the class it means, or "ignore", such as
+    # tuple({0: "ignore", 7: "road", 8: "road"}.items()); empty: 0 is the first class, and so on.
+    data.label_map = ()
+    # Also for names in JSON files of LabelMe or COCO: ("lorry", "truck"). There, this is the class
+    # of pixels in no polygon; or "ignore".
+    data.outside_polygons = "ignore"
+    # For colour masks: the colour of every class, or a tuple of its colours; empty: the values of
+    # label files are class ids.
+    data.label_colors = ()
+    data.ignore_colors = ()  # colours that mean "not labelled"
+    data.unknown_color = "error"  # what any other colour is; or "ignore", "nearest" (known colour)
     data.image_dir = "images/{split}"
-    data.label_dir = "labels/{split}"
+    data.label_dir = "labels/{split}"  # or a JSON file of COCO: "annotations/{split}.json"
+    # What labels are called, such as "{stem}_mask.png"; {stem}: the image's name without suffix,
+    # {name}: with it, {parent}: its folder below image_dir. Empty: like the image, but for the
+    # suffix. Without {parent}, labels are in the same folders below label_dir as the images below
+    # image_dir.
+    data.label_name = ""
     data.list_file = ""  # such as "{split}.txt"; empty: every file of the folders
+    # Above 0: there is no folder or list for eval_split; it gets this share of the samples of
+    # train_split, by a hash of their names. Samples that are added later change no other's place.
+    data.val_share = 0.0
     data.image_size = (96, 96)  # of generated images (data.name = "shapes"): height, width
     data.num_train = 0  # number of generated training images (data.name = "shapes")
     data.num_val = 0
@@ -121,7 +141,9 @@ def get_config() -> ml_collections.ConfigDict:
     loss.auxiliary = 0.4
     loss.consistency = 0.0  # representation-consistency loss on the memory rows
     loss.consistency_from_epoch = 2  # epochs count from 1
-    loss.class_weights = ()  # one per class; empty: all 1
+    # One per class; empty: all 1; "balanced": the rarer a class is in the images that show it, the
+    # more its pixels weigh (median frequency), counted once, before the training.
+    loss.class_weights = config_dict.FieldReference((), field_type=object)
 
     config.optimizer = optimizer = ml_collections.ConfigDict()
     optimizer.lr = 0.01

@@ -1,4 +1,4 @@
-"""Your own folder of photographs and index PNGs: a starting point for a config of five lines.
+"""Your own folder of photographs and labels: a starting point for a config of a few lines.
 
 See "Train on your own images" in the README.
 """

@@ -11,8 +11,8 @@ import ml_collections
 import numpy as np
 
 from memseg_jax import checkpoint, config_rules
-from memseg_jax.data.folder import IMAGE_SUFFIXES
 from memseg_jax.data.images import read_image
+from memseg_jax.data.scanning import IMAGE_SUFFIXES
 from memseg_jax.errors import UserError
 from memseg_jax.inference import Prediction, Predictor
 from memseg_jax.models.segmentor import build_segmentor

@@ -16,6 +16,7 @@ import ml_collections
 from memseg_jax import checkpoint, config_rules
 from memseg_jax.checkpoint import Checkpointer, RunLock
 from memseg_jax.data import open_split
+from memseg_jax.data.classes import palette_of
 from memseg_jax.data.pipeline import check_batch, steps_per_epoch, train_batches
 from memseg_jax.errors import UserError
 from memseg_jax.models.segmentor import build_segmentor
@@ -29,6 +30,7 @@ from memseg_jax.scoring.evaluator import PICTURE, Evaluator
 from memseg_jax.scoring.memory_health import MemoryHealth
 from memseg_jax.training import guards
 from memseg_jax.training.agreement import check_processes_agree
+from memseg_jax.training.class_weights import class_weights_of
 from memseg_jax.training.initial import initial_variables
 from memseg_jax.training.profiling import StepProfiler
 from memseg_jax.training.program import training_program
@@ -78,7 +80,7 @@ def _run(
     train, batch_size = config.train, config.train.batch_size
     sharding.check_batch_size(batch_size, mesh, config.replica_groups, train.accumulate)
     class_names = tuple(config.data.class_names)
-    palette = visualize.resolve_palette(config.data.palette, len(class_names))
+    palette = visualize.resolve_palette(palette_of(config.data), len(class_names))
     train_source = open_split(config.data, config.data.train_split)
     fingerprint = train_source.fingerprint()
     eval_source = open_split(config.data, config.data.eval_split)
@@ -100,10 +102,15 @@ def _run(
     )
 
     # ---- Optimiser and state --------------------------------------------------------------------
-    program = training_program(config, model, mesh, epoch_steps)
+    watchdog.beat("counting the pixels of every class")
+    class_weights = class_weights_of(config, train_source, folder)
+    program = training_program(config, model, mesh, epoch_steps, class_weights)
     checkpointer = stack.enter_context(Checkpointer(folder, config.checkpoint.keep))
     check_same_run = functools.partial(
-        checkpoint.check_same_run, config=config, fingerprint=fingerprint
+        checkpoint.check_same_run,
+        config=config,
+        fingerprint=fingerprint,
+        class_weights=class_weights,
     )
     # What there is to go on from: this workdir's run, weights that were converted into this
     # workdir, the files of config.init, random values; the first of them that exists.
@@ -139,6 +146,7 @@ def _run(
         class_names=class_names,
         palette=palette,
         fingerprint=fingerprint,
+        class_weights=class_weights,
     )
     saver = _Saver(checkpointer, lock, describe, health)
     evaluation = _Evaluation(

@@ -45,6 +45,8 @@ def get_config():
     return config
 PY
 run() { python -m memseg_jax.main --config mine.py --workdir run "$@"; }
+python -m memseg_jax.main --mode init --root data --output written.py
+python -m memseg_jax.main --config written.py --mode check_data
 run --mode check_data
 run
 run

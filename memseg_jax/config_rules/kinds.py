@@ -269,6 +269,23 @@ class Several(Rule):
 
 
 @dataclasses.dataclass(frozen=True)
+class Either(Rule):
+    """A value that one of some rules allows; the first of them says what was probably meant."""
+
+    rules: tuple[Rule, ...]
+
+    @property
+    def expected(self) -> str:  # noqa: D102
+        return "; or ".join(rule.expected for rule in self.rules)
+
+    def allows(self, value: Any) -> bool:  # noqa: D102
+        return any(rule.allows(value) for rule in self.rules)
+
+    def near(self, value: Any) -> str:  # noqa: D102
+        return self.rules[0].near(value)
+
+
+@dataclasses.dataclass(frozen=True)
 class Table(Rule):
     """A group of fields whose names are free within limits.
 

@@ -15,6 +15,7 @@ import jax
 import ml_collections
 import numpy as np
 
+from memseg_jax.data.classes import palette_of
 from memseg_jax.data.reading import map_ahead
 from memseg_jax.inference import Predictor
 from memseg_jax.models.segmentor import Segmentor
@@ -68,7 +69,7 @@ class Evaluator:
         self._source = source
         self._threads = config.data.threads
         self._names = tuple(config.data.class_names)
-        self._palette = visualize.resolve_palette(config.data.palette, len(self._names))
+        self._palette = visualize.resolve_palette(palette_of(config.data), len(self._names))
         self._mesh = sharding.make_mesh(jax.local_devices())
         self._predictor = Predictor(model, config.eval, self._mesh, config.augment.flip_pairs)
 
