@@ -68,8 +68,9 @@ def get_config() -> ml_collections.ConfigDict:
     evaluate.flip = False  # also over mirror images
     # "whole": one network input per image. "slide": windows of `window` every `stride` pixels, the
     # published test of some models. "auto": whole up to four times the area of `augment.crop`;
-    # beyond, windows of the crop's size that overlap by half, blended without seams.
+    # beyond, windows of the crop's size that overlap by `overlap` of their sides, and are blended.
     evaluate.mode = "auto"
+    evaluate.overlap = 0.5  # more: windows agree better where they meet, and there are more of them
     evaluate.window = (512, 512)  # height, width of a sliding window
     evaluate.stride = (341, 341)
     evaluate.softmax_before_resize = False

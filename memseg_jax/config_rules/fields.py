@@ -70,6 +70,7 @@ RULES = {
     "eval.scales": Several(_FACTOR, 1, 100, "factors", (0.75, 1.0, 1.25)),
     "eval.flip": Switch(),
     "eval.mode": Choice(("auto", "whole", "slide")),
+    "eval.overlap": Number(0.25, 0.9),
     "eval.window": _SIZE,
     "eval.stride": _SIZE,
     "eval.softmax_before_resize": Switch(),

@@ -56,6 +56,7 @@ class BlendedMap:
         mirrored: whether the image is mirrored; the scores are mirrored back.
         output: height and width of the result.
         crop: height and width of the training crops.
+        overlap: share of a window's side that the next one overlaps, `config.eval.overlap`.
         strides: the network's output stride and its coarsest stride, a multiple of it.
         score: gives the scores [height / output stride, width / output stride, classes] of each of
             some windows, uint8 [height, width, 3], all of the same size.
@@ -67,6 +68,7 @@ class BlendedMap:
         mirrored: bool,
         output: Size,
         crop: Size,
+        overlap: float,
         strides: tuple[int, int],
         score: Score,
     ):
@@ -74,8 +76,7 @@ class BlendedMap:
         self._stride, coarsest = strides
         padded = [round_up(side, coarsest) for side in image.shape[:2]]
         self._side = [min(round_up(c, coarsest), p) for c, p in zip(crop, padded)]
-        # Half a window overlaps: away from the image's borders, the weights then add up to 1.
-        steps = [max(side // 2 // coarsest, 1) * coarsest for side in self._side]
+        steps = [max(int(side * (1 - overlap)) // coarsest, 1) * coarsest for side in self._side]
         self._starts = [window_starts(*x) for x in zip(padded, self._side, steps)]
         self._weights = [_falling(side // self._stride) for side in self._side]
         self._cells = [side // self._stride for side in padded]

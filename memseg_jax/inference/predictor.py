@@ -361,10 +361,8 @@ class Predictor:
                     bar.update()
                     yield scores
 
-            maps = [
-                blending.BlendedMap(x.image, x.mirrored, x.output, self._crop, strides, score)
-                for x in parts
-            ]
+            settings = self._crop, self._evaluation.overlap, strides, score
+            maps = [blending.BlendedMap(x.image, x.mirrored, x.output, *settings) for x in parts]
             bar.total = sum(x.windows for x in maps)
             for first, end in blending.bands(item.output):
                 size = (end - first, item.output[1])

@@ -33,7 +33,11 @@ class Summary:
         self._lock = threading.Lock()
         self._file: growing.GrowingFile | None = None
         self._rows: dict[str, list[str]] = {}  # by the name of the result
-        header, *rows = csv.reader(io.StringIO(files.read_text(self._path) or "\n"))
+        try:
+            text = files.read_text(self._path) or ""
+        except OSError:  # writing it will fail, too, and say why
+            text = ""
+        header, *rows = csv.reader(io.StringIO(text or "\n"))
         if header == self._header:
             # A line that a kill has cut off has too few columns.
             self._rows = {row[1]: row for row in rows if len(row) == len(header)}
