@@ -241,3 +241,17 @@ def test_mistakes(run, arguments, message):
     with pytest.raises(UserError) as error:
         module.main(["memory_update", *arguments])
     assert str(error.value) == message
+
+
+def test_large_photograph(run):
+    results = []
+    for side in ("jax", "torch"):
+        found, printed = run(
+            "large_photograph", f"--config={CONFIG}", "--size=70x100", f"--only={side}"
+        )
+        assert f"{side}: " in printed
+        results += found
+    assert [result["name"] for result in results] == ["jax", "torch"]
+    assert all(result["size"] == [70, 100] for result in results)
+    assert all(result["cpu_seconds"] > 0 for result in results)
+    assert all(result["peak_bytes"] > 1e8 for result in results)  # the interpreter's alone is more
