@@ -288,7 +288,7 @@ class _Job:
             try:
                 return images.read_image(found[index][0])
             except images.TooLargeError as error:
-                return UserError(f"{error}, or raise config.eval.max_megapixels.")
+                return UserError(f"{error} Or raise config.eval.max_megapixels.")
             except UserError as error:
                 return error
 

@@ -128,7 +128,10 @@ def test_classes_of_the_checkpoint_in_another_order_are_refused(workdir, capsys,
 @pytest.mark.parametrize(
     ("change", "answer"),
     [
-        ("mode=slides", "config.eval.mode is 'slides'; expected one of 'auto', 'whole', 'slide'. Did you"),
+        (
+            "mode=slides",
+            "config.eval.mode is 'slides'; expected one of 'auto', 'whole', 'slide'. Did you",
+        ),
         ("batch_size=0", "config.eval.batch_size is 0; expected a whole number from 1 to"),
         ("scales=()", "config.eval.scales is (); expected 1 to 100 factors"),
         ("scales=(1.0,-2)", "config.eval.scales[1] is -2; expected a number above 0"),

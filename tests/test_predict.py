@@ -347,7 +347,7 @@ def test_a_picture_that_is_too_large_names_the_field(tmp_path, predict, capsys, 
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", Image.MAX_IMAGE_PIXELS)  # it is set
     picture(tmp_path / "a.png", 40, 50)
     assert predict(tmp_path / "a.png", "--config.eval.max_megapixels=0.001") == 1
-    assert "raise config.eval.max_megapixels" in capsys.readouterr().err
+    assert "Scale it down. Or raise config.eval.max_megapixels." in capsys.readouterr().err
     assert predict(tmp_path / "a.png", "--config.eval.max_megapixels=0.002") == 0
 
 

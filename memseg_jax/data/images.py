@@ -267,7 +267,7 @@ def _opened(path: str | os.PathLike, data: bytes | None = None) -> Iterator[Imag
             f"{', '.join(_FORMATS)}. Replace or remove it."
         ) from None
     except Image.DecompressionBombError as error:
-        raise TooLargeError(f"{path}: refused as far too large ({error}). Scale it down") from None
+        raise TooLargeError(f"{path}: refused as far too large ({error}). Scale it down.") from None
     except Exception as error:
         # Decoders raise OSError, SyntaxError, ValueError, struct.error, zlib.error and others.
         if isinstance(error, OSError) and error.errno is not None:  # the system's, not Pillow's
