@@ -28,7 +28,7 @@ FLAGS = {
     "input": "a quoted pattern of photographs of more than four times a crop's area",
     "checkpoint": "best or last (default: best)",
 }
-OVERLAPS = (0.5, 0.67, 0.75)
+OVERLAPS = (0.5, 0.75)
 
 
 def main(argv: Sequence[str]) -> int:

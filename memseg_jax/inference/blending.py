@@ -76,7 +76,7 @@ class BlendedMap:
         self._stride, coarsest = strides
         padded = [round_up(side, coarsest) for side in image.shape[:2]]
         self._side = [min(round_up(c, coarsest), p) for c, p in zip(crop, padded)]
-        steps = [max(int(side * (1 - overlap)) // coarsest, 1) * coarsest for side in self._side]
+        steps = [max(round(side * (1 - overlap) / coarsest), 1) * coarsest for side in self._side]
         self._starts = [window_starts(*x) for x in zip(padded, self._side, steps)]
         self._weights = [_falling(side // self._stride) for side in self._side]
         self._cells = [side // self._stride for side in padded]
