@@ -90,7 +90,11 @@ def get_config() -> ml_collections.ConfigDict:
     evaluate.keep_ratio = True
     evaluate.scales = (1.0,)  # scores are averaged over these factors on the image's size
     evaluate.flip = False  # also over mirror images
-    evaluate.mode = "whole"  # or "slide"
+    # "whole": one network input per image. "slide": windows of `window` every `stride` pixels, the
+    # published test of some models. "auto": whole up to four times the area of `augment.crop`;
+    # beyond, windows of the crop's size that overlap by `overlap` of their sides, and are blended.
+    evaluate.mode = "auto"
+    evaluate.overlap = 0.5  # more: windows agree better where they meet, and there are more of them
     evaluate.window = (512, 512)  # height, width of a sliding window
     evaluate.stride = (341, 341)
     evaluate.softmax_before_resize = False
@@ -102,6 +106,7 @@ def get_config() -> ml_collections.ConfigDict:
     evaluate.canvases = ()  # pairs (height, width)
     evaluate.size_multiple = 128
     evaluate.save_predictions = ""  # folder for the label maps of --mode evaluate; "": none
+    evaluate.max_megapixels = 179.0  # larger pictures are refused by --mode predict
 
     config.model = model = ml_collections.ConfigDict()
     # resnet18, resnet50, resnet101, resnest101, hrnetv2w48 (hrnetv2w48_relu: the reference's stem

@@ -7,12 +7,10 @@ each split shows some of its samples, those for training as the network sees the
 
 import collections
 import dataclasses
-import sys
+import functools
 from collections.abc import Iterator
 
 import numpy as np
-from PIL import Image
-from tqdm import tqdm
 
 from memseg_jax import config_rules
 from memseg_jax.data import IGNORE_LABEL, open_split, transforms
@@ -21,6 +19,7 @@ from memseg_jax.data.images import LabelValueError, value_advice
 from memseg_jax.data.pipeline import TrainSamples
 from memseg_jax.data.reading import map_ahead
 from memseg_jax.errors import PROCESS_ERRORS, UserError
+from memseg_jax.runtime import bars
 from memseg_jax.runtime.files import Place, make_folder, place
 from memseg_jax.runtime.text import first_few
 from memseg_jax.scoring import visualize
@@ -124,24 +123,18 @@ def check_split(source, split: str, num_classes: int, threads: int = 1) -> Split
         official_size=getattr(source, "official_size", None),
         has_labels=getattr(source, "has_labels", True),
     )
-    # The bar goes to the terminal only; a log file gets the report alone.
-    results = tqdm(
-        map_ahead(lambda index: _read_one(source, index, num_classes), range(len(source)), threads),
-        total=len(source),
-        desc=f"checking {split}",
-        unit="image",
-        leave=False,
-        disable=not sys.stderr.isatty(),
-    )
-    for index, result in enumerate(results):
-        if isinstance(result, Exception):
-            _add_bad(report, source.describe(index), result)
-            continue
-        size, pixels = result
-        report.sizes[size] += 1
-        report.pixels += pixels
-        report.images_with += pixels > 0
-        report.unlabelled += not pixels[:num_classes].any()
+    read = functools.partial(_read_one, source, num_classes=num_classes)
+    with bars.bar(len(source), f"checking {split}", "image") as bar:
+        for index, result in enumerate(map_ahead(read, range(len(source)), threads)):
+            bar.update()
+            if isinstance(result, Exception):
+                _add_bad(report, source.describe(index), result)
+                continue
+            size, pixels = result
+            report.sizes[size] += 1
+            report.pixels += pixels
+            report.images_with += pixels > 0
+            report.unlabelled += not pixels[:num_classes].any()
     return report
 
 
@@ -157,7 +150,7 @@ def _read_one(source, index: int, num_classes: int):
             raise UserError(
                 f"the label is {label.dtype} {label.shape}, not uint8 {image.shape[:2]}."
             )
-        pixels = np.array(Image.fromarray(label).histogram())  # no copy, however large
+        pixels = visualize.pixels_per_value(label)
         bad = np.flatnonzero(pixels[num_classes:IGNORE_LABEL]) + num_classes
         if bad.size:
             raise UserError(

@@ -45,7 +45,7 @@ FLAGS = {  # name -> (default, the modes that read it, help)
     ),
     "mode": ("train", MODES, f"{', '.join(MODES[:-1])} or {MODES[-1]} (default: train)"),
     "checkpoint": ("best", ("evaluate", "predict"), "best, last or a step (default: best)"),
-    "input": (None, ("predict",), "an image, a folder, or a quoted pattern such as '*.jpg'"),
+    "input": (None, ("predict",), "an image, a video, a folder, or a quoted pattern: '*.jpg'"),
     "output": (
         None,
         ("predict", "check_data", "init"),
@@ -54,6 +54,7 @@ FLAGS = {  # name -> (default, the modes that read it, help)
     ),
     "save_confidence": (False, ("predict",), "also write how sure the model is of each pixel"),
     "save_ids": (False, ("predict",), "also write the raw class ids"),
+    "overwrite": (False, ("predict",), "segment again what has been segmented before"),
     "distributed": (
         "auto",
         TOGETHER,
@@ -101,6 +102,8 @@ def set_up_logging() -> None:
     handler.setFormatter(Formatter("%(message)s"))
     ours = package if distributed.is_primary() else "nothing of ours"
     handler.filters = [lambda record: record.levelno >= WARNING or ours in record.pathname]
+    if sys.stderr.isatty():
+        importlib.import_module("memseg_jax.runtime.bars").write_above(handler)
 
 
 def _run(argv: list[str]) -> int:
@@ -143,7 +146,7 @@ def _run_mode(line: SimpleNamespace) -> int:
         arguments.append(int(which) if (which := line.checkpoint).isdecimal() else which)
     if line.mode == "predict":
         output = line.output or os.path.join(workdir, "predictions")
-        arguments += [line.input, output, line.save_confidence, line.save_ids]
+        arguments += [line.input, output, line.save_confidence, line.save_ids, line.overwrite]
     module.run(*arguments)
     return 0
 

@@ -34,7 +34,7 @@ from memseg_jax.data.images import read_image
 from memseg_jax.data.reading import map_ahead
 from memseg_jax.data.records import open_records
 from memseg_jax.errors import PROCESS_ERRORS, UserError
-from memseg_jax.runtime import files
+from memseg_jax.runtime import bars, files
 
 SHARD_BYTES = 128 << 20  # approximate size of a file
 _PROBES = 8  # samples whose size tells how many go into a file
@@ -173,13 +173,7 @@ def pack_split(source: Any, data_config: Any, split: str, folder: Path) -> str:
             "Restore them, or pack into another folder."
         )
     was_complete, written, start = manifest.complete, 0, 0
-    bar = tqdm(
-        total=len(source),
-        desc=f"{'checking' if was_complete else 'packing'} {split}",
-        unit="image",
-        leave=False,
-        disable=not sys.stderr.isatty(),  # a log file gets the report alone
-    )
+    bar = bars.bar(len(source), f"{'checking' if was_complete else 'packing'} {split}", "image")
     job = _Job(source, folder, data_config.threads, bar)
     there = {content.name: content for content in files.contents(folder)}
     with bar:

@@ -285,3 +285,29 @@ def test_mistakes(run, arguments, message):
     with pytest.raises(UserError) as error:
         module.main(["memory_update", *arguments])
     assert str(error.value) == message
+
+
+def test_large_photograph(run):
+    results = []
+    for side in ("jax", "torch"):
+        found, printed = run(
+            "large_photograph", f"--config={CONFIG}", "--size=70x100", f"--only={side}"
+        )
+        assert f"{side}: " in printed
+        results += found
+    assert [result["name"] for result in results] == ["jax", "torch"]
+    assert all(result["size"] == [70, 100] for result in results)
+    assert all(result["cpu_seconds"] > 0 for result in results)
+    assert all(result["peak_bytes"] > 1e8 for result in results)  # the interpreter's alone is more
+
+
+def test_seams(run, tmp_path):
+    workdir = tiny.save_random_model(tmp_path / "run")
+    tiny.write(tmp_path / "a.png", tiny.picture(0, 70, 100)[0])
+    flags = (f"--config={CONFIG}", f"--workdir={workdir}", f"--input={tmp_path}/*.png")
+    results, printed = run("seams", *flags, "--config.eval.base_size=()")
+    assert [result["overlap"] for result in results] == [0.5, 0.75]
+    assert all(0 <= share < 1 for result in results for share in result["changed"])
+    assert "overlap 50%: " in printed
+    with pytest.raises(UserError, match="no photograph"):
+        run("seams", *flags[:2], f"--input={tmp_path}/*.jpg")

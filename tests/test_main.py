@@ -98,10 +98,11 @@ def test_evaluate(config_file, calls):
 def test_predict(config_file, calls):
     common = ("--config", config_file, "--mode", "predict", "--input", "photos")
     run(*common)
-    run(*common, "--output", "out", "--save_ids", "--checkpoint", "last", "--save_confidence=false")
+    more = ("--save_ids", "--checkpoint", "last", "--save_confidence=false", "--overwrite")
+    run(*common, "--output", "out", *more)
     assert [call[2:] for call in calls if call != "cache"] == [
-        ("runs/tiny", "best", "photos", "runs/tiny/predictions", False, False),
-        ("runs/tiny", "last", "photos", "out", False, True),
+        ("runs/tiny", "best", "photos", "runs/tiny/predictions", False, False, False),
+        ("runs/tiny", "last", "photos", "out", False, True, True),
     ]
 
 

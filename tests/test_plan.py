@@ -260,6 +260,8 @@ def test_the_largest_input_of_the_evaluation():
     config.augment.crop = (40, 56)
     assert plan.largest_input(config) == (40, 56)  # no limits: only the crop is known
     config.eval.base_size = (2048, 1024)
+    assert plan.largest_input(config) == (40, 56)  # in windows
+    config.eval.mode = "whole"
     assert plan.largest_input(config) == (1024, 2048)
     config.eval.scales = (0.5, 1.25)
     assert plan.largest_input(config) == (1280, 2560)

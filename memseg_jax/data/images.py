@@ -9,6 +9,7 @@ import io
 import os
 import sys
 import traceback
+import warnings
 from collections.abc import Iterator, Mapping
 
 import cv2
@@ -41,6 +42,22 @@ class LabelValueError(UserError):
         self.values = dict(values or {})
 
 
+class TooLargeError(UserError):
+    """An image has more pixels than are allowed; see `allow_megapixels`."""
+
+
+def allow_megapixels(limit: float) -> None:
+    """Sets how large an image this process reads; by default, Pillow's limit of 179 megapixels.
+
+    A small file may claim to hold more pixels than there is memory for.
+
+    Args:
+        limit: in millions of pixels.
+    """
+    Image.MAX_IMAGE_PIXELS = int(limit * 1e6 / 2)  # Pillow warns there, and refuses at twice that
+    warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
+
+
 def read_image(path: str | os.PathLike, data: bytes | None = None) -> np.ndarray:
     """Reads an image as 8-bit RGB, the way a viewer shows it.
 
@@ -56,7 +73,8 @@ def read_image(path: str | os.PathLike, data: bytes | None = None) -> np.ndarray
         uint8 `[height, width, 3]`, RGB.
 
     Raises:
-        UserError: the file is missing, empty, damaged, far too large, or of an unsuitable kind.
+        UserError: the file is missing, empty, damaged, far too large (`TooLargeError`), or of an
+            unsuitable kind.
     """
     with _opened(path, data) as image:
         image = _upright(image)
@@ -296,7 +314,7 @@ def _opened(path: str | os.PathLike, data: bytes | None = None) -> Iterator[Imag
             f"{', '.join(_FORMATS)}. Replace or remove it."
         ) from None
     except Image.DecompressionBombError as error:
-        raise UserError(f"{path}: refused as far too large ({error}). Scale it down.") from None
+        raise TooLargeError(f"{path}: refused as far too large ({error}). Scale it down.") from None
     except Exception as error:
         # Decoders raise OSError, SyntaxError, ValueError, struct.error, zlib.error and others.
         if isinstance(error, OSError) and error.errno is not None:  # the system's, not Pillow's
