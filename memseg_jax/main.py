@@ -121,7 +121,7 @@ def _run(argv: list[str]) -> int:
 
 
 def _run_mode(line: SimpleNamespace) -> int:
-    module = importlib.import_module(f"memseg_jax.{line.mode}")
+    module = importlib.import_module(f"memseg_jax.modes.{line.mode}")
     # Before anything is read: a misspelt gs:// would else become a folder of this name.
     for name in ("workdir", "input", "output"):
         if name in line.given:

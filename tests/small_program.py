@@ -10,7 +10,8 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 
-from memseg_jax import evaluate, main, train
+from memseg_jax import main
+from memseg_jax.modes import evaluate, train
 from memseg_jax.runtime import sharding
 from memseg_jax.training import program
 from tests.small_models import ThreeConvolutions

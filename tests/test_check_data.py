@@ -10,8 +10,8 @@ import scipy.io
 from PIL import Image
 
 from configs import ade20k_resnet50, common
-from memseg_jax import check_data
 from memseg_jax.data import ade20k, open_split, pipeline, transforms
+from memseg_jax.modes import check_data
 from memseg_jax.scoring import visualize
 from tests.official_trees import SPLITS, write_tree
 

@@ -7,8 +7,9 @@ import pytest
 from PIL import Image
 
 from configs import common
-from memseg_jax import checkpoint, command_line, init, main
+from memseg_jax import checkpoint, command_line, main
 from memseg_jax.data import IGNORE_LABEL, open_split
+from memseg_jax.modes import init
 from tests import label_trees, tiny
 from tests.label_trees import TREES
 from tests.tiny_config import CLASSES, COLOURS

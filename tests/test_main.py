@@ -44,7 +44,7 @@ def calls(monkeypatch):
         return module
 
     for mode in entry.MODES:
-        monkeypatch.setitem(sys.modules, f"memseg_jax.{mode}", fake(mode))
+        monkeypatch.setitem(sys.modules, f"memseg_jax.modes.{mode}", fake(mode))
     monkeypatch.setattr(entry, "set_up_logging", lambda: None)
     monkeypatch.setattr(compilation, "keep_programs", lambda: made.append("cache"))
     return made
@@ -192,14 +192,14 @@ def test_user_errors_of_a_mode(config_file, calls, monkeypatch, capsys):
     def fail(*args):
         raise UserError("label.png holds 200")
 
-    monkeypatch.setattr(sys.modules["memseg_jax.train"], "run", fail)
+    monkeypatch.setattr(sys.modules["memseg_jax.modes.train"], "run", fail)
     assert run("--config", config_file) == 1
     assert capsys.readouterr().err == "error: label.png holds 200\n"
 
     def stop(*args):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(sys.modules["memseg_jax.train"], "run", stop)
+    monkeypatch.setattr(sys.modules["memseg_jax.modes.train"], "run", stop)
     assert run("--config", config_file) == 130
 
 

@@ -13,12 +13,12 @@ import numpy as np
 import pytest
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from memseg_jax import plan
 from memseg_jax.errors import UserError
 from memseg_jax.hlo import hlo_text, topologies
 from memseg_jax.hlo.chips import CHIPS, Chip
 from memseg_jax.hlo.hlo_text import Collective
 from memseg_jax.models.segmentor import build_segmentor
+from memseg_jax.modes import plan
 from memseg_jax.training.state import abstract_variables
 from tests import session, tiny
 

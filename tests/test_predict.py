@@ -9,11 +9,11 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from memseg_jax import predict as predicting
 from memseg_jax.data import videos
 from memseg_jax.data.images import read_image
 from memseg_jax.errors import UserError
-from memseg_jax.predict import find_images
+from memseg_jax.modes import predict as predicting
+from memseg_jax.modes.predict import find_images
 from memseg_jax.scoring import visualize
 from memseg_jax.scoring.summary import Summary
 from tests import tiny

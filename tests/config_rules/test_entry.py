@@ -39,7 +39,7 @@ def test_every_mode_of_the_program(in_empty_folder, capsys, mode):
 def test_every_mode_from_python(in_empty_folder, mode):
     config = tiny.get_config()
     config.optimizer.lr = float("nan")
-    module = importlib.import_module(f"memseg_jax.{mode}")
+    module = importlib.import_module(f"memseg_jax.modes.{mode}")
     arguments = [] if mode in ("plan", "pack") else ["run"]
     with pytest.raises(UserError, match=r"^config.optimizer.lr is nan; expected a number above 0"):
         module.run(config, *arguments, *ARGUMENTS.get(mode, ()))

@@ -10,9 +10,9 @@ import pytest
 from PIL import Image
 
 from configs import common
-from memseg_jax import pack
 from memseg_jax.data import IGNORE_LABEL, open_split, packed
 from memseg_jax.errors import UserError
+from memseg_jax.modes import pack
 from tests import tiny
 
 NAMES = ("ground", "box", "disc")

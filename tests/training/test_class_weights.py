@@ -6,9 +6,10 @@ import jax
 import numpy as np
 import pytest
 
-from memseg_jax import checkpoint, train
+from memseg_jax import checkpoint
 from memseg_jax.data import open_split
 from memseg_jax.errors import UserError
+from memseg_jax.modes import train
 from memseg_jax.training import class_weights
 from memseg_jax.training.class_weights import balanced, class_weights_of, with_class_weights
 from tests import tiny
