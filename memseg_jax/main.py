@@ -4,6 +4,7 @@ import importlib
 import itertools
 import os
 import re
+import shlex
 import sys
 import traceback
 from logging import WARNING, Formatter
@@ -114,13 +115,13 @@ def _run(argv: list[str]) -> int:
         )
     set_up_logging()
     try:
-        return _run_mode(line)
+        return _run_mode(line, argv)
     except BaseException as error:
         distributed.failed(error)
         raise
 
 
-def _run_mode(line: SimpleNamespace) -> int:
+def _run_mode(line: SimpleNamespace, argv: list[str]) -> int:
     module = importlib.import_module(f"memseg_jax.modes.{line.mode}")
     # Before anything is read: a misspelt gs:// would else become a folder of this name.
     for name in ("workdir", "input", "output"):
@@ -148,6 +149,9 @@ def _run_mode(line: SimpleNamespace) -> int:
         output = line.output or os.path.join(workdir, "predictions")
         arguments += [line.input, output, line.save_confidence, line.save_ids, line.overwrite]
     module.run(*arguments)
+    if line.mode == "train" and distributed.is_primary():
+        again = f"python -m memseg_jax.main {shlex.join(argv[1:])}"
+        print(f"Segment your own pictures:\n  {again} --mode predict --input PICTURES", flush=True)
     return 0
 
 

@@ -227,7 +227,7 @@ def test_what_is_done_is_skipped(tmp_path, predict, capsys, monkeypatch):
     picture(tmp_path / "in" / "a.png", 40, 50)
     assert predict(tmp_path / "in") == 0
     before = (tmp_path / "out" / "summary.csv").read_text()
-    monkeypatch.setattr(predicting, "build_segmentor", None)  # not even the model is made
+    monkeypatch.setattr(predicting.trained_model, "load", None)  # nothing is loaded
     capsys.readouterr()
     assert predict(tmp_path / "in") == 0
     assert "0 pictures segmented, 1 skipped" in capsys.readouterr().out

@@ -179,6 +179,14 @@ def read_meta_file(workdir: files.Place, step: int) -> dict[str, Any]:
     return meta
 
 
+def recorded_config(meta: Mapping[str, Any]) -> dict[str, Any]:
+    """The config that a checkpoint was trained with, by dotted field.
+
+    Fields that came later have the value that says what was done before them, where there is one.
+    """
+    return _EARLIER | flatten(meta["config"])
+
+
 # ---- Is this the same run? ----------------------------------------------------------------------
 
 

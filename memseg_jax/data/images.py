@@ -77,18 +77,36 @@ def read_image(path: str | os.PathLike, data: bytes | None = None) -> np.ndarray
             unsuitable kind.
     """
     with _opened(path, data) as image:
-        image = _upright(image)
-        mode = image.mode
-        if mode.startswith("I;16") or (mode == "I" and image.format in ("PNG", "PPM")):
-            grey = (np.asarray(image) >> 8).astype(np.uint8)
-            return np.repeat(grey[:, :, None], 3, axis=2)
-        if mode in ("I", "F"):
-            raise UserError(
-                f"{path}: the image has 32-bit values (Pillow mode {mode}), whose range is not "
-                "known. Expected 8 or 16 bits per channel: convert the file."
-            )
-        # `convert` copies the pixels even if there is nothing to convert.
-        return np.array(image if mode == "RGB" else image.convert("RGB"))
+        return _rgb(_upright(image), image.format, path)
+
+
+def rgb_of(picture: Image.Image) -> np.ndarray:
+    """Converts a picture that Pillow has opened as `read_image` does; it stays as it is.
+
+    Returns:
+        uint8 `[height, width, 3]`, RGB.
+
+    Raises:
+        UserError: it has 32-bit values.
+        OSError: its file turns out to be damaged.
+    """
+    upright = picture if _orientation(picture) == 1 else ImageOps.exif_transpose(picture)
+    return _rgb(upright, picture.format, getattr(picture, "filename", "") or "the picture")
+
+
+def _rgb(image: Image.Image, kind: str | None, path: str | os.PathLike) -> np.ndarray:
+    """An upright image as `read_image` gives it; `kind` is the format of its file."""
+    mode = image.mode
+    if mode.startswith("I;16") or (mode == "I" and kind in ("PNG", "PPM")):
+        grey = (np.asarray(image) >> 8).astype(np.uint8)
+        return np.repeat(grey[:, :, None], 3, axis=2)
+    if mode in ("I", "F"):
+        raise UserError(
+            f"{path}: the image has 32-bit values (Pillow mode {mode}), whose range is not "
+            "known. Expected 8 or 16 bits per channel: convert the file."
+        )
+    # `convert` copies the pixels even if there is nothing to convert.
+    return np.array(image if mode == "RGB" else image.convert("RGB"))
 
 
 def read_label(path: str | os.PathLike) -> np.ndarray:

@@ -14,22 +14,18 @@ import tempfile
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
-import jax
 import ml_collections
 import numpy as np
 
-from memseg_jax import checkpoint, config_rules
-from memseg_jax.data import images
+from memseg_jax import checkpoint, config_rules, trained_model
 from memseg_jax.data.reading import map_ahead
 from memseg_jax.data.scanning import IMAGE_SUFFIXES
 from memseg_jax.data.videos import VIDEO_SUFFIXES, Video, VideoWriter, open_video
 from memseg_jax.errors import UserError
-from memseg_jax.inference import Prediction, Predictor
-from memseg_jax.models.segmentor import build_segmentor
-from memseg_jax.runtime import bars, files, sharding
+from memseg_jax.inference import Prediction
+from memseg_jax.runtime import bars, files
 from memseg_jax.scoring import visualize
 from memseg_jax.scoring.summary import Summary
-from memseg_jax.training.state import abstract_variables
 
 log = logging.getLogger(__name__)
 
@@ -193,36 +189,28 @@ def run(
             could not be read (raised at the end; all others are done by then).
     """
     config_rules.check(config)
-    images.allow_megapixels(config.eval.max_megapixels)
     folder = files.place(output or files.place(workdir) / "predictions", "--output")
     found = find_images(pattern, folder)
     _, meta = checkpoint.read_meta(workdir, which)  # first: a misspelt workdir is not to be made
     if files.in_bucket(folder):  # on a disk, nothing is made before it is needed
         files.writable_folder(folder, "the folder for the results", "--output")
-    with config.unlocked():
-        config.data.class_names = tuple(meta["class_names"])
     summary = Summary(folder, meta["class_names"], _made_by(config, meta))
     endings = [LABELS, OVERLAY] + [CONFIDENCE] * save_confidence + [IDS] * save_ids
     todo = found if overwrite else [x for x in found if not _is_done(x, folder, summary, endings)]
     failed = []
     if todo:
-        model = build_segmentor(config)
-        variables, _ = checkpoint.restore_for_inference(workdir, abstract_variables(model), which)
-        mesh, crop = sharding.make_mesh(jax.local_devices()), config.augment.crop
-        pairs = config.augment.flip_pairs
-        predictor = Predictor(model, config.eval, mesh, pairs, save_confidence, crop)
+        model = trained_model.load(workdir, config, which, confidence=save_confidence)
         files.make_folder(folder, "--output")
-        palette = visualize.resolve_palette(meta["palette"], len(meta["class_names"]))
         job = _Job(
-            functools.partial(predictor.predict, variables),
+            model.segment,
             folder,
             summary,
             functools.partial(
-                save, palette=palette, save_confidence=save_confidence, save_ids=save_ids
+                save, palette=model.palette, save_confidence=save_confidence, save_ids=save_ids
             ),
-            palette,
+            model.palette,
         )
-        log.info("segmenting %d pictures with step %d", len(todo), meta["step"])
+        log.info("segmenting %d pictures with step %d", len(todo), model.step)
         summary.begin(name.as_posix() for _, name in todo)
         try:
             failed = job.pictures([x for x in todo if not _is_video(x[0])])
@@ -268,14 +256,14 @@ class _Job:
     """Reading, segmenting and writing, which go on at the same time.
 
     Attributes:
-        predict: segments pairs of a key and an image.
+        segment: `TrainedModel.segment`.
         folder: of the results.
         summary: gets a line for each of them.
         save: `save` but for the prediction, the image and the target.
         palette: uint8 [classes, 3].
     """
 
-    predict: Callable[[Iterable[tuple[Any, np.ndarray]]], Iterator[Prediction]]
+    segment: Callable[[Iterable[tuple[Any, np.ndarray]]], Iterator[Prediction]]
     folder: files.Place
     summary: Summary
     save: Callable[[Prediction, np.ndarray, files.Place], None]
@@ -288,9 +276,7 @@ class _Job:
 
         def read(index: int) -> np.ndarray | UserError:
             try:
-                return images.read_image(found[index][0])
-            except images.TooLargeError as error:
-                return UserError(f"{error} Or raise config.eval.max_megapixels.")
+                return trained_model.read_picture(found[index][0])
             except UserError as error:
                 return error
 
@@ -313,7 +299,7 @@ class _Job:
             bar.update()
 
         with bars.bar(len(found), "segmenting", "picture") as bar:
-            for _ in map_ahead(write, self.predict(inputs()), _THREADS):
+            for _ in map_ahead(write, self.segment(inputs()), _THREADS):
                 pass
         return failed
 
@@ -355,7 +341,7 @@ class _Job:
         ):
             file = pathlib.Path(folder, "video.mp4")  # OpenCV takes the format from the name
             with contextlib.closing(VideoWriter(file, video.rate)) as writer:
-                for label in map_ahead(write, self.predict(inputs()), 1):
+                for label in map_ahead(write, self.segment(inputs()), 1):
                     pixels += visualize.pixels_per_value(label)
                     frames += 1
                     bar.update()

@@ -4,8 +4,6 @@ import contextlib
 import dataclasses
 import functools
 import logging
-import shlex
-import sys
 import time
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -226,7 +224,7 @@ def _run(
     # ---- End ------------------------------------------------------------------------------------
     checkpointer.wait_until_finished()
     if distributed.is_primary():
-        _print_next_steps(folder, first_step, total_steps, time.monotonic() - started)
+        _print_results(folder, first_step, total_steps, time.monotonic() - started)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -328,10 +326,8 @@ def _state_after(
     return guards.at_step(resumed[0], bad_step)
 
 
-def _print_next_steps(
-    folder: files.Place, first_step: int, total_steps: int, seconds: float
-) -> None:
-    """Says what there is to look at, and the next thing to try."""
+def _print_results(folder: files.Place, first_step: int, total_steps: int, seconds: float) -> None:
+    """Says what there is to look at."""
     if first_step >= total_steps:
         say(f"This run is complete ({total_steps} steps); nothing to train.")
     else:
@@ -340,7 +336,5 @@ def _print_next_steps(
         f"  picture      {folder / PICTURE}\n"
         f"  scores       {folder / 'metrics.json'}, {folder / 'per_class.csv'}\n"
         f"  progress     {folder / 'metrics.csv'}\n"
-        f"  checkpoints  {folder / checkpoint.FOLDER}\n"
-        "Segment your own pictures:\n"
-        f"  python -m memseg_jax.main {shlex.join(sys.argv[1:])} --mode predict --input PICTURES"
+        f"  checkpoints  {folder / checkpoint.FOLDER}"
     )

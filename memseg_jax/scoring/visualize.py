@@ -233,6 +233,28 @@ def comparison_sheet(
     return _laid_out(rows, ("image", "truth", "prediction"), entries)
 
 
+def overlay_sheet(
+    image: np.ndarray, label: np.ndarray, class_names: Sequence[str], palette: np.ndarray
+) -> np.ndarray:
+    """Draws an image beside its overlay, as small as `comparison_sheet` does, with a legend.
+
+    Args:
+        image: uint8 [h, w, 3] RGB.
+        label: uint8 [h, w].
+        class_names: K names.
+        palette: uint8 [K, 3].
+
+    Returns:
+        uint8 [height, width, 3].
+    """
+    size = _panel_size(*label.shape)
+    panel = _scaled(image, size, Image.Resampling.BICUBIC)
+    classes = np.asarray(_scaled(label, size, Image.Resampling.NEAREST))
+    covered = Image.fromarray(overlay(np.asarray(panel), classes, palette))
+    entries = _legend_entries(_values_of(label), class_names, palette, (0, 0, 0))
+    return _laid_out([("", [panel, covered])], ("image", "classes"), entries)
+
+
 def contact_sheet(
     rows: Iterable[tuple[str, Sequence[np.ndarray]]],
     titles: Sequence[str],
