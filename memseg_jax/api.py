@@ -9,6 +9,8 @@ import csv
 import dataclasses
 import io
 import os
+from collections.abc import Sequence
+from typing import Any
 
 import ml_collections
 from absl import flags
@@ -149,11 +151,13 @@ def evaluate(
     config = trained_model.config_of(meta) if config is None else _config(config)
     scores = dict(mode.run(config, os.fspath(workdir), step))
     columns = scores.pop("per_class", {})
+    data: Any = config.data
+    names: Sequence[str] = data.class_names if columns else ()
     per_class = {
         name: {key: float(values[number]) for key, values in columns.items()}
-        for number, name in enumerate(config.data.class_names if columns else ())
+        for number, name in enumerate(names)
     }
-    return EvaluationResult(os.fspath(workdir), step, config.data.eval_split, scores, per_class)
+    return EvaluationResult(os.fspath(workdir), step, data.eval_split, scores, per_class)
 
 
 def _as_the_program_does() -> None:

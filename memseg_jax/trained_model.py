@@ -63,8 +63,9 @@ def load(
     else:
         config = config.copy_and_resolve_references()
     config_rules.check(config)
+    data: Any = config.data
     with config.unlocked():
-        config.data.class_names = tuple(meta["class_names"])
+        data.class_names = tuple(meta["class_names"])
     variables, _ = checkpoint.restore_for_inference(
         folder, abstract_variables(build_segmentor(config)), step
     )
@@ -124,25 +125,26 @@ class TrainedModel:
     ):
         self.config = config
         self.step: int = meta["step"]
+        settings: Any = config  # whose fields have no types
         self.class_names: tuple[str, ...] = tuple(meta["class_names"])
         self.palette = visualize.resolve_palette(meta["palette"], len(self.class_names))
         self._workdir = workdir
-        images.allow_megapixels(config.eval.max_megapixels)
+        images.allow_megapixels(settings.eval.max_megapixels)
         mesh = sharding.make_mesh(jax.local_devices())
         self._variables = jax.device_put(variables, sharding.replicated(mesh))
-        self._in_order_at_a_time = _BATCHES_IN_ORDER * config.eval.batch_size * mesh.size
+        self._in_order_at_a_time = _BATCHES_IN_ORDER * settings.eval.batch_size * mesh.size
         self._predictor = Predictor(
             build_segmentor(config),
-            config.eval,
+            settings.eval,
             mesh,
-            config.augment.flip_pairs,
+            settings.augment.flip_pairs,
             confidence,
-            config.augment.crop,
+            settings.augment.crop,
         )
+        self._what = f"{settings.model.backbone}, {len(self.class_names)} classes"
 
     def __repr__(self) -> str:
-        what = f"{self.config.model.backbone}, {len(self.class_names)} classes"
-        return f"<TrainedModel of {self._workdir}, step {self.step}: {what}>"
+        return f"<TrainedModel of {self._workdir}, step {self.step}: {self._what}>"
 
     @property
     def memory(self) -> np.ndarray:
@@ -200,9 +202,9 @@ class TrainedModel:
         return self._in_order(pictures)
 
     def _in_order(self, pictures: Iterable[Picture]) -> Iterator[Segmentation]:
-        pictures = enumerate(map_ahead(_read, pictures, _THREADS))
-        for first in pictures:
-            rest = itertools.islice(pictures, self._in_order_at_a_time - 1)
+        numbered = enumerate(map_ahead(_read, pictures, _THREADS))
+        for first in numbered:
+            rest = itertools.islice(numbered, self._in_order_at_a_time - 1)
             yield from self._group_in_order(first[0], itertools.chain([first], rest))
 
     def _group_in_order(
@@ -222,6 +224,7 @@ class TrainedModel:
             while following in done:
                 source, image = waiting.pop(following)
                 result = done.pop(following)
+                assert result.confidence is not None, "load(confidence=False) is for `segment`"
                 yield Segmentation(
                     result.label, result.confidence, self.class_names, image, self.palette, source
                 )
