@@ -1,4 +1,4 @@
-"""The notebooks of docs/notebooks run as they are; what they show is in the repository, and small."""
+"""The notebooks of docs/notebooks run as they are; the outputs in the repository are small."""
 
 import json
 import os
