@@ -112,11 +112,12 @@ def train(config: Config, workdir: Workdir) -> TrainingResult:
         UserError: something in config, data or folder that you can mend.
         Stopped: the run was interrupted (Ctrl-C, or a notebook's stop button); its state is saved,
             and the same call goes on.
+        KeyboardInterrupt: so it was before the first step, or a second time.
     """
     from memseg_jax.modes import train as mode  # it imports what training alone needs
 
     _as_the_program_does()
-    mode.run(_config(config), os.fspath(workdir))
+    mode.run(_config(config), os.fspath(workdir), ends_process=False)
     folder = files.absolute(workdir)
     evaluations = read_scores(folder)
     best = best_step(evaluations, evaluations)

@@ -42,7 +42,7 @@ log = logging.getLogger(__name__)
 _IN_FLIGHT = 2
 
 
-def run(config: ml_collections.ConfigDict, workdir: str) -> None:
+def run(config: ml_collections.ConfigDict, workdir: str, ends_process: bool = True) -> None:
     """Trains the model of `config` in `workdir`, going on where an earlier run stopped.
 
     All processes of a run call it; process 0 alone prints and writes what is not a checkpoint.
@@ -51,6 +51,7 @@ def run(config: ml_collections.ConfigDict, workdir: str) -> None:
         config: the whole config, locked.
         workdir: folder of the run; it is made. If it holds checkpoints, the run continues from
             the last one, with the same numbers as if it had never stopped.
+        ends_process: see `StopRequests`.
 
     Raises:
         UserError: anything in config, data or workdir that the user can mend; another run is
@@ -59,7 +60,7 @@ def run(config: ml_collections.ConfigDict, workdir: str) -> None:
     """
     config_rules.check(config)
     with contextlib.ExitStack() as stack:
-        stops = stack.enter_context(StopRequests())
+        stops = stack.enter_context(StopRequests(ends_process))
         watchdog = stack.enter_context(Watchdog(config.train.watchdog_minutes))
         _run(config, workdir, stops, watchdog, stack)
 
