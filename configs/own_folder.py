@@ -24,7 +24,7 @@ def get_config(
         class_names: one per class, in the order of the ids in the label files.
         crop: height and width of the training crops; images are not shrunk before cropping
             except by the random scale.
-        backbone: config.model.backbone, such as resnet18, or resnet50_v1b for torchvision's weights.
+        backbone: config.model.backbone, such as resnet18, or resnet50_v1b for torchvision's file.
         epochs: passes over the training images.
     """
     config = common.get_config()

@@ -59,6 +59,17 @@ _TIMM_NAMES = [
 # The same -> those of Hugging Face's transformers, without "vit.". There, queries, keys and values
 # are three tensors, which `_join_attention` joins under a name of its own.
 _HUGGING_FACE = "vit."
+# Since version 5, transformers has other names in memory, and its files those that it had before.
+# A state dict that was saved as it is has the new ones.
+_HUGGING_FACE_5 = [
+    (r"^layers\.", "encoder.layer."),
+    (r"\.attention\.q_proj\.", ".attention.attention.query."),
+    (r"\.attention\.k_proj\.", ".attention.attention.key."),
+    (r"\.attention\.v_proj\.", ".attention.attention.value."),
+    (r"\.attention\.o_proj\.", ".attention.output.dense."),
+    (r"\.mlp\.fc1\.", ".intermediate.dense."),
+    (r"\.mlp\.fc2\.", ".output.dense."),
+]
 _PARTS = ("query", "key", "value")
 _JOINED = "{query,key,value}"
 _HUGGING_FACE_NAMES = [
@@ -210,6 +221,8 @@ def _join_attention(
     plain = {name.removeprefix(_HUGGING_FACE): tensor for name, tensor in tensors.items()}
     if _HUGGING_FACE_NAMES[0][1] not in plain:
         return dict(tensors), []
+    for pattern, earlier in _HUGGING_FACE_5:
+        plain = {re.sub(pattern, earlier, name): tensor for name, tensor in plain.items()}
     joined, count = dict(plain), 0
     for name in plain:
         parts = [name.replace(".attention.query.", f".attention.{kind}.") for kind in _PARTS]

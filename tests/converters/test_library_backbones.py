@@ -191,9 +191,31 @@ def hugging_face_names(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tens
     return renamed
 
 
+def names_in_memory(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """The same as transformers has them in memory since version 5."""
+    renamed = {}
+    for name, tensor in hugging_face_names(tensors).items():
+        for earlier, later in (
+            ("encoder.layer.", "layers."),
+            ("attention.attention.query", "attention.q_proj"),
+            ("attention.attention.key", "attention.k_proj"),
+            ("attention.attention.value", "attention.v_proj"),
+            ("attention.output.dense", "attention.o_proj"),
+            ("intermediate.dense", "mlp.fc1"),
+            (".output.dense", ".mlp.fc2"),
+        ):
+            name = name.replace(earlier, later)
+        renamed[name] = tensor
+    return renamed
+
+
 @torch.no_grad()
 @pytest.mark.parametrize("suffix", [".pth", ".safetensors"])
-@pytest.mark.parametrize("spelt", [dict, hugging_face_names], ids=["timm", "hugging_face"])
+@pytest.mark.parametrize(
+    "spelt",
+    [dict, hugging_face_names, names_in_memory],
+    ids=["timm", "hugging_face", "hugging_face_5"],
+)
 def test_vit_of_timm_and_its_weights_by_hugging_faces_names(tmp_path, spelt, suffix):
     network, images = small_timm_vit(), images_of((2, 3, 64, 64))
     path = (tmp_path / "model").with_suffix(suffix)
