@@ -7,13 +7,14 @@ import numpy as np
 import pytest
 
 from converters import names
+from memseg_jax import checkpoint
 from memseg_jax.errors import UserError
 from memseg_jax.models.segmentor import build_backbone, build_segmentor
 from memseg_jax.training import optimizer
 from memseg_jax.training.freezing import Frozen, matches
 from memseg_jax.training.state import abstract_variables, init_state
 from memseg_jax.training.step import make_train_step
-from tests import tiny
+from tests import checkpoints, tiny
 from tests.small_models import ThreeConvolutions, fast_jit, random_tree, random_variables
 
 BATCH = 6
@@ -98,6 +99,21 @@ def test_frozen_parts_cost_no_momentum_and_no_gradients():
     convolutions = [text.count("stablehlo.convolution(") for text in programs.values()]
     # Three gradients of kernels, and two of inputs; the images have none.
     assert convolutions[0] - convolutions[1] >= 5
+
+
+def test_a_state_without_all_momenta_is_saved_and_restored(tmp_path):
+    _, state = build(PATTERNS)
+    state = jax.tree.map(lambda x: jax.numpy.asarray(x + 1), state)
+    with checkpoint.Checkpointer(tmp_path, keep=1) as checkpointer:
+        checkpointer.save(state, checkpoints.make_meta(1))
+        restored, _ = checkpointer.resume(checkpoints.abstract(state))
+    checkpoints.assert_same(restored, state)
+    # A run that froze nothing, or other modules, is another run.
+    with (
+        checkpoint.Checkpointer(tmp_path, keep=1) as checkpointer,
+        pytest.raises(UserError, match="opt_state"),
+    ):
+        checkpointer.restore(checkpoints.abstract(build(())[1]))
 
 
 # ---- Normalisations -----------------------------------------------------------------------------
