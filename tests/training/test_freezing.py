@@ -119,7 +119,7 @@ def test_a_state_without_all_momenta_is_saved_and_restored(tmp_path):
 # ---- Normalisations -----------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("remat", [False, True])
+@pytest.mark.parametrize("remat", [True, pytest.param(False, marks=pytest.mark.slow)])
 def test_frozen_normalisations_run_as_in_evaluation(remat):
     backbone = build_backbone("resnet18", 1 / 16, np.float32).clone(remat=remat)
     images = np.random.default_rng(0).standard_normal((2, 32, 32, 3)).astype(np.float32)
