@@ -28,7 +28,9 @@ def get_config() -> ml_collections.ConfigDict:
 
     config.init = init = ml_collections.ConfigDict()
     # What a new run starts from; both empty: random values.
-    init.backbone = ""  # file of ImageNet weights (PyTorch) for the backbone
+    # File of weights for the backbone, .pth or .safetensors: one that the published models started
+    # from, or one of torchvision, timm or Hugging Face (docs/own_images.md)
+    init.backbone = ""
     init.checkpoint = ""  # --workdir of a trained or converted model, of the same or other classes
 
     config.data = data = ml_collections.ConfigDict()
@@ -110,7 +112,8 @@ def get_config() -> ml_collections.ConfigDict:
 
     config.model = model = ml_collections.ConfigDict()
     # resnet18, resnet50, resnet101, resnest101, hrnetv2w48 (hrnetv2w48_relu: the reference's stem
-    # since 2025), vitlarge (vitlarge_473: the COCO-Stuff model of 2021)
+    # since 2025), vitlarge (vitlarge_473: the COCO-Stuff model of 2021), vitbase; resnet18_v1b,
+    # resnet50_v1b, resnet101_v1b (torchvision's and timm's ResNets)
     model.backbone = "resnet50"
     model.backbone_width = 1.0  # multiplies the backbone's channels; 1.0: as published
     model.downsample = 1  # 2: the backbone's map is halved first (HRNet on large crops)
@@ -156,7 +159,8 @@ def get_config() -> ml_collections.ConfigDict:
     optimizer.power = 0.9
     optimizer.momentum = 0.9
     optimizer.weight_decay = 5e-4
-    # Module -> (learning-rate factor, weight-decay factor), e.g. {"backbone": (0.1, 0.1)}.
+    # Module -> (learning-rate factor, weight-decay factor), e.g. {"backbone": (0.1, 0.1)}. Also
+    # patterns as in train.freeze; of several that fit a parameter, the longest counts.
     optimizer.multipliers = ml_collections.ConfigDict()
 
     config.train = train = ml_collections.ConfigDict()
@@ -170,6 +174,12 @@ def get_config() -> ml_collections.ConfigDict:
     train.epochs = 130
     train.log_every = 50  # steps
     train.eval_every = 10  # epochs; 0: only at the end
+    # Evaluations in a row without a higher mIoU that end the run; 0: it takes all its epochs.
+    train.early_stop = 0
+    # Parameters that keep their values: paths of modules or parameters, such as "backbone" or
+    # ("backbone/stem*", "backbone/layer1*"); "*" stands for any text. Batch normalisations that are
+    # frozen as a whole keep their running statistics, too, and normalise with them.
+    train.freeze = ()
     # What to do about a step whose loss, gradients or result are not finite. Such a step never
     # changes the model. "raise": end the run. "skip": go on. "rollback": go back to the state of
     # the last checkpoint and continue with the data after the step.

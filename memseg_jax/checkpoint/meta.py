@@ -36,6 +36,7 @@ HARMLESS_FIELDS = (
     "sharding.*",
     "train.log_every",
     "train.eval_every",
+    "train.early_stop",
     "train.on_nonfinite",
     "train.max_nonfinite",
     "train.watchdog_minutes",
@@ -53,6 +54,7 @@ _EARLIER = {
     "data.unknown_color": "error",
     "data.label_name": "",
     "data.val_share": 0.0,
+    "train.freeze": [],
 }
 _PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy")
 

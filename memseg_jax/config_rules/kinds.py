@@ -290,7 +290,8 @@ class Table(Rule):
     """A group of fields whose names are free within limits.
 
     Attributes:
-        names: what the names may be; a number after an underscore may follow.
+        names: what the names may be; a number after an underscore may follow. So may a "/" with
+            anything after it, and what has a "*" is not looked up: for paths and patterns of them.
         item: the rule of every value.
     """
 
@@ -319,7 +320,8 @@ class Table(Rule):
             self.item.check(f"{name}.{key}", item)
 
     def _known(self, key: Any) -> bool:
-        return key in self.names or re.sub(r"_\d+$", "", str(key)) in self.names
+        head = str(key).split("/")[0]
+        return "*" in head or head in self.names or re.sub(r"_\d+$", "", head) in self.names
 
 
 def _number(value: Any) -> int | float | None:

@@ -133,6 +133,17 @@ def _equal_parts(config: Any) -> Iterator[UserError]:
         )
 
 
+def _evaluations_to_stop_by(config: Any) -> Iterator[UserError]:
+    train = config.train
+    if train.early_stop and not train.eval_every:
+        yield refusal(
+            "config.train.early_stop",
+            train.early_stop,
+            "0 beside config.train.eval_every = 0: it counts evaluations, and there is one alone, "
+            "at the end",
+        )
+
+
 def _one_axis_is_the_rest(config: Any) -> Iterator[UserError]:
     if config.sharding.data == config.sharding.fsdp == -1:
         yield refusal(
@@ -264,6 +275,7 @@ RELATIONS = (
     _windows_without_gaps,
     _share_of_a_row,
     _equal_parts,
+    _evaluations_to_stop_by,
     _one_axis_is_the_rest,
     _generated_images,
     _colors_with_one_meaning,

@@ -26,14 +26,14 @@ from memseg_jax.runtime.watchdog import Watchdog
 from memseg_jax.scoring import visualize
 from memseg_jax.scoring.evaluator import PICTURE, Evaluator
 from memseg_jax.scoring.memory_health import MemoryHealth
-from memseg_jax.training import guards
+from memseg_jax.training import guards, optimizer
 from memseg_jax.training.agreement import check_processes_agree
 from memseg_jax.training.class_weights import class_weights_of
 from memseg_jax.training.initial import initial_variables
 from memseg_jax.training.profiling import StepProfiler
 from memseg_jax.training.program import training_program
 from memseg_jax.training.progress import TrainingLog
-from memseg_jax.training.state import TrainState, init_state
+from memseg_jax.training.state import TrainState, abstract_variables, init_state
 
 log = logging.getLogger(__name__)
 
@@ -84,6 +84,7 @@ def _run(
     fingerprint = train_source.fingerprint()
     eval_source = open_split(config.data, config.data.eval_split)
     model = build_segmentor(config)
+    optimizer.check_names(config, abstract_variables(model)["params"])
     evaluator = Evaluator(config, model, eval_source)
     folder = checkpoint.prepare_workdir(workdir)  # not before: a wrong config leaves no folder
     check_processes_agree(config, fingerprint, folder)
@@ -149,7 +150,15 @@ def _run(
     )
     saver = _Saver(checkpointer, lock, describe, health)
     evaluation = _Evaluation(
-        evaluator, saver, progress, watchdog, stops, folder, config.data.eval_split, total_steps
+        evaluator,
+        saver,
+        progress,
+        watchdog,
+        stops,
+        folder,
+        config.data.eval_split,
+        total_steps,
+        train.early_stop,
     )
     evaluation_steps = train.eval_every * epoch_steps
 
@@ -158,7 +167,9 @@ def _run(
 
     # ---- Compile --------------------------------------------------------------------------------
     watchdog.beat("compiling the training step")
-    if first_step < total_steps:
+    # Where the run ends; sooner than planned, if the scores no longer rise.
+    last_step = first_step if resumed and evaluation.is_enough() else total_steps
+    if first_step < last_step:
         train_step = compilation.compile_with_notice(
             program.step, "the training step", program.state, program.batch
         )
@@ -173,14 +184,15 @@ def _run(
     step = first_step
     if resumed and evaluation_is_due(step) and not checkpointer.has_scores(step):
         evaluation.run(state)  # it was interrupted
-    while step < total_steps:
+        last_step = step if evaluation.is_enough() else last_step
+    while step < last_step:
         batches = train_batches(
             train_source, config, step, total_steps - step, jax.process_index(), jax.process_count()
         )
         progress.restart(step)
         watchdog.beat("the first steps")
         try:
-            while step < total_steps:
+            while step < last_step:
                 step += 1
                 with progress.waiting_for_data():
                     batch = next(batches)
@@ -210,6 +222,8 @@ def _run(
                 if evaluating:
                     evaluation.run(state)
                     progress.restart(step)
+                    if evaluation.is_enough():
+                        last_step = step
                 if stopping:
                     checkpointer.wait_until_finished()
                     raise stops.stopped(step, total_steps)
@@ -219,13 +233,15 @@ def _run(
             saver.save(state)  # who resumes has to pass over the same data
             if evaluation_is_due(step):
                 evaluation.run(state)
+                if evaluation.is_enough():
+                    last_step = step
         finally:
             batches.close()
 
     # ---- End ------------------------------------------------------------------------------------
     checkpointer.wait_until_finished()
     if distributed.is_primary():
-        _print_results(folder, first_step, total_steps, time.monotonic() - started)
+        _print_results(folder, first_step, last_step, time.monotonic() - started)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -270,6 +286,22 @@ class _Evaluation:
     folder: files.Place
     split: str
     total_steps: int
+    early_stop: int
+
+    def is_enough(self) -> bool:
+        """Whether the scores have not risen for so long that the run should end."""
+        if not self.early_stop:
+            return False
+        since = self.saver.checkpointer.evaluations_without_gain()
+        if since < self.early_stop:
+            return False
+        log.info(
+            "no higher mIoU in the last %d evaluations: the run ends here "
+            "(config.train.early_stop = %d)",
+            since,
+            self.early_stop,
+        )
+        return True
 
     def run(self, state: TrainState) -> None:
         """Evaluates.
@@ -327,12 +359,12 @@ def _state_after(
     return guards.at_step(resumed[0], bad_step)
 
 
-def _print_results(folder: files.Place, first_step: int, total_steps: int, seconds: float) -> None:
+def _print_results(folder: files.Place, first_step: int, last_step: int, seconds: float) -> None:
     """Says what there is to look at."""
-    if first_step >= total_steps:
-        say(f"This run is complete ({total_steps} steps); nothing to train.")
+    if first_step >= last_step:
+        say(f"This run is complete ({last_step} steps); nothing to train.")
     else:
-        say(f"Trained {total_steps - first_step} steps in {format_duration(seconds)}.")
+        say(f"Trained {last_step - first_step} steps in {format_duration(seconds)}.")
     say(
         f"  picture      {folder / PICTURE}\n"
         f"  scores       {folder / 'metrics.json'}, {folder / 'per_class.csv'}\n"

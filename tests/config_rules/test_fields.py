@@ -47,7 +47,7 @@ RELATED = {
     "data.ignore_colors", "data.unknown_color", "data.label_name", "data.outside_polygons",
     "augment.scale_range", "augment.flip_pairs", "loss.class_weights", "loss.stage2",
     "model.memory.momentum", "model.memory.base_lr", "optimizer.lr", "optimizer.min_lr",
-    "train.batch_size", "train.accumulate",
+    "train.batch_size", "train.accumulate", "train.early_stop",
 }  # fmt: skip
 
 
@@ -270,6 +270,7 @@ def test_values_inside_are_accepted(field, data):
         ("eval.scales", 1.0, r"is 1.0; expected 1 to 100 factors, .* Did you mean \(1.0,\)\?"),
         ("data.palette", ((1, 2, 3), (0, 0, 256), (0, 0, 0)), r"\[1\]\[2\] is 256; expected a wh"),
         ("optimizer.multipliers", {"backbones": (1, 1)}, r".backbones is .*Did you mean backbone"),
+        ("optimizer.multipliers", {"backbon/stem_0": (1, 1)}, r".backbon/stem_0 is .*no 'backbon/"),
         ("optimizer.multipliers", {"backbone": (1, -1)}, r".backbone\[1\] is -1; expected a numb"),
         ("model.memory", 3, "is 3; expected a group of fields: model.memory.enabled, "),
     ],

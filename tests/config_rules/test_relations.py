@@ -74,6 +74,10 @@ def config_with(**fields):
             r"config.train.accumulate = 3 \* 1. The nearest is 6 or 9",
         ),
         (
+            {"train__early_stop": 3, "train__eval_every": 0},
+            "config.train.early_stop is 3; expected 0 beside config.train.eval_every = 0: it",
+        ),
+        (
             {"replica_groups": 4, "train__accumulate": 4},
             r"config.train.batch_size is 8; .* 4 \* 4. The nearest is 16$",
         ),

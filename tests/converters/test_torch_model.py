@@ -112,7 +112,7 @@ def test_every_tensor_of_ours_has_its_counterpart(name):
         "slots, hard",
         *(
             pytest.param(x, marks=pytest.mark.slow)
-            for x in ("plain", "no context", "widths", "downsample")
+            for x in ("plain", "no context", "widths", "downsample", "resnet18_v1b")
         ),
     ],
 )
