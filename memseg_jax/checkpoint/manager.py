@@ -337,7 +337,8 @@ class Checkpointer:
 
     def _meet(self, *, key: str, timeout_ms: int) -> None:
         """Waits in the background for the other processes, which may have failed in their part."""
-        distributed.meet(key, timeout_ms / 1000, self._name)
+        # Orbax gives the same key to two saves of one step.
+        distributed.meet(f"{self._name}/{key}", timeout_ms / 1000, self._name)
 
     def _report_failure(self, step: int) -> bool:
         """Waits for the save before; returns whether it failed, in any process."""

@@ -21,6 +21,7 @@ EXPECTED = [4197, 0, 2104, 965, 1215, 0, 735]
 def make_config(**changes):
     fields = {
         "name": "shapes",
+        "root": "",
         "packed": "",
         "train_split": "train",
         "eval_split": "val",
