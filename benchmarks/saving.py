@@ -32,12 +32,11 @@ FLAGS = {
     "folder": "where to write, in a folder that is removed afterwards (default: the system's)",
     "saves": "number of saves (default: 5)",
 }
-SMALL_CONFIG = "configs/quickstart.py"
 
 
 def main(argv: Sequence[str]) -> int:
     """Runs the benchmark; returns the exit status."""
-    values = measure.parse(argv, FLAGS, __doc__, config=True, default_config=SMALL_CONFIG)
+    values = measure.parse(argv, FLAGS, __doc__, config=True, default_config=measure.SMALL_CONFIG)
     count = measure.number("saves", values.saves, 5)
     config = values.config
     model = build_segmentor(config)

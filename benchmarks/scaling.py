@@ -29,12 +29,11 @@ FLAGS = {
     "crops": "sides of the square images (default: 96,128,192)",
     "classes": "numbers of classes (default: 10,50,150)",
 }
-SMALL_CONFIG = "configs/quickstart.py"
 
 
 def main(argv: Sequence[str]) -> int:
     """Runs the benchmark; returns the exit status."""
-    values = measure.parse(argv, FLAGS, __doc__, config=True, default_config=SMALL_CONFIG)
+    values = measure.parse(argv, FLAGS, __doc__, config=True, default_config=measure.SMALL_CONFIG)
     sweeps = {
         "batch": measure.numbers("batches", values.batches, (2, 4, 8), ","),
         "crop": measure.numbers("crops", values.crops, (96, 128, 192), ","),

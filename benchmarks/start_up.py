@@ -26,7 +26,6 @@ from typing import Any
 from benchmarks import measure
 from memseg_jax import command_line
 
-DEFAULT_CONFIG = "configs/quickstart.py"
 FLAGS = {
     "processes": "how many take part (default: 1)",
     "caches": "places for caches, comma-separated (default: a temporary folder)",
@@ -42,9 +41,7 @@ PHASES = {
 
 def main(argv: Sequence[str]) -> int:
     """Runs the benchmark; returns the exit status."""
-    values = measure.parse(
-        argv, FLAGS, __doc__, config=True, default_config="configs/quickstart.py"
-    )
+    values = measure.parse(argv, FLAGS, __doc__, config=True, default_config=measure.SMALL_CONFIG)
     count = measure.number("processes", values.processes, 1)
     rounds = measure.number("rounds", values.rounds, 3)
     given = [word for word in argv[1:] if word.split("=")[0].startswith("--config.")]

@@ -230,13 +230,7 @@ def test_packed(name, walks):
     found, expected = losses_of(walk.folder / "packed_run"), losses_of(walk.run_folder)
     np.testing.assert_array_equal(found, expected)
     for split, source in sources.items():
-        files = open_split(walk.config().data, split)
-        assert source.fingerprint() == files.fingerprint()
-        for index in range(len(files)):
-            sample, expected = source[index], files[index]
-            assert sample["name"] == expected["name"]
-            np.testing.assert_array_equal(sample["image"], expected["image"])
-            np.testing.assert_array_equal(sample["label"], expected["label"])
+        tiny.assert_same_samples(source, open_split(walk.config().data, split))
 
 
 @pytest.mark.parametrize("name", DATA_SETS)

@@ -91,12 +91,8 @@ def assert_same_samples(root, folder):
     for split, count in COUNTS.items():
         source = open_split(config_of(root).data, split)
         other = open_split(config_of(root, folder).data, split)
-        assert len(source) == len(other) == count
-        for index in range(count):
-            one, two = source[index], other[index]
-            assert one["name"] == two["name"]
-            np.testing.assert_array_equal(one["image"], two["image"])
-            np.testing.assert_array_equal(one["label"], two["label"])
+        assert len(source) == count
+        tiny.assert_same_samples(other, source)
 
 
 # ---- Writing, and writing again -----------------------------------------------------------------

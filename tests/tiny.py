@@ -69,6 +69,17 @@ def write_folder(root: Path, sizes: dict[str, list[tuple[int, int]]] | None = No
     return root
 
 
+def assert_same_samples(source, expected):
+    """Two sources of data have the same samples, bit for bit, under the same names."""
+    assert len(source) == len(expected)
+    assert source.fingerprint() == expected.fingerprint()
+    for index in range(len(expected)):
+        one, two = source[index], expected[index]
+        assert one["name"] == two["name"]
+        np.testing.assert_array_equal(one["image"], two["image"])
+        np.testing.assert_array_equal(one["label"], two["label"])
+
+
 # ---- Ways to run the program --------------------------------------------------------------------
 
 

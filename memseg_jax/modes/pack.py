@@ -111,11 +111,12 @@ def _send(folder: Path, target: files.Place, threads: int) -> None:
                 f"changed after they were packed. Pack into another folder. {folder} has the new "
                 "files, and may be removed."
             )
-    missing = sorted(own.keys() - same, key=lambda name: (name.endswith(packed.MANIFEST), name))
+    missing = sorted(own.keys() - same)
     last = [name for name in missing if name.endswith(packed.MANIFEST)]
+    first = [name for name in missing if name not in last]
     size = sum(own[name].stat().st_size for name in missing)
     print(f"sending {len(missing)} files, {_megabytes(size)}, to {target}", flush=True)
-    for names in (missing[: len(missing) - len(last)], last):
+    for names in (first, last):
         for _ in map_ahead(lambda name: files.copy_file(own[name], target / name), names, threads):
             pass
     there = {content.name: content for content in files.contents(target)}

@@ -8,6 +8,7 @@ training.
 """
 
 import contextlib
+import functools
 import json
 import logging
 import os
@@ -217,13 +218,15 @@ def _get(key: str) -> bytes:
     return b"".join(_wait_for(f"{key}/{number}") for number in range(count))
 
 
-def _wait_for(key: str) -> bytes:
+def _wait_for(key: str, in_vain: Callable[[], None] = lambda: None) -> bytes:
+    """The value of a key, as soon as there is one; after each second without, calls `in_vain`."""
     while True:  # whether the others still live is looked after by the thread and the heartbeat
         try:
             return _run.client.blocking_key_value_get_bytes(key, 1000)
         except Exception as error:
             if "DEADLINE_EXCEEDED" not in str(error):
                 raise
+        in_vain()
 
 
 def wait_for_all(name: str) -> None:
@@ -245,20 +248,17 @@ def meet(key: str, seconds: float, called_off: str) -> None:
         TimeoutError: another process has not come.
         RuntimeError: it was called off.
     """
-    _run.client.key_value_set(f"{_MEETINGS}{key}/{_run.index}", "here")
     ends = time.monotonic() + seconds
+
+    def look(other: int) -> None:
+        if _run.client.key_value_dir_get(f"{_CALLED_OFF}{called_off}/"):
+            raise RuntimeError("another process could not do its part, and says why")
+        if time.monotonic() > ends:
+            raise TimeoutError(f"process {other} did not come within {seconds:.0f} s")
+
+    _run.client.key_value_set_bytes(f"{_MEETINGS}{key}/{_run.index}", b"here")
     for other in range(_run.count):
-        while True:
-            try:
-                _run.client.blocking_key_value_get(f"{_MEETINGS}{key}/{other}", 1000)
-                break
-            except Exception as error:
-                if "DEADLINE_EXCEEDED" not in str(error):
-                    raise
-            if _run.client.key_value_dir_get(f"{_CALLED_OFF}{called_off}/"):
-                raise RuntimeError("another process could not do its part, and says why")
-            if time.monotonic() > ends:
-                raise TimeoutError(f"process {other} did not come within {seconds:.0f} s")
+        _wait_for(f"{_MEETINGS}{key}/{other}", functools.partial(look, other))
     if is_primary() and _run.last_meeting:  # which all have left
         _run.client.key_value_delete(f"{_MEETINGS}{_run.last_meeting}/")
     _run.last_meeting = key

@@ -123,7 +123,9 @@ class Store:
         assert allow_overwrite or key not in self.values
         self.values[key] = value
 
-    def blocking_key_value_get(self, key, milliseconds):
+    key_value_set_bytes = key_value_set
+
+    def blocking_key_value_get_bytes(self, key, milliseconds):
         if key not in self.values:
             raise RuntimeError("DEADLINE_EXCEEDED: not there")
         return self.values[key]
