@@ -4,6 +4,7 @@ They run in double precision (see `small_program`), so that sums in another orde
 several processes change, do not show in the nine digits of metrics.csv.
 """
 
+import contextlib
 import csv
 import json
 import os
@@ -211,6 +212,7 @@ def start(
         "XLA_FLAGS": flags,
         "MEMSEG_CACHE": session.cache(),
         "MEMSEG_HEARTBEAT_SECONDS": str(heartbeat),
+        "PYTHONFAULTHANDLER": "1",  # for `where_they_are`
     }
     processes = []
     for index in range(count):
@@ -243,6 +245,8 @@ def finish(processes, limit=LIMIT):
     try:
         for process in processes:
             process.wait(limit)
+    except subprocess.TimeoutExpired:
+        pytest.fail(where_they_are(processes))
     finally:
         for process in processes:
             process.kill()
@@ -259,8 +263,18 @@ def wait_for(condition, processes):
     limit = time.monotonic() + LIMIT
     while not condition():
         assert all(p.poll() is None for p in processes), [p.log.read_text() for p in processes]
-        assert time.monotonic() < limit
+        assert time.monotonic() < limit, where_they_are(processes)
         time.sleep(0.01)
+
+
+def where_they_are(processes):
+    """Ends processes that do not go on; returns what they printed, and all stacks."""
+    for process in processes:
+        process.send_signal(signal.SIGABRT)
+    with contextlib.suppress(subprocess.TimeoutExpired):
+        for process in processes:
+            process.wait(60)
+    return "\n".join(process.log.read_text() for process in processes)
 
 
 def rows(workdir, column="loss"):
