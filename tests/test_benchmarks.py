@@ -182,6 +182,7 @@ def test_training_step(run):
     assert "resnet18, 3 classes, 2 x 32x32, float32" in printed
 
 
+@pytest.mark.slow
 def test_evaluation_forward(run):
     ((network, maps), _) = run("evaluation_forward", *MODEL)
     check(network["results"], ["JAX", "PyTorch"])
@@ -251,6 +252,7 @@ def test_many_sizes(run):
     assert printed.startswith("config.eval.canvases = ((")
 
 
+@pytest.mark.slow
 def test_saving(run, tmp_path):
     flags = (f"--config={CONFIG}", "--saves=3", f"--folder={tmp_path}")
     ((found,), printed) = run("saving", *flags)
@@ -287,6 +289,7 @@ def test_mistakes(run, arguments, message):
     assert str(error.value) == message
 
 
+@pytest.mark.slow
 def test_large_photograph(run):
     results = []
     for side in ("jax", "torch"):
@@ -301,6 +304,7 @@ def test_large_photograph(run):
     assert all(result["peak_bytes"] > 1e8 for result in results)  # the interpreter's alone is more
 
 
+@pytest.mark.slow
 def test_seams(run, tmp_path):
     workdir = tiny.save_random_model(tmp_path / "run")
     tiny.write(tmp_path / "a.png", tiny.picture(0, 70, 100)[0])

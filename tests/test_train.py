@@ -169,14 +169,18 @@ def kill_and_go_on(workdir, *arguments):
     assert_same_run(workdir, tiny.trained()[0])
 
 
-def test_killed_with_workers_and_continued_is_the_run_that_never_stopped(tmp_path):
-    # The run that never stopped had no workers, so this compares both.
-    kill_and_go_on(tmp_path, "--config.data.workers=2")
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("changes", [(), ("--config.data.threads=0", "--config.data.prefetch=1")])
-def test_killed_without_workers_and_continued_is_the_run_that_never_stopped(tmp_path, changes):
+@pytest.mark.parametrize(
+    "changes",
+    [
+        (),
+        pytest.param(("--config.data.workers=2",), marks=pytest.mark.slow),
+        pytest.param(
+            ("--config.data.threads=0", "--config.data.prefetch=1"), marks=pytest.mark.slow
+        ),
+    ],
+    ids=["", "workers", "no threads"],
+)
+def test_killed_and_continued_is_the_run_that_never_stopped(tmp_path, changes):
     kill_and_go_on(tmp_path, *changes)
 
 
