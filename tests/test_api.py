@@ -16,6 +16,7 @@ import memseg_jax
 from configs import common
 from memseg_jax import command_line, trained_model
 from memseg_jax.errors import UserError
+from memseg_jax.runtime import files
 from memseg_jax.runtime.plain import plain
 from memseg_jax.scoring import visualize
 from memseg_jax.scoring.segmentation import Segmentation
@@ -191,6 +192,20 @@ def test_a_picture_of_pillow_is_turned_like_its_file_and_stays_as_it_is(model, t
         assert opened.size == (50, 24)
     assert result.labels.shape == (50, 24)
     np.testing.assert_array_equal(result.image, model.predict(path).image)
+
+
+def test_a_model_and_a_picture_in_a_bucket(model, workdir, bucket, tmp_path):
+    for path in files.files_below(workdir):
+        copy_of = bucket / "run" / path.relative_to(workdir).as_posix()
+        copy_of.write_bytes(path.read_bytes())
+    path = tiny.write(tmp_path / "a.png", tiny.picture(0, 40, 50)[0])
+    (bucket / "a.png").write_bytes(path.read_bytes())
+    there = memseg_jax.load(str(bucket / "run"))
+    assert f"of {bucket}/run, step 7" in repr(there)
+    expected = model.predict(path)
+    found = there.predict(str(bucket / "a.png"))
+    np.testing.assert_array_equal(found.labels, expected.labels)
+    np.testing.assert_array_equal(found.confidence, expected.confidence)
 
 
 def test_results_come_in_the_order_of_the_pictures(model, monkeypatch):
