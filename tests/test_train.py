@@ -213,7 +213,8 @@ def test_killed_in_a_bucket_and_continued_is_the_run_on_a_disk_that_never_stoppe
     assert predicted.returncode == 0, predicted.stderr
     assert "2 pictures segmented" in predicted.stdout
     assert [p.name for p in files.files_below(bucket / "predictions")] == [
-        f"{number}{ending}" for number in ("01", "02") for ending in (".png", "_overlay.jpg")
+        *(f"{number}{ending}" for number in ("01", "02") for ending in (".png", "_overlay.jpg")),
+        "summary.csv",
     ]
 
 
