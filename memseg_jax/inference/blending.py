@@ -72,7 +72,7 @@ class BlendedMap:
         strides: tuple[int, int],
         score: Score,
     ):
-        self._image, self._score = image, score
+        self._image = image
         self._stride, coarsest = strides
         padded = [round_up(side, coarsest) for side in image.shape[:2]]
         self._side = [min(round_up(c, coarsest), p) for c, p in zip(crop, padded)]
@@ -86,6 +86,9 @@ class BlendedMap:
         ]
         if mirrored:
             self._taps[1] = tuple(x[::-1] for x in self._taps[1])
+        # One stream of all windows: while a row is blended, those of the next are computed.
+        places = itertools.product(*self._starts)
+        self._scores = score(self._cut(top, left) for top, left in places)
         self._next = 0  # row of windows
         self._done: list[tuple[int, np.ndarray]] = []  # those still needed, and their first cell
 
@@ -118,7 +121,7 @@ class BlendedMap:
             top = self._starts[0][self._next] // self._stride
             if top >= end:
                 break
-            self._done.append((top, self._row_of_windows(self._next)))
+            self._done.append((top, self._row_of_windows()))
             self._next += 1
         total = np.zeros((end - first, *self._done[0][1].shape[1:]), np.float32)
         weight = np.zeros(end - first, np.float32)
@@ -129,13 +132,12 @@ class BlendedMap:
             weight[a - first : b - first] += weights
         return total / weight[:, None, None]
 
-    def _row_of_windows(self, number: int) -> np.ndarray:
-        """Blends the windows beside each other: float32 [rows of a window, columns, classes]."""
+    def _row_of_windows(self) -> np.ndarray:
+        """Blends the next windows beside each other: float32 [rows, columns, classes]."""
         total = None
         cover = np.zeros(self._cells[1], np.float32)
-        top, lefts = self._starts[0][number], self._starts[1]
-        parts = (self._cut(top, left) for left in lefts)
-        for left, scores in zip(lefts, self._score(parts)):
+        for left in self._starts[1]:
+            scores = next(self._scores)
             if total is None:
                 shape = (scores.shape[0], self._cells[1], scores.shape[2])
                 total = np.zeros(shape, np.float32)
