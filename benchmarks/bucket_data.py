@@ -28,9 +28,10 @@ from typing import Any
 
 from benchmarks import measure
 from benchmarks.input_pipeline import write_images
-from memseg_jax import command_line, pack
+from memseg_jax import command_line
 from memseg_jax.data import open_split, staging
 from memseg_jax.data.pipeline import train_batches
+from memseg_jax.modes import pack
 
 FLAGS = {
     "size": "height x width of the generated images (default: 512x683, as ADE20K)",

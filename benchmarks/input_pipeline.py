@@ -27,9 +27,10 @@ import cv2
 import numpy as np
 
 from benchmarks import measure
-from memseg_jax import command_line, pack
+from memseg_jax import command_line
 from memseg_jax.data import open_split, transforms
 from memseg_jax.data.pipeline import TrainSamples, train_batches
+from memseg_jax.modes import pack
 from memseg_jax.training.program import random_batch
 
 # A data set's config, and the usual height, width and format of its images.

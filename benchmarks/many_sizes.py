@@ -28,7 +28,7 @@ import numpy as np
 from benchmarks import measure
 from memseg_jax import command_line
 from memseg_jax.data.transforms import resized_size
-from memseg_jax.inference import Predictor, score_maps, sizes, windows
+from memseg_jax.inference import Predictor, blending, score_maps, sizes, windows
 from memseg_jax.inference.sizes import Size
 from memseg_jax.models.segmentor import build_segmentor
 from memseg_jax.runtime import compilation
@@ -163,6 +163,8 @@ def plan_canvases(passes: Iterable[Size], number: int) -> list[Size]:
 def count_programs(config: ml_collections.ConfigDict, images: Iterable[Size]) -> dict[str, Any]:
     """What evaluating images of these sizes, in this order, compiles.
 
+    Images that mode "auto" cuts into windows are left out: all of them share one network.
+
     Args:
         config: the whole config.
         images: sizes before any resizing.
@@ -177,6 +179,9 @@ def count_programs(config: ml_collections.ConfigDict, images: Iterable[Size]) ->
     mirrored = {False, True} if evaluation.flip and len(config.augment.flip_pairs) else {False}
     networks, small, different, real, computed = set(), set(), set(), 0, 0
     for image in images:
+        base = resized_size(*image, evaluation.base_size, evaluation.keep_ratio)
+        if evaluation.mode == "auto" and blending.is_large(base, config.augment.crop):
+            continue
         pixels = score_maps.capacity(math.prod(image), score_maps.PIXELS)
         labels = score_maps.label_capacity(math.prod(image))
         side = score_maps.capacity(max(image), score_maps.SIDE)
@@ -245,7 +250,7 @@ def compare(
         with _compilations(made):
             one = Predictor(
                 model, config.eval, make_mesh(jax.local_devices()[:1]),
-                config.augment.flip_pairs, confidence=True,
+                config.augment.flip_pairs, confidence=True, crop=config.augment.crop,
             )  # fmt: skip
             found.append({p.key: p for p in one.predict(variables, enumerate(pictures))})
         facts |= {f"compiled{suffix}": len(made), f"seconds{suffix}": time.perf_counter() - start}

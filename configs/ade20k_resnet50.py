@@ -39,6 +39,7 @@ def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
     config.loss.consistency = 1.0
     config.train.batch_size = 16
     config.train.epochs = 130
+    config.eval.mode = "whole"
     config.eval.canvases, config.eval.exact_sizes = common.CANVASES[1.0], 0
     if "ms_flip" in words:
         common.set_ms_flip(config)

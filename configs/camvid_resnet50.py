@@ -36,6 +36,7 @@ def get_config() -> ml_collections.ConfigDict:
     config.data.list_file = "{split}.txt"
     config.augment.base_size = (480, 360)
     config.augment.crop = (360, 480)
+    config.eval.mode = "whole"
     config.eval.base_size = (480, 360)
     config.train.batch_size = 16
     config.train.epochs = 300

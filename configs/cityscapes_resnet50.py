@@ -40,6 +40,7 @@ def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
     config.data.palette = cityscapes.PALETTE
     config.augment.base_size = (2048, 1024)
     config.augment.crop = (512, 1024)
+    config.eval.mode = "whole"
     config.eval.base_size = (2048, 1024)
     config.model.backbone = "resnet50"
     config.model.memory.base_lr = 0.009  # below the learning rate: the momentum starts at 1

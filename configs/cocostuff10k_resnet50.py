@@ -41,6 +41,7 @@ def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
     config.optimizer.weight_decay = 1e-4
     config.train.batch_size = 16
     config.train.epochs = 110
+    config.eval.mode = "whole"
     config.eval.canvases, config.eval.exact_sizes = common.CANVASES[1.0], 0
     if "ms_flip" in words:
         common.set_ms_flip(config, scales=common.SCALES[:-1])

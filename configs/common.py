@@ -6,6 +6,7 @@ example `--config.train.batch_size=8`. What each may hold is in `memseg_jax/conf
 """
 
 import ml_collections
+from ml_collections import config_dict
 
 from memseg_jax.errors import UserError
 
@@ -27,7 +28,9 @@ def get_config() -> ml_collections.ConfigDict:
 
     config.init = init = ml_collections.ConfigDict()
     # What a new run starts from; both empty: random values.
-    init.backbone = ""  # file of ImageNet weights (PyTorch) for the backbone
+    # File of weights for the backbone, .pth or .safetensors: one that the published models started
+    # from, or one of torchvision, timm or Hugging Face (docs/own_images.md)
+    init.backbone = ""
     init.checkpoint = ""  # --workdir of a trained or converted model, of the same or other classes
 
     config.data = data = ml_collections.ConfigDict()
@@ -43,9 +46,28 @@ def get_config() -> ml_collections.ConfigDict:
     data.class_names = ("",)  # a tuple of strings; its length is the number of classes
     data.palette = ()  # one (red, green, blue) per class; empty: generated colours
     data.ignore_label = 255  # the value in label files that means "not labelled"; -1: there is none
+    # For label files with any ids: pairs of a value and the class it means, or "ignore", such as
+    # tuple({0: "ignore", 7: "road", 8: "road"}.items()); empty: 0 is the first class, and so on.
+    data.label_map = ()
+    # Also for names in JSON files of LabelMe or COCO: ("lorry", "truck"). There, this is the class
+    # of pixels in no polygon; or "ignore".
+    data.outside_polygons = "ignore"
+    # For colour masks: the colour of every class, or a tuple of its colours; empty: the values of
+    # label files are class ids.
+    data.label_colors = ()
+    data.ignore_colors = ()  # colours that mean "not labelled"
+    data.unknown_color = "error"  # what any other colour is; or "ignore", "nearest" (known colour)
     data.image_dir = "images/{split}"
-    data.label_dir = "labels/{split}"
+    data.label_dir = "labels/{split}"  # or a JSON file of COCO: "annotations/{split}.json"
+    # What labels are called, such as "{stem}_mask.png"; {stem}: the image's name without suffix,
+    # {name}: with it, {parent}: its folder below image_dir. Empty: like the image, but for the
+    # suffix. Without {parent}, labels are in the same folders below label_dir as the images below
+    # image_dir.
+    data.label_name = ""
     data.list_file = ""  # such as "{split}.txt"; empty: every file of the folders
+    # Above 0: there is no folder or list for eval_split; it gets this share of the samples of
+    # train_split, by a hash of their names. Samples that are added later change no other's place.
+    data.val_share = 0.0
     data.image_size = (96, 96)  # of generated images (data.name = "shapes"): height, width
     data.num_train = 0  # number of generated training images (data.name = "shapes")
     data.num_val = 0
@@ -70,7 +92,11 @@ def get_config() -> ml_collections.ConfigDict:
     evaluate.keep_ratio = True
     evaluate.scales = (1.0,)  # scores are averaged over these factors on the image's size
     evaluate.flip = False  # also over mirror images
-    evaluate.mode = "whole"  # or "slide"
+    # "whole": one network input per image. "slide": windows of `window` every `stride` pixels, the
+    # published test of some models. "auto": whole up to four times the area of `augment.crop`;
+    # beyond, windows of the crop's size that overlap by `overlap` of their sides, and are blended.
+    evaluate.mode = "auto"
+    evaluate.overlap = 0.5  # more: windows agree better where they meet, and there are more of them
     evaluate.window = (512, 512)  # height, width of a sliding window
     evaluate.stride = (341, 341)
     evaluate.softmax_before_resize = False
@@ -82,10 +108,12 @@ def get_config() -> ml_collections.ConfigDict:
     evaluate.canvases = ()  # pairs (height, width)
     evaluate.size_multiple = 128
     evaluate.save_predictions = ""  # folder for the label maps of --mode evaluate; "": none
+    evaluate.max_megapixels = 179.0  # larger pictures are refused by --mode predict
 
     config.model = model = ml_collections.ConfigDict()
     # resnet18, resnet50, resnet101, resnest101, hrnetv2w48 (hrnetv2w48_relu: the reference's stem
-    # since 2025), vitlarge (vitlarge_473: the COCO-Stuff model of 2021)
+    # since 2025), vitlarge (vitlarge_473: the COCO-Stuff model of 2021), vitbase; resnet18_v1b,
+    # resnet50_v1b, resnet101_v1b (torchvision's and timm's ResNets)
     model.backbone = "resnet50"
     model.backbone_width = 1.0  # multiplies the backbone's channels; 1.0: as published
     model.downsample = 1  # 2: the backbone's map is halved first (HRNet on large crops)
@@ -121,7 +149,9 @@ def get_config() -> ml_collections.ConfigDict:
     loss.auxiliary = 0.4
     loss.consistency = 0.0  # representation-consistency loss on the memory rows
     loss.consistency_from_epoch = 2  # epochs count from 1
-    loss.class_weights = ()  # one per class; empty: all 1
+    # One per class; empty: all 1; "balanced": the rarer a class is in the images that show it, the
+    # more its pixels weigh (median frequency), counted once, before the training.
+    loss.class_weights = config_dict.FieldReference((), field_type=object)
 
     config.optimizer = optimizer = ml_collections.ConfigDict()
     optimizer.lr = 0.01
@@ -129,7 +159,8 @@ def get_config() -> ml_collections.ConfigDict:
     optimizer.power = 0.9
     optimizer.momentum = 0.9
     optimizer.weight_decay = 5e-4
-    # Module -> (learning-rate factor, weight-decay factor), e.g. {"backbone": (0.1, 0.1)}.
+    # Module -> (learning-rate factor, weight-decay factor), e.g. {"backbone": (0.1, 0.1)}. Also
+    # patterns as in train.freeze; of several that fit a parameter, the longest counts.
     optimizer.multipliers = ml_collections.ConfigDict()
 
     config.train = train = ml_collections.ConfigDict()
@@ -143,6 +174,12 @@ def get_config() -> ml_collections.ConfigDict:
     train.epochs = 130
     train.log_every = 50  # steps
     train.eval_every = 10  # epochs; 0: only at the end
+    # Evaluations in a row without a higher mIoU that end the run; 0: it takes all its epochs.
+    train.early_stop = 0
+    # Parameters that keep their values: paths of modules or parameters, such as "backbone" or
+    # ("backbone/stem*", "backbone/layer1*"); "*" stands for any text. Batch normalisations that are
+    # frozen as a whole keep their running statistics, too, and normalise with them.
+    train.freeze = ()
     # What to do about a step whose loss, gradients or result are not finite. Such a step never
     # changes the model. "raise": end the run. "skip": go on. "rollback": go back to the state of
     # the last checkpoint and continue with the data after the step.

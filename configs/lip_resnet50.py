@@ -40,6 +40,7 @@ def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
     config.augment.crop = (473, 473)
     config.augment.flip_pairs = lip.FLIP_PAIRS
     config.augment.rotation = 0.6
+    config.eval.mode = "whole"
     config.eval.base_size = (473, 473)
     config.eval.keep_ratio = False
     config.model.backbone = "resnet50"

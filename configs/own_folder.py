@@ -1,4 +1,4 @@
-"""Your own folder of photographs and index PNGs: a starting point for a config of five lines.
+"""Your own folder of photographs and labels: a starting point for a config of a few lines.
 
 See "Train on your own images" in the README.
 """
@@ -17,14 +17,14 @@ def get_config(
     backbone: str = "resnet18",
     epochs: int = 100,
 ) -> ml_collections.ConfigDict:
-    """Returns a config for training from random weights on one CPU or GPU.
+    """Returns a config for training on one CPU or GPU; without `config.init`, from random weights.
 
     Args:
         root: the folder that holds `images/` and `labels/`.
         class_names: one per class, in the order of the ids in the label files.
         crop: height and width of the training crops; images are not shrunk before cropping
             except by the random scale.
-        backbone: resnet18, resnet50 or resnet101.
+        backbone: config.model.backbone, such as resnet18, or resnet50_v1b for torchvision's file.
         epochs: passes over the training images.
     """
     config = common.get_config()

@@ -1,4 +1,8 @@
-"""ImageNet weights of backbones, from the PyTorch files that the published models started from."""
+"""ImageNet weights of backbones, from PyTorch files.
+
+They are those that the published models started from, and those of torchvision, timm and Hugging
+Face's transformers.
+"""
 
 import collections
 import dataclasses
@@ -19,7 +23,8 @@ from memseg_jax.models.vit import fit_positions
 
 _OPENMMLAB = "https://download.openmmlab.com/pretrain/third_party/"
 _TIMM = "https://github.com/rwightman/pytorch-image-models/releases/download/v0.1-vitjx/"
-# The file for every backbone; what follows "_" in a name makes no difference here.
+_TORCHVISION = "https://download.pytorch.org/models/"
+# A file for every backbone, by `recognise.file_kind`.
 SOURCES = {
     "resnet18": _OPENMMLAB + "resnet18_v1c-b5776b93.pth",
     "resnet50": _OPENMMLAB + "resnet50_v1c-2cccc1ad.pth",
@@ -27,16 +32,20 @@ SOURCES = {
     "resnest101": _OPENMMLAB + "resnest101_d2-f3b931b2.pth",
     "hrnetv2w48": _OPENMMLAB + "hrnetv2_w48-d2186c55.pth",
     "vitlarge": _TIMM + "jx_vit_large_p16_384-b3be5167.pth",
+    "resnet18_v1b": _TORCHVISION + "resnet18-f37072fd.pth",
+    "resnet50_v1b": _TORCHVISION + "resnet50-0676ba61.pth",
+    "resnet101_v1b": _TORCHVISION + "resnet101-63fe2227.pth",
+    "vitbase": _TIMM + "jx_vit_base_p16_384-83fb41ba.pth",
 }
 
 _PREFIX = "backbone_net."
 _SEGMENTOR_PREFIXES = (_PREFIX, "backbone.")  # of the backbone in the file of a whole segmentor
 _CLASSIFICATION = (
-    "fc.", "head.", "norm.", "pre_logits.",
+    "fc.", "head.", "norm.", "fc_norm.", "pre_logits.", "layernorm.", "pooler.",
     "incre_modules.", "downsamp_modules.", "final_layer.", "classifier.",
 )  # fmt: skip
 _COUNTER = "num_batches_tracked"
-_POSITIONS = "pos_embed"
+_POSITIONS = "/pos_embed"  # the end of its path
 
 # The reference's names of a ViT's tensors -> those of the timm library.
 _TIMM_NAMES = [
@@ -46,6 +55,39 @@ _TIMM_NAMES = [
     (r"layers\.(\d+)\.attn\.attn\.out_proj\.(.+)", r"blocks.\1.attn.proj.\2"),
     (r"layers\.(\d+)\.ffn\.layers\.0\.0\.(.+)", r"blocks.\1.mlp.fc1.\2"),
     (r"layers\.(\d+)\.ffn\.layers\.1\.(.+)", r"blocks.\1.mlp.fc2.\2"),
+]
+# The same -> those of Hugging Face's transformers, without "vit.". There, queries, keys and values
+# are three tensors, which `_join_attention` joins under a name of its own.
+_HUGGING_FACE = "vit."
+# Since version 5, transformers has other names in memory, and its files those that it had before.
+# A state dict that was saved as it is has the new ones.
+_HUGGING_FACE_5 = [
+    (r"^layers\.", "encoder.layer."),
+    (r"\.attention\.q_proj\.", ".attention.attention.query."),
+    (r"\.attention\.k_proj\.", ".attention.attention.key."),
+    (r"\.attention\.v_proj\.", ".attention.attention.value."),
+    (r"\.attention\.o_proj\.", ".attention.output.dense."),
+    (r"\.mlp\.fc1\.", ".intermediate.dense."),
+    (r"\.mlp\.fc2\.", ".output.dense."),
+]
+_PARTS = ("query", "key", "value")
+_JOINED = "{query,key,value}"
+_HUGGING_FACE_NAMES = [
+    (r"cls_token", r"embeddings.cls_token"),
+    (r"pos_embed", r"embeddings.position_embeddings"),
+    (r"patch_embed\.(.+)", r"embeddings.patch_embeddings.\1"),
+    (r"layers\.(\d+)\.ln1\.(.+)", r"encoder.layer.\1.layernorm_before.\2"),
+    (r"layers\.(\d+)\.ln2\.(.+)", r"encoder.layer.\1.layernorm_after.\2"),
+    (
+        r"layers\.(\d+)\.attn\.attn\.in_proj_(.+)",
+        rf"encoder.layer.\1.attention.attention.{_JOINED}.\2",
+    ),
+    (
+        r"layers\.(\d+)\.attn\.attn\.out_proj\.(.+)",
+        r"encoder.layer.\1.attention.output.dense.\2",
+    ),
+    (r"layers\.(\d+)\.ffn\.layers\.0\.0\.(.+)", r"encoder.layer.\1.intermediate.dense.\2"),
+    (r"layers\.(\d+)\.ffn\.layers\.1\.(.+)", r"encoder.layer.\1.output.dense.\2"),
 ]
 
 
@@ -57,7 +99,7 @@ class Report:
         file: name of the file, without its folder.
         sha256: of the file, in hexadecimal digits.
         layout: in words, what the file is.
-        taken: name in the file -> path of ours.
+        taken: name in the file -> path of ours; three tensors that were joined have one name.
         dropped: name in the file -> reason.
         left: paths of ours that keep their initial values: everything but the backbone.
         changes: what was done to values, in words.
@@ -90,8 +132,8 @@ def read_backbone(
     """Reads the weights of a backbone.
 
     Args:
-        path: one of the files of `SOURCES`, in any wrapping that `torch_files.read` knows, or the
-            file of a segmentor that has this backbone.
+        path: a file such as those of `SOURCES`, in any wrapping that `torch_files.read` knows, or
+            the file of a segmentor that has this backbone.
         backbone: config.model.backbone.
         abstract: params and batch_stats of the whole model; only the leaves' shapes matter.
 
@@ -111,9 +153,11 @@ def read_backbone(
         if path.partition("/")[2].startswith("backbone/")
     }
     tensors, dropped = _split_off_segmentor(file.tensors)
-    cause = _likely_cause(backbone, tensors)  # by the reference's names
-    if any(name.startswith("blocks.") for name in tensors):
-        paths = {_timm_name(name): path for name, path in paths.items()}
+    cause = _likely_cause(backbone, tensors)
+    tensors, changes = _join_attention(tensors)
+    spelling = _spelling(tensors)
+    paths = {_spelt(name, spelling): path for name, path in paths.items()}
+    table = next((name for name, path in paths.items() if path.endswith(_POSITIONS)), None)
     for name in tensors:
         if name not in paths and (reason := _reason_to_drop(name)):
             dropped[name] = reason
@@ -121,18 +165,15 @@ def read_backbone(
 
     wanted = {name: names.torch_shape(ours[path].shape) for name, path in paths.items()}
     shapes = {name: tensor.shape for name, tensor in found.items()}
-    resized = _POSITIONS in wanted and _can_be_resized(
-        shapes.get(_POSITIONS, ()), wanted[_POSITIONS]
-    )
+    resized = table in wanted and _can_be_resized(shapes.get(table, ()), wanted[table])
     if resized:
-        shapes[_POSITIONS] = wanted[_POSITIONS]
+        shapes[table] = wanted[table]
     if lines := mismatches(shapes, wanted):
         raise UserError(
             "\n".join([f"{file.path} does not fit config.model.backbone = {backbone!r}:", *lines])
             + f"\n{cause} The file for {backbone} is\n  {_source(backbone)}"
         )
 
-    changes = []
     types = collections.Counter(str(found[name].dtype) for name in paths)
     for dtype, count in types.items():
         if dtype != "float32":
@@ -140,7 +181,7 @@ def read_backbone(
     arrays = {}
     for name, path in paths.items():
         array = _checked(file, name, found[name])
-        if name == _POSITIONS and resized:
+        if name == table and resized:
             side, grid = (math.isqrt(shape[1] - 1) for shape in (array.shape, wanted[name]))
             array = np.array(fit_positions(jnp.asarray(array), (grid, grid)))
             changes.append(f"positions resized from {side}x{side} to {grid}x{grid}")
@@ -168,8 +209,41 @@ def _split_off_segmentor(
     return dict(tensors), {}
 
 
-def _timm_name(name: str) -> str:
-    for pattern, replacement in _TIMM_NAMES:
+def _join_attention(
+    tensors: Mapping[str, np.ndarray],
+) -> tuple[dict[str, np.ndarray], list[str]]:
+    """Brings the tensors of Hugging Face's ViT into the form of the others.
+
+    Returns:
+        The tensors without the prefix, with queries, keys and values in one where there are all
+        three; and in words what was done. Tensors by others as they are.
+    """
+    plain = {name.removeprefix(_HUGGING_FACE): tensor for name, tensor in tensors.items()}
+    if _HUGGING_FACE_NAMES[0][1] not in plain:
+        return dict(tensors), []
+    for pattern, earlier in _HUGGING_FACE_5:
+        plain = {re.sub(pattern, earlier, name): tensor for name, tensor in plain.items()}
+    joined, count = dict(plain), 0
+    for name in plain:
+        parts = [name.replace(".attention.query.", f".attention.{kind}.") for kind in _PARTS]
+        shapes = {plain[part].shape for part in parts if part in plain}
+        if len(set(parts) & set(plain)) == len(_PARTS) and len(shapes) == 1:
+            together = name.replace(".query.", f".{_JOINED}.")
+            joined[together] = np.concatenate([joined.pop(part) for part in parts])
+            count += 1
+    return joined, [f"{count} triples of queries, keys and values joined"]
+
+
+def _spelling(tensors: Mapping[str, np.ndarray]) -> list[tuple[str, str]]:
+    """Returns the table of names that a file follows; empty: the reference's names."""
+    if _HUGGING_FACE_NAMES[0][1] in tensors:
+        return _HUGGING_FACE_NAMES
+    return _TIMM_NAMES if any(name.startswith("blocks.") for name in tensors) else []
+
+
+def _spelt(name: str, spelling: list[tuple[str, str]]) -> str:
+    """Returns one of the reference's names as a file has it."""
+    for pattern, replacement in spelling:
         match = re.fullmatch(pattern, name)
         if match:
             return match.expand(replacement)
@@ -210,29 +284,24 @@ def _checked(file: TorchFile, name: str, tensor: np.ndarray) -> np.ndarray:
 
 
 def _source(backbone: str) -> str:
-    return SOURCES[backbone.split("_")[0]]
+    return SOURCES[recognise.file_kind(backbone)]
 
 
 def _likely_cause(backbone: str, tensors: Mapping[str, np.ndarray]) -> str:
     """Returns a sentence on why a file does not fit."""
-    stem = tensors.get("conv1.weight")
-    if backbone.startswith("resnet") and stem is not None and stem.shape[2:] == (7, 7):
-        return (
-            "The likely cause: the file holds a ResNet whose stem is one 7x7 convolution, as "
-            "torchvision's and timm's have it; here three 3x3 ones are needed (v1c)."
-        )
     if "conv1.0.weight" in tensors:
         return (
-            "The likely cause: the file is by timm or by the authors of ResNeSt, who name the stem "
-            "conv1; the files of OpenMMLab are needed."
+            "The likely cause: the file is by timm or by the authors of ResNeSt, with a stem of "
+            "three convolutions, which they name conv1; the files of OpenMMLab are needed."
         )
     seen = recognise.backbone_of(tensors)
     if seen is None:
         return "The likely cause: these are not the names of any backbone that is known here."
-    if seen != backbone.split("_")[0]:
+    if seen != recognise.file_kind(backbone):
+        stem = ", whose stem is one 7x7 convolution" if seen.endswith("_v1b") else ""
         return (
-            f"The likely cause: the file seems to hold a {seen}; give --config.model.backbone="
-            f"{seen}, or another file."
+            f"The likely cause: the file seems to hold a {seen}{stem}; give "
+            f"--config.model.backbone={seen}, or another file."
         )
     return (
         f"The likely cause: a {seen} of another depth or width, or one that is not complete "

@@ -1,5 +1,6 @@
 """Tells from names and shapes what a PyTorch file is: for messages, never to decide silently."""
 
+import re
 from collections.abc import Iterable, Mapping
 
 import ml_collections
@@ -10,27 +11,47 @@ _DATA_SETS = {150: "ADE20K", 19: "Cityscapes", 182: "COCO-Stuff-10k", 20: "LIP"}
 _CLASSIFIER = "decoder_stage2.4.weight"
 _TABLE = "backbone_net.pos_embed"
 _PREFIX = "backbone_net."
+_HUGGING_FACE_TABLES = ("embeddings.position_embeddings", "vit.embeddings.position_embeddings")
+_VIT_BLOCK = re.compile(r"\b(?:layers|blocks|layer)\.(\d+)\.")
+
+
+def file_kind(backbone: str) -> str:
+    """Returns the name of a backbone without what leaves no trace in the names of its tensors.
+
+    Those are the ReLU of HRNet's stem and the size of a ViT's position table.
+    """
+    return re.sub(r"_(relu|\d+)$", "", backbone)
 
 
 def backbone_of(names: Iterable[str]) -> str | None:
     """Returns our name of the backbone that has tensors of these names, None if none has.
 
     Args:
-        names: as in the PyTorch reference, without "backbone_net.". The ReLU of HRNet's stem and
-            the size of a ViT's position table leave no trace in names.
+        names: as in the PyTorch reference, without "backbone_net."; of a ViT also as in timm or
+            Hugging Face's transformers.
+
+    Returns:
+        A name such as `file_kind` returns.
     """
     names = set(names)
-    if "cls_token" in names and "pos_embed" in names:
-        return "vitlarge"
+    if names >= {"cls_token", "pos_embed"} or not names.isdisjoint(_HUGGING_FACE_TABLES):
+        blocks = {m[1] for name in names if (m := _VIT_BLOCK.search(name))}
+        return "vitbase" if len(blocks) == 12 else "vitlarge"
     if any(name.startswith("transition3.") for name in names):
         return "hrnetv2w48"
     if "layer1.0.conv2.conv.weight" in names:
         return "resnest101"
-    if "stem.0.weight" not in names or "layer1.0.conv2.weight" not in names:
+    if "layer1.0.conv2.weight" not in names:
+        return None
+    if "stem.0.weight" in names:
+        stem = ""
+    elif "conv1.weight" in names:
+        stem = "_v1b"
+    else:
         return None
     if "layer1.0.conv3.weight" not in names:
-        return "resnet18"
-    return "resnet101" if "layer3.6.conv1.weight" in names else "resnet50"
+        return f"resnet18{stem}"
+    return f"resnet101{stem}" if "layer3.6.conv1.weight" in names else f"resnet50{stem}"
 
 
 def likely_cause(
@@ -53,7 +74,7 @@ def likely_cause(
     other = backbone_of(name.removeprefix(_PREFIX) for name in found if name.startswith(_PREFIX))
     if other is None or _CLASSIFIER not in found:
         return "These are not the names of a segmentor with memory of the PyTorch reference."
-    if backbone.split("_")[0] != other:
+    if file_kind(backbone) != other:
         return f"The likely cause: the file has the backbone {other}, the config has {backbone}."
     classes = found[_CLASSIFIER].shape[0]
     if classes != wanted[_CLASSIFIER][0]:

@@ -1,8 +1,10 @@
 """Command line: python -m memseg_jax.main --config FILE [--workdir DIR] [--mode MODE]."""
 
 import importlib
+import itertools
 import os
 import re
+import shlex
 import sys
 import traceback
 from logging import WARNING, Formatter
@@ -17,11 +19,15 @@ from memseg_jax.runtime import distributed, files
 from memseg_jax.runtime.suggest import did_you_mean
 
 # Only light imports: `--help` must be quick, and every worker process imports this module.
-MODES = ("train", "evaluate", "predict", "verify", "check_data", "pack", "benchmark", "plan")
+MODES = (
+    "train", "evaluate", "predict", "verify", "check_data", "pack", "benchmark", "plan", "init",
+)  # fmt: skip
+_WITH_CONFIG = MODES[:-1]  # init writes one
 USAGE = """\
 Semantic segmentation in JAX: train a model, evaluate it, and segment your own images.
 
 usage: python -m memseg_jax.main --config FILE [--config.FIELD=VALUE ...] [flags]
+       python -m memseg_jax.main --mode init --root FOLDER [--output FILE]
 examples:
   python -m memseg_jax.main --config configs/quickstart.py --config.train.batch_size=8
   python -m memseg_jax.main --config configs/quickstart.py --mode evaluate
@@ -33,17 +39,23 @@ command resumes it. Status 1 is an error.
 """
 TOGETHER = ("train", "evaluate", "benchmark")  # what several processes can do as one run
 FLAGS = {  # name -> (default, the modes that read it, help)
-    "workdir": (None, MODES, "folder of the run; a run there is continued (default: runs/CONFIG)"),
+    "workdir": (
+        None,
+        _WITH_CONFIG,
+        "folder of the run; a run there is continued (default: runs/CONFIG)",
+    ),
     "mode": ("train", MODES, f"{', '.join(MODES[:-1])} or {MODES[-1]} (default: train)"),
     "checkpoint": ("best", ("evaluate", "predict"), "best, last or a step (default: best)"),
-    "input": (None, ("predict",), "an image, a folder, or a quoted pattern such as '*.jpg'"),
+    "input": (None, ("predict",), "an image, a video, a folder, or a quoted pattern: '*.jpg'"),
     "output": (
         None,
-        ("predict", "check_data"),
-        "folder for the results (default: <workdir>/predictions or <workdir>/check_data)",
+        ("predict", "check_data", "init"),
+        "folder for the results (default: <workdir>/predictions or <workdir>/check_data); of init "
+        "the config file (default: configs/<name of the folder>.py)",
     ),
     "save_confidence": (False, ("predict",), "also write how sure the model is of each pixel"),
     "save_ids": (False, ("predict",), "also write the raw class ids"),
+    "overwrite": (False, ("predict",), "segment again what has been segmented before"),
     "distributed": (
         "auto",
         TOGETHER,
@@ -53,6 +65,7 @@ FLAGS = {  # name -> (default, the modes that read it, help)
     "coordinator_address": (None, TOGETHER, "HOST:PORT of process 0, the same for all processes"),
     "num_processes": (None, TOGETHER, "how many processes there are"),
     "process_id": (None, TOGETHER, "number of this process, from 0"),
+    "root": (None, ("init",), "folder of the data set to write a config for"),
     "topology": (None, ("plan",), "devices to compile for, such as v5e:16x16, h200:8 or cpu:8"),
 }
 
@@ -90,6 +103,8 @@ def set_up_logging() -> None:
     handler.setFormatter(Formatter("%(message)s"))
     ours = package if distributed.is_primary() else "nothing of ours"
     handler.filters = [lambda record: record.levelno >= WARNING or ours in record.pathname]
+    if sys.stderr.isatty():
+        importlib.import_module("memseg_jax.runtime.bars").write_above(handler)
 
 
 def _run(argv: list[str]) -> int:
@@ -100,18 +115,20 @@ def _run(argv: list[str]) -> int:
         )
     set_up_logging()
     try:
-        return _run_mode(line)
+        return _run_mode(line, argv)
     except BaseException as error:
         distributed.failed(error)
         raise
 
 
-def _run_mode(line: SimpleNamespace) -> int:
-    module = importlib.import_module(f"memseg_jax.{line.mode}")
+def _run_mode(line: SimpleNamespace, argv: list[str]) -> int:
+    module = importlib.import_module(f"memseg_jax.modes.{line.mode}")
     # Before anything is read: a misspelt gs:// would else become a folder of this name.
     for name in ("workdir", "input", "output"):
         if name in line.given:
             files.place(getattr(line, name), f"--{name}")
+    if line.mode == "init":
+        return module.run(line.root, line.output)
     workdir = line.workdir or os.path.join("runs", _run_name(line.config_flag))
     if line.mode == "check_data":
         return module.run(line.config, line.output or os.path.join(workdir, "check_data"))
@@ -130,9 +147,23 @@ def _run_mode(line: SimpleNamespace) -> int:
         arguments.append(int(which) if (which := line.checkpoint).isdecimal() else which)
     if line.mode == "predict":
         output = line.output or os.path.join(workdir, "predictions")
-        arguments += [line.input, output, line.save_confidence, line.save_ids]
+        arguments += [line.input, output, line.save_confidence, line.save_ids, line.overwrite]
     module.run(*arguments)
+    if line.mode == "train" and distributed.is_primary():
+        again = f"python -m memseg_jax.main {shlex.join(argv[1:])}"
+        print(f"Segment your own pictures:\n  {again} --mode predict --input PICTURES", flush=True)
     return 0
+
+
+def _asks_for_init(argv: list[str]) -> bool:
+    """Whether the mode is the one that takes no config; the line is not parsed yet."""
+    words = " ".join(argv).replace("=", " ").split()
+    asked = any(
+        pair in (("--mode", "init"), ("-mode", "init")) for pair in itertools.pairwise(words)
+    )
+    if asked and command_line.names_config(argv):
+        raise UserError("--mode init writes a config file: leave out --config")
+    return asked
 
 
 def _run_name(config_flag: str) -> str:
@@ -144,16 +175,19 @@ def _run_name(config_flag: str) -> str:
 def _parse(argv: list[str]) -> SimpleNamespace:
     """Parses the command line and checks what goes together."""
     definitions = {
-        name: (default, text if modes == MODES else f"{', '.join(modes)}: {text}")
+        name: (default, text if modes in (MODES, _WITH_CONFIG) else f"{', '.join(modes)}: {text}")
         for name, (default, modes, text) in FLAGS.items()
     }
-    line = command_line.parse(argv, definitions, doc=USAGE)
+    with_config = not _asks_for_init(argv)
+    line = command_line.parse(argv, definitions, doc=USAGE, with_config=with_config)
     mode = line.mode
     if mode not in MODES:
         raise UserError(f"there is no mode {mode!r}. {did_you_mean(mode, MODES)}")
     for name, (_, modes, _) in FLAGS.items():
         if name in line.given and mode not in modes:
             raise UserError(f"--{name} is only for --mode {' and '.join(modes)}")
+    if mode == "init" and not line.root:
+        raise UserError(f"--mode init needs --root: {FLAGS['root'][2]}")
     if mode == "predict" and not line.input:
         raise UserError(f"--mode predict needs --input: {FLAGS['input'][2]}")
     if mode == "plan" and not line.topology:

@@ -12,7 +12,13 @@ from memseg_jax.models import vit
 from memseg_jax.models.segmentor import build_backbone
 from tests.goldens import rule_array
 
-NARROW = {"resnet18": 1 / 16, "resnet50": 1 / 16, "resnest101": 1 / 16, "hrnetv2w48": 1 / 24}
+NARROW = {
+    "resnet18": 1 / 16,
+    "resnet50": 1 / 16,
+    "resnet50_v1b": 1 / 16,
+    "resnest101": 1 / 16,
+    "hrnetv2w48": 1 / 24,
+}
 CNNS = tuple(NARROW)
 
 

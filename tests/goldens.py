@@ -35,6 +35,12 @@ def golden_files(kind: str) -> list[str]:
     return [f"{kind}/{path.name}" for path in sorted((goldens_dir() / kind).glob("*.npz"))]
 
 
+def pixels(name: str) -> int:
+    """Returns how many pixels a case such as forward/model__2x3x64x96.npz has, of all images."""
+    count, _, height, width = map(int, pathlib.Path(name).stem.split("__")[1].split("x"))
+    return count * height * width
+
+
 def load(name: str) -> dict[str, np.ndarray]:
     """Returns all arrays of a golden file, given its relative name."""
     with np.load(goldens_dir() / name, allow_pickle=False) as stored:

@@ -10,7 +10,8 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 
-from memseg_jax import evaluate, main, train
+from memseg_jax import main
+from memseg_jax.modes import benchmark, evaluate, train
 from memseg_jax.runtime import sharding
 from memseg_jax.training import program
 from tests.small_models import ThreeConvolutions
@@ -45,8 +46,10 @@ build = train.build_segmentor
 if __name__ == "__main__":
     jax.config.update("jax_enable_x64", True)
     sharding._SMALL = 64  # or nothing of this model would be split
-    train.build_segmentor = evaluate.build_segmentor = small_model
+    for mode in (train, evaluate, benchmark):
+        mode.build_segmentor = small_model
     train.init_state = in_double(train.init_state)
+    benchmark.init_state = in_double(benchmark.init_state)
     program.abstract_state = in_double(program.abstract_state)
     evaluate.abstract_variables = in_double(evaluate.abstract_variables)
     sys.exit(main.main(["main", "--config", str(CONFIG), *sys.argv[1:]]))

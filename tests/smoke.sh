@@ -45,6 +45,8 @@ def get_config():
     return config
 PY
 run() { python -m memseg_jax.main --config mine.py --workdir run "$@"; }
+python -m memseg_jax.main --mode init --root data --output written.py
+python -m memseg_jax.main --config written.py --mode check_data
 run --mode check_data
 run
 run
@@ -57,6 +59,15 @@ run --mode plan --topology cpu:2
 run --mode predict --input data/images/val/0.png --output out
 test -s out/0.png
 test -s out/0_overlay.jpg
+python - <<'PY'
+import pathlib
+import memseg_jax
+
+result = memseg_jax.load("run").predict("data/images/val/0.png")
+print(result)
+assert result.overlay().size == (120, 80)
+assert pathlib.Path(memseg_jax.__file__).with_name("py.typed").is_file()
+PY
 test -s run/metrics.csv
 test -s run/metrics.json
 # A config that comes with the package, and a converter.

@@ -71,7 +71,7 @@ def colour_mask(root, split):
     with Image.open(path) as image:
         colours = np.array(tiny.COLOURS, np.uint8)[np.minimum(np.array(image), 2)]
     tiny.write(path, colours)
-    return [str(path), "colour mask", "Expected one channel", "Convert each colour"]
+    return [str(path), "colour mask", "Expected one channel", "config.data.label_colors"]
 
 
 @case

@@ -8,11 +8,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from memseg_jax import benchmark
 from memseg_jax.data import IGNORE_LABEL
 from memseg_jax.hlo.chips import nominal_peak
 from memseg_jax.hlo.flops import count_flops, network_flops
 from memseg_jax.models.segmentor import build_segmentor
+from memseg_jax.modes import benchmark
 from memseg_jax.runtime import compilation
 from memseg_jax.training.program import random_batch
 from tests import tiny

@@ -182,6 +182,7 @@ def test_training_step(run):
     assert "resnet18, 3 classes, 2 x 32x32, float32" in printed
 
 
+@pytest.mark.slow
 def test_evaluation_forward(run):
     ((network, maps), _) = run("evaluation_forward", *MODEL)
     check(network["results"], ["JAX", "PyTorch"])
@@ -251,6 +252,7 @@ def test_many_sizes(run):
     assert printed.startswith("config.eval.canvases = ((")
 
 
+@pytest.mark.slow
 def test_saving(run, tmp_path):
     flags = (f"--config={CONFIG}", "--saves=3", f"--folder={tmp_path}")
     ((found,), printed) = run("saving", *flags)
@@ -285,3 +287,31 @@ def test_mistakes(run, arguments, message):
     with pytest.raises(UserError) as error:
         module.main(["memory_update", *arguments])
     assert str(error.value) == message
+
+
+@pytest.mark.slow
+def test_large_photograph(run):
+    results = []
+    for side in ("jax", "torch"):
+        found, printed = run(
+            "large_photograph", f"--config={CONFIG}", "--size=70x100", f"--only={side}"
+        )
+        assert f"{side}: " in printed
+        results += found
+    assert [result["name"] for result in results] == ["jax", "torch"]
+    assert all(result["size"] == [70, 100] for result in results)
+    assert all(result["cpu_seconds"] > 0 for result in results)
+    assert all(result["peak_bytes"] > 1e8 for result in results)  # the interpreter's alone is more
+
+
+@pytest.mark.slow
+def test_seams(run, tmp_path):
+    workdir = tiny.save_random_model(tmp_path / "run")
+    tiny.write(tmp_path / "a.png", tiny.picture(0, 70, 100)[0])
+    flags = (f"--config={CONFIG}", f"--workdir={workdir}", f"--input={tmp_path}/*.png")
+    results, printed = run("seams", *flags, "--config.eval.base_size=()")
+    assert [result["overlap"] for result in results] == [0.5, 0.75]
+    assert all(0 <= share < 1 for result in results for share in result["changed"])
+    assert "overlap 50%: " in printed
+    with pytest.raises(UserError, match="no photograph"):
+        run("seams", *flags[:2], f"--input={tmp_path}/*.jpg")

@@ -10,8 +10,8 @@ import scipy.io
 from PIL import Image
 
 from configs import ade20k_resnet50, common
-from memseg_jax import check_data
 from memseg_jax.data import ade20k, open_split, pipeline, transforms
+from memseg_jax.modes import check_data
 from memseg_jax.scoring import visualize
 from tests.official_trees import SPLITS, write_tree
 
@@ -150,9 +150,9 @@ def test_messages_are_bounded():
     assert "... and 1880 more" in text
 
 
-def warnings_of(labels, names, ignore_label=255):
+def warnings_of(labels, names, ignore_label=255, ignoring=""):
     report = check_data.check_split(MemorySource(labels), "train", len(names))
-    lines = check_data.format_report(report, names, ignore_label).splitlines()
+    lines = check_data.format_report(report, names, ignore_label, ignoring).splitlines()
     return "\n".join(line for line in lines if "warning: " in line)
 
 
@@ -174,7 +174,9 @@ def test_hint_on_an_ignore_value_that_is_a_class_id():
 def test_hint_on_binary_masks_with_255():
     mask = uniform(0)
     mask[0] = 255
-    assert "save object pixels as 1" in warnings_of([mask], ("background", "object"))
+    assert "label_map = ((0, 'background'), (255, 'object'))" in warnings_of(
+        [mask], ("background", "object")
+    )
 
 
 def test_hint_on_too_much_ignore():
@@ -184,13 +186,35 @@ def test_hint_on_too_much_ignore():
     assert "no pixel is labelled" in warnings_of([uniform(255)], ("a", "b"), 9)
 
 
+def test_hints_on_colours_maps_and_polygons_name_their_fields():
+    label = uniform(255)
+    label[0] = 1
+    field = "config.data.outside_polygons"
+    warning = warnings_of([label], ("a", "b"), ignoring=field)
+    assert f"is {field} meant?" in warning
+    assert "shifted" not in warning  # they hold no ids that could be
+    warning = warnings_of([uniform(255)], ("a", "b"), ignoring=field)
+    assert f"no pixel is labelled. Correct {field} or the files." in warning
+    data = common.get_config().data
+    for name, value in (
+        ("label_colors", ((0, 0, 0), (1, 1, 1))),
+        ("label_map", ((0, "a"), (1, "b"))),
+        ("outside_polygons", "a"),
+        ("label_dir", "a.json"),
+    ):
+        changed = data.copy_and_resolve_references()
+        changed[name] = value
+        assert check_data.ignoring_field(changed).startswith("config.data.")
+    assert check_data.ignoring_field(data) == ""
+
+
 @pytest.mark.parametrize(
     ("values", "ignore_label", "hint"),
     [
         ((0, 1, 2, 3), 255, "set config.data.ignore_label=3"),
         ((1, 2, 3), 255, "count from 1"),
         ((0, 1, 2, 255), -1, "set config.data.ignore_label=255"),
-        ((0, 255), -1, "object's pixels as 1"),
+        ((0, 255), -1, "label_map = ((0, 'background'), (255, 'object'))"),
     ],
 )
 def test_hint_on_values_that_are_not_allowed(config, tmp_path, capsys, values, ignore_label, hint):

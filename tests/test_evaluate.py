@@ -68,7 +68,7 @@ def test_evaluate_writes_scores_by_name(root, workdir, compilations, capsys):
     assert status == 0, shown.err
     scores = json.loads((workdir / "metrics.json").read_text())
     assert (scores["step"], scores["split"], scores["images"], scores["mode"]) == (
-        7, "val", len(SIZES), "whole",
+        7, "val", len(SIZES), "auto",
     )  # fmt: skip
     labels = [sample["label"] for sample in _samples(root)]
     truth = np.sum([np.bincount(x.ravel(), minlength=256)[:3] for x in labels], axis=0)
@@ -128,7 +128,10 @@ def test_classes_of_the_checkpoint_in_another_order_are_refused(workdir, capsys,
 @pytest.mark.parametrize(
     ("change", "answer"),
     [
-        ("mode=slides", "config.eval.mode is 'slides'; expected one of 'whole', 'slide'. Did you"),
+        (
+            "mode=slides",
+            "config.eval.mode is 'slides'; expected one of 'auto', 'whole', 'slide'. Did you",
+        ),
         ("batch_size=0", "config.eval.batch_size is 0; expected a whole number from 1 to"),
         ("scales=()", "config.eval.scales is (); expected 1 to 100 factors"),
         ("scales=(1.0,-2)", "config.eval.scales[1] is -2; expected a number above 0"),

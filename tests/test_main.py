@@ -44,7 +44,7 @@ def calls(monkeypatch):
         return module
 
     for mode in entry.MODES:
-        monkeypatch.setitem(sys.modules, f"memseg_jax.{mode}", fake(mode))
+        monkeypatch.setitem(sys.modules, f"memseg_jax.modes.{mode}", fake(mode))
     monkeypatch.setattr(entry, "set_up_logging", lambda: None)
     monkeypatch.setattr(compilation, "keep_programs", lambda: made.append("cache"))
     return made
@@ -98,10 +98,11 @@ def test_evaluate(config_file, calls):
 def test_predict(config_file, calls):
     common = ("--config", config_file, "--mode", "predict", "--input", "photos")
     run(*common)
-    run(*common, "--output", "out", "--save_ids", "--checkpoint", "last", "--save_confidence=false")
+    more = ("--save_ids", "--checkpoint", "last", "--save_confidence=false", "--overwrite")
+    run(*common, "--output", "out", *more)
     assert [call[2:] for call in calls if call != "cache"] == [
-        ("runs/tiny", "best", "photos", "runs/tiny/predictions", False, False),
-        ("runs/tiny", "last", "photos", "out", False, True),
+        ("runs/tiny", "best", "photos", "runs/tiny/predictions", False, False, False),
+        ("runs/tiny", "last", "photos", "out", False, True, True),
     ]
 
 
@@ -191,14 +192,14 @@ def test_user_errors_of_a_mode(config_file, calls, monkeypatch, capsys):
     def fail(*args):
         raise UserError("label.png holds 200")
 
-    monkeypatch.setattr(sys.modules["memseg_jax.train"], "run", fail)
+    monkeypatch.setattr(sys.modules["memseg_jax.modes.train"], "run", fail)
     assert run("--config", config_file) == 1
     assert capsys.readouterr().err == "error: label.png holds 200\n"
 
     def stop(*args):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(sys.modules["memseg_jax.train"], "run", stop)
+    monkeypatch.setattr(sys.modules["memseg_jax.modes.train"], "run", stop)
     assert run("--config", config_file) == 130
 
 

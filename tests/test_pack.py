@@ -14,9 +14,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from memseg_jax import pack
 from memseg_jax.data import open_split, packed
 from memseg_jax.errors import UserError
+from memseg_jax.modes import pack
 from tests import tiny
 
 pytestmark = pytest.mark.usefixtures("quiet_entry")
@@ -25,7 +25,8 @@ COUNTS = {"train": 9, "val": 3}
 # Runs the program with small shards, after some lines that may change it.
 CODE = """
 import os, signal, sys
-from memseg_jax import main, pack
+from memseg_jax import main
+from memseg_jax.modes import pack
 from memseg_jax.data import packed
 pack.SHARD_BYTES = 12_000
 {}

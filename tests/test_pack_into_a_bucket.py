@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from memseg_jax import pack
 from memseg_jax.data import open_split, staging
 from memseg_jax.errors import UserError
+from memseg_jax.modes import pack
 from memseg_jax.runtime import files
 from tests import tiny
 from tests.test_pack import CODE, assert_same_samples, config_of, contents, flags, run

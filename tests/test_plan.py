@@ -13,12 +13,12 @@ import numpy as np
 import pytest
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from memseg_jax import plan
 from memseg_jax.errors import UserError
 from memseg_jax.hlo import hlo_text, topologies
 from memseg_jax.hlo.chips import CHIPS, Chip
 from memseg_jax.hlo.hlo_text import Collective
 from memseg_jax.models.segmentor import build_segmentor
+from memseg_jax.modes import plan
 from memseg_jax.training.state import abstract_variables
 from tests import session, tiny
 
@@ -260,6 +260,8 @@ def test_the_largest_input_of_the_evaluation():
     config.augment.crop = (40, 56)
     assert plan.largest_input(config) == (40, 56)  # no limits: only the crop is known
     config.eval.base_size = (2048, 1024)
+    assert plan.largest_input(config) == (40, 56)  # in windows
+    config.eval.mode = "whole"
     assert plan.largest_input(config) == (1024, 2048)
     config.eval.scales = (0.5, 1.25)
     assert plan.largest_input(config) == (1280, 2560)

@@ -1,17 +1,23 @@
 """Predicting: which pictures are found, what is written, and what happens to bad ones."""
 
+import contextlib
+import csv
+import os
 from pathlib import Path
 
 import numpy as np
 import pytest
 from PIL import Image
 
+from memseg_jax.data import videos
 from memseg_jax.data.images import read_image
 from memseg_jax.errors import UserError
-from memseg_jax.predict import find_images
+from memseg_jax.modes import predict as predicting
+from memseg_jax.modes.predict import find_images
 from memseg_jax.scoring import visualize
+from memseg_jax.scoring.summary import Summary
 from tests import tiny
-from tests.tiny_config import CLASSES, COLOURS
+from tests.tiny_config import CLASSES, COLOURS, get_config
 
 pytestmark = [
     pytest.mark.usefixtures("quiet_entry", "compilations"),
@@ -88,7 +94,7 @@ def test_every_result_has_a_name_of_its_own(tmp_path):
     for name in ("a.jpg", "a.png", "a.jpg.png", "a_ids.png", "b/a.jpg", "c.tif"):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).touch()
-    endings = (".png", "_overlay.jpg", "_confidence.png", "_ids.png")
+    endings = (".png", "_overlay.jpg", "_confidence.png", "_ids.png", "_overlay.mp4")
     names = [
         str(name) + ending
         for _, name in find_images(str(tmp_path), tmp_path / "out")
@@ -133,7 +139,8 @@ def test_sizes_and_kinds_of_pictures(tmp_path, predict, capsys):
         "dot": (1, 1), "grey": (20, 30), "rgba": (20, 30), "turned": (50, 24),
     }  # fmt: skip
     out = tmp_path / "out"
-    assert results(out) == sorted(f"{n}{e}" for n in sizes for e in (".png", "_overlay.jpg"))
+    files = [f"{name}{ending}" for name in sizes for ending in (".png", "_overlay.jpg")]
+    assert results(out) == sorted([*files, "summary.csv"])
     seen = set()
     for name, size in sizes.items():
         label = ids(out / f"{name}.png")
@@ -147,7 +154,8 @@ def test_label_maps_hold_class_ids_and_the_checkpoints_colours(tmp_path, predict
     picture(tmp_path / "a.png", 40, 50)
     assert predict(tmp_path / "a.png", "--save_ids", "--save_confidence") == 0
     out = tmp_path / "out"
-    assert results(out) == ["a.png", "a_confidence.png", "a_ids.png", "a_overlay.jpg"]
+    files = ["a.png", "a_confidence.png", "a_ids.png", "a_overlay.jpg", "summary.csv"]
+    assert results(out) == files
     label = ids(out / "a.png")
     assert len(np.unique(label)) > 1
     np.testing.assert_array_equal(ids(out / "a_ids.png"), label)
@@ -171,7 +179,7 @@ def test_classes_are_those_of_the_checkpoint(tmp_path, predict, caplog):
     first = (tmp_path / "out" / "a.png").read_bytes()
     caplog.set_level("INFO")
     changes = ["--config.data.class_names=('x','y','z','more')", "--config.data.palette=()"]
-    assert predict(tmp_path / "a.png", *changes) == 0
+    assert predict(tmp_path / "a.png", *changes, "--overwrite") == 0
     assert (tmp_path / "out" / "a.png").read_bytes() == first
     summary = next(m for m in caplog.messages if m.startswith(str(tmp_path / "a.png")))
     summary = summary.removeprefix(f"{tmp_path / 'a.png'}: ")
@@ -202,7 +210,117 @@ def test_sliding_windows(tmp_path, predict):
 def test_the_default_output(tmp_path, workdir):
     picture(tmp_path / "a.png", 40, 50)
     assert tiny.run("--mode=predict", "--workdir", workdir, "--input", tmp_path / "a.png") == 0
-    assert results(workdir / "predictions") == ["a.png", "a_overlay.jpg"]
+    assert results(workdir / "predictions") == ["a.png", "a_overlay.jpg", "summary.csv"]
+
+
+def test_large_pictures_in_blended_windows(tmp_path, predict, compilations):
+    picture(tmp_path / "large.png", 70, 190)  # more than four crops of 32x32
+    assert predict(tmp_path / "large.png") == 0
+    assert ids(tmp_path / "out" / "large.png").shape == (70, 190)
+    assert "the network for 32x32 inputs" in compilations
+
+
+# ---- What is done, and what is done again -------------------------------------------------------
+
+
+def test_what_is_done_is_skipped(tmp_path, predict, capsys, monkeypatch):
+    picture(tmp_path / "in" / "a.png", 40, 50)
+    assert predict(tmp_path / "in") == 0
+    before = (tmp_path / "out" / "summary.csv").read_text()
+    monkeypatch.setattr(predicting.trained_model, "load", None)  # nothing is loaded
+    capsys.readouterr()
+    assert predict(tmp_path / "in") == 0
+    assert "0 pictures segmented, 1 skipped" in capsys.readouterr().out
+    assert (tmp_path / "out" / "summary.csv").read_text() == before
+
+
+def test_what_counts_as_done(tmp_path):
+    source, name, out = picture(tmp_path / "a.png", 4, 5), Path("sub", "a"), tmp_path / "out"
+    endings = [predicting.LABELS, predicting.OVERLAY]
+
+    def is_done(made_by="step 7, 01", endings=endings):
+        table = Summary(out, CLASSES, made_by)
+        return predicting._is_done((source, name), out, table, endings)
+
+    assert not is_done()
+    files = [picture(out / "sub" / f"a{ending}", 4, 5) for ending in (".png", "_overlay.jpg")]
+    assert not is_done()  # somebody else's
+    table = Summary(out, CLASSES, "step 7, 01")
+    table.begin([])
+    table.add(str(source), "sub/a", (4, 5), np.array([20, 0, 0]))
+    table.close()
+    assert is_done()
+    assert not is_done("step 8, 01")
+    assert not is_done(endings=[*endings, predicting.IDS])
+    os.utime(source, (2**32, 2**32))  # changed since
+    assert not is_done()
+    os.utime(source, (1, 1))
+    files[1].unlink()
+    assert not is_done()
+
+
+def test_what_changes_results_is_in_their_name():
+    meta = {"step": 7, "checksums": {"a": "1"}}
+    first = predicting._made_by(get_config(), meta)
+    assert first.startswith("step 7, ")
+
+    def after(field, value):
+        config = get_config()
+        config.update_from_flattened_dict({field: value})
+        return predicting._made_by(config, meta)
+
+    for field, value in (("eval.flip", True), ("augment.crop", (8, 8)), ("eval.mode", "whole")):
+        assert after(field, value) != first
+    assert predicting._made_by(get_config(), meta | {"checksums": {"a": "2"}}) != first
+    assert after("eval.batch_size", 7) == after("train.epochs", 1) == first
+
+
+def summary(folder):
+    with open(folder / "summary.csv", newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def test_the_summary_has_the_share_of_every_class(tmp_path, predict):
+    picture(tmp_path / "in" / "a, b.png", 40, 50)
+    assert predict(tmp_path / "in") == 0
+    (row,) = summary(tmp_path / "out")
+    assert (row["input"], row["result"]) == (str(tmp_path / "in" / "a, b.png"), "a, b")
+    assert (row["frames"], row["height"], row["width"]) == ("1", "40", "50")
+    label = ids(tmp_path / "out" / "a, b.png")
+    for number, name in enumerate(CLASSES):
+        assert float(row[name]) == pytest.approx((label == number).mean(), abs=1e-6)
+
+
+# ---- Videos -------------------------------------------------------------------------------------
+
+
+def test_a_video_becomes_a_video_of_overlays(tmp_path, predict, capsys):
+    (tmp_path / "in").mkdir()
+    with contextlib.closing(videos.VideoWriter(tmp_path / "in" / "clip.mp4", 12.0)) as writer:
+        for number in range(5):
+            writer.add(tiny.picture(number, 48, 64)[0])
+    picture(tmp_path / "in" / "clip.png", 40, 50)
+    assert predict(tmp_path / "in", "--config.eval.batch_size=2") == 0
+    assert "2 pictures segmented" in capsys.readouterr().out
+    made = videos.open_video(tmp_path / "out" / "clip_overlay.mp4")
+    frames = list(made.read())
+    assert (made.rate, made.frames, len(frames)) == (12.0, 5, 5)
+    assert {frame.shape for frame in frames} == {(48, 64, 3)}
+    given = list(videos.open_video(tmp_path / "in" / "clip.mp4").read())
+    for frame, plain in zip(frames, given):  # in order, and each a mixture of colours with its own
+        distances = [abs(frame.astype(int) - other).mean() for other in given]
+        assert np.argmin(distances) == [x is plain for x in given].index(True)
+    rows = {row["result"]: row for row in summary(tmp_path / "out")}
+    assert {name: row["frames"] for name, row in rows.items()} == {"clip": "5", "clip.png": "1"}
+
+
+def test_a_damaged_video_does_not_stop_the_others(tmp_path, predict, capsys):
+    (tmp_path / "in").mkdir()
+    (tmp_path / "in" / "bad.mp4").write_bytes(b"no video")
+    picture(tmp_path / "in" / "a.png", 40, 50)
+    assert predict(tmp_path / "in") == 1
+    assert f"{tmp_path / 'in' / 'bad.mp4'}: no frame of this video" in capsys.readouterr().err
+    assert results(tmp_path / "out") == ["a.png", "a_overlay.jpg", "summary.csv"]
 
 
 # ---- What goes wrong ----------------------------------------------------------------------------
@@ -222,7 +340,15 @@ def test_unreadable_pictures_do_not_stop_the_others(tmp_path, predict, capsys):
     for name in ("b.jpg", "e.png"):
         assert str(tmp_path / "in" / name) in shown.err
     written = [f"{name}{ending}" for name in "acd" for ending in (".png", "_overlay.jpg")]
-    assert results(tmp_path / "out") == sorted(written)
+    assert results(tmp_path / "out") == sorted([*written, "summary.csv"])
+
+
+def test_a_picture_that_is_too_large_names_the_field(tmp_path, predict, capsys, monkeypatch):
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", Image.MAX_IMAGE_PIXELS)  # it is set
+    picture(tmp_path / "a.png", 40, 50)
+    assert predict(tmp_path / "a.png", "--config.eval.max_megapixels=0.001") == 1
+    assert "Scale it down. Or raise config.eval.max_megapixels." in capsys.readouterr().err
+    assert predict(tmp_path / "a.png", "--config.eval.max_megapixels=0.002") == 0
 
 
 def test_pictures_are_never_overwritten(tmp_path, predict, capsys):
@@ -237,9 +363,8 @@ def test_pictures_are_never_overwritten(tmp_path, predict, capsys):
 def test_results_are_no_input_the_next_time(tmp_path, predict, capsys):
     picture(tmp_path / "a.png", 40, 50)
     for _ in range(2):
-        status = predict(tmp_path, output=tmp_path / "out")
-        shown = capsys.readouterr()
-        assert "1 picture segmented" in shown.out or (status and "--output" in shown.err)
+        assert predict(tmp_path, "--overwrite", output=tmp_path / "out") == 0
+        assert "1 picture segmented" in capsys.readouterr().out
 
 
 def test_output_that_cannot_be_written(tmp_path, predict, capsys):

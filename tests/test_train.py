@@ -169,14 +169,18 @@ def kill_and_go_on(workdir, *arguments):
     assert_same_run(workdir, tiny.trained()[0])
 
 
-def test_killed_with_workers_and_continued_is_the_run_that_never_stopped(tmp_path):
-    # The run that never stopped had no workers, so this compares both.
-    kill_and_go_on(tmp_path, "--config.data.workers=2")
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("changes", [(), ("--config.data.threads=0", "--config.data.prefetch=1")])
-def test_killed_without_workers_and_continued_is_the_run_that_never_stopped(tmp_path, changes):
+@pytest.mark.parametrize(
+    "changes",
+    [
+        (),
+        pytest.param(("--config.data.workers=2",), marks=pytest.mark.slow),
+        pytest.param(
+            ("--config.data.threads=0", "--config.data.prefetch=1"), marks=pytest.mark.slow
+        ),
+    ],
+    ids=["", "workers", "no threads"],
+)
+def test_killed_and_continued_is_the_run_that_never_stopped(tmp_path, changes):
     kill_and_go_on(tmp_path, *changes)
 
 
@@ -209,7 +213,8 @@ def test_killed_in_a_bucket_and_continued_is_the_run_on_a_disk_that_never_stoppe
     assert predicted.returncode == 0, predicted.stderr
     assert "2 pictures segmented" in predicted.stdout
     assert [p.name for p in files.files_below(bucket / "predictions")] == [
-        f"{number}{ending}" for number in ("01", "02") for ending in (".png", "_overlay.jpg")
+        *(f"{number}{ending}" for number in ("01", "02") for ending in (".png", "_overlay.jpg")),
+        "summary.csv",
     ]
 
 
@@ -292,6 +297,7 @@ def test_another_data_set_is_refused(finished, capsys, tmp_path):
         ("data.palette=((1,2,3),)", "config.data.palette is ((1, 2, 3),); expected as many"),
         ("checkpoint.keep=0", "config.checkpoint.keep is 0"),
         ("data.eval_split=test", "'test'"),
+        ("train.freeze=('backbone/layer9*',)", "config.train.freeze names 'backbone/layer9*'"),
     ],
 )
 def test_impossible_values_are_refused_at_once(tmp_path, capsys, monkeypatch, change, answer):
@@ -339,6 +345,29 @@ def test_the_last_evaluation_is_made_up_for(
     assert tiny.run(*run) == 0, capsys.readouterr().err
     assert json.loads((tmp_path / "run" / "metrics.json").read_text())["step"] == STEPS
     assert checkpoint.read_scores(tmp_path / "run")[STEPS]["mIoU"] > 0
+
+
+def test_a_run_ends_when_the_scores_no_longer_rise(
+    tmp_path, capsys, caplog, monkeypatch, compilations, three_convolutions
+):
+    tiny.count_steps(monkeypatch)  # nothing is learned: the first score is the highest
+    run = (f"--config.data.root={tiny.data_root()}", "--workdir", tmp_path)
+    run += ("--config.train.eval_every=1",)
+    with caplog.at_level("INFO"):
+        assert tiny.run(*run, "--config.train.early_stop=2") == 0, capsys.readouterr().err
+    assert "no higher mIoU in the last 2 evaluations: the run ends here" in caplog.text
+    assert "Trained 12 steps" in capsys.readouterr().out
+    assert list(checkpoint.read_scores(tmp_path)) == [4, 8, 12]
+    assert checkpoint.all_steps(tmp_path)[-1] == 12
+
+    before = (tmp_path / "metrics.csv").read_bytes()
+    assert tiny.run(*run, "--config.train.early_stop=2") == 0
+    assert "This run is complete (12 steps)" in capsys.readouterr().out
+    assert (tmp_path / "metrics.csv").read_bytes() == before
+
+    assert tiny.run(*run, "--config.train.early_stop=4") == 0  # of which there are 3 at the end
+    assert "Trained 4 steps" in capsys.readouterr().out
+    assert list(checkpoint.read_scores(tmp_path)) == [4, 8, 12, 16]
 
 
 def test_in_a_bucket_a_step_makes_no_request(door, capsys, monkeypatch, three_convolutions):

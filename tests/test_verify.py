@@ -45,18 +45,19 @@ def saved():
 
 
 @pytest.fixture
-def workdir(saved, place):
+def workdir(saved, place_of_run):
     """A workdir with the steps 1, 2 and 3."""
-    kind = files.in_bucket(place)
+    kind, origin = files.in_bucket(place_of_run), place_of_run / "saved"
     if kind not in saved:
         for step in (1, 2, 3):
-            save_one(place / "saved", step, step / 10, make_state(step, width=WIDTH))
-        found = files.files_below(place / "saved")
-        saved[kind] = {p.relative_to(place / "saved").as_posix(): p.read_bytes() for p in found}
+            save_one(origin, step, step / 10, make_state(step, width=WIDTH))
+        found = files.files_below(origin)
+        saved[kind] = {p.relative_to(origin).as_posix(): p.read_bytes() for p in found}
+    folder = place_of_run / "run"
     for name, content in saved[kind].items():
-        files.make_folder((place / "run" / name).parent)
-        (place / "run" / name).write_bytes(content)
-    return place / "run"
+        files.make_folder((folder / name).parent)
+        (folder / name).write_bytes(content)
+    return folder
 
 
 def resume(workdir, state=None):

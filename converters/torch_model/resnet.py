@@ -1,4 +1,4 @@
-"""ResNet-18, -50 and -101 with three 3x3 convolutions as stem, at output stride 8."""
+"""ResNet-18, -50 and -101 at output stride 8; see `memseg_jax.models.resnet` for the two stems."""
 
 import torch
 import torch.nn.functional as F
@@ -15,7 +15,15 @@ class BasicBlock(nn.Module):
 
     expansion = 1
 
-    def __init__(self, channels: int, planes: int, stride: int, dilation: int, project: bool):
+    def __init__(
+        self,
+        channels: int,
+        planes: int,
+        stride: int,
+        dilation: int,
+        project: bool,
+        second_dilation: int = 1,
+    ):
         super().__init__()
         self.downsample = (
             conv_norm(channels, planes, stride=stride, activate="none")
@@ -24,7 +32,7 @@ class BasicBlock(nn.Module):
         )
         self.conv1 = conv(channels, planes, 3, stride, dilation)
         self.bn1 = nn.BatchNorm2d(planes)
-        self.conv2 = conv(planes, planes, 3)
+        self.conv2 = conv(planes, planes, 3, dilation=second_dilation)
         self.bn2 = nn.BatchNorm2d(planes)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
@@ -64,6 +72,9 @@ VARIANTS = {
     "resnet18": (BasicBlock, (2, 2, 2, 2)),
     "resnet50": (Bottleneck, (3, 4, 6, 3)),
     "resnet101": (Bottleneck, (3, 4, 23, 3)),
+    "resnet18_v1b": (BasicBlock, (2, 2, 2, 2)),
+    "resnet50_v1b": (Bottleneck, (3, 4, 6, 3)),
+    "resnet101_v1b": (Bottleneck, (3, 4, 23, 3)),
 }
 
 
@@ -91,15 +102,23 @@ class ResNet(nn.Module):
         super().__init__()
         block, depths = self.variants[variant]
         stem = [max(int(channels * width), 1) for channels in self.stem_channels]
-        self.stem = nn.Sequential(
-            *conv_norm(3, stem[0], 3, 2),
-            *conv_norm(stem[0], stem[1], 3),
-            *conv_norm(stem[1], stem[2], 3),
-        )
+        self.is_v1b = variant.endswith("_v1b")
+        if self.is_v1b:
+            self.conv1 = conv(3, stem[2], 7, 2)
+            self.bn1 = nn.BatchNorm2d(stem[2])
+            self.stem = nn.Identity()  # its output has a name in `taps`
+        else:
+            self.stem = nn.Sequential(
+                *conv_norm(3, stem[0], 3, 2),
+                *conv_norm(stem[0], stem[1], 3),
+                *conv_norm(stem[1], stem[2], 3),
+            )
         self.maxpool = nn.MaxPool2d(3, 2, 1)
         channels, self.channels = stem[2], []
         for stage, depth in enumerate(depths):
             planes = max(int(64 * 2**stage * width), 1)
+            dilate_both = self.is_v1b and block is BasicBlock
+            more = {"second_dilation": DILATIONS[stage]} if dilate_both else {}
             blocks = []
             for index in range(depth):
                 stride = STRIDES[stage] if index == 0 else 1
@@ -108,13 +127,15 @@ class ResNet(nn.Module):
                     dilation //= 2
                 out = planes * block.expansion
                 project = index == 0 and (stride > 1 or channels != out)
-                blocks.append(block(channels, planes, stride, dilation, project))
+                blocks.append(block(channels, planes, stride, dilation, project, **more))
                 channels = out
             setattr(self, f"layer{stage + 1}", nn.Sequential(*blocks))
             self.channels.append(channels)
 
     def forward(self, x: torch.Tensor) -> list[torch.Tensor]:
         """[batch, 3, height, width] -> four maps [batch, channels, h, w], strides 4, 8, 8, 8."""
+        if self.is_v1b:
+            x = F.relu(self.bn1(self.conv1(x)))
         x = self.maxpool(self.stem(x))
         maps = []
         for layer in (self.layer1, self.layer2, self.layer3, self.layer4):

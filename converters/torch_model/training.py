@@ -90,9 +90,15 @@ def build_optimizer(model: Segmentor, config: ml_collections.ConfigDict) -> torc
         config: the same config.
 
     Raises:
-        UserError: the multipliers name a module that the model lacks.
+        UserError: the multipliers name a module that the model lacks, or parts of one;
+            or some parameters are to be frozen, which this training cannot do.
     """
     o = config.optimizer
+    if config.train.freeze:
+        raise UserError(
+            f"config.train.freeze is {config.train.freeze}; expected (): the training in PyTorch "
+            "freezes nothing"
+        )
     factors = {name: tuple(pair) for name, pair in o.multipliers.items()}
     parameters = [(key, p) for key, p in model.named_parameters() if p.requires_grad]
     modules = {key: _our_module(model, key) for key, _ in parameters}

@@ -1,4 +1,4 @@
-"""ViT-Large with patches of 16x16 pixels: a plain transformer that returns four feature maps."""
+"""ViT-Large and -Base with patches of 16x16 pixels: plain transformers that return four maps."""
 
 import torch
 import torch.nn.functional as F
@@ -7,12 +7,12 @@ from torch import nn
 from converters.torch_model.layers import resize
 
 PATCH = 16
-CHANNELS = 1024
 HEAD_CHANNELS = 64
-OUTPUTS = (9, 14, 19, 23)  # blocks whose results are returned, counted from 0
 
 # Side of the square grid of learned positions; see `memseg_jax.models.vit`.
-VARIANTS = {"vitlarge": 512 // PATCH, "vitlarge_473": 473 // PATCH}
+VARIANTS = {"vitlarge": 512 // PATCH, "vitlarge_473": 473 // PATCH, "vitbase": 512 // PATCH}
+# Channels, and the blocks whose results are returned, counted from 0.
+SIZES = {"vitlarge": (1024, (9, 14, 19, 23)), "vitbase": (768, (2, 5, 8, 11))}
 
 
 class PatchEmbed(nn.Module):
@@ -79,6 +79,7 @@ class ViT(nn.Module):
         cls_token: [1, 1, channels].
         pos_embed: [1, 1 + side * side, channels]: the class token's entry, then the square's rows.
         embedded: has no effect; its input is the tokens with their positions.
+        outputs: blocks whose results are returned, counted from 0.
 
     The other attributes are as for `resnet.ResNet`.
     """
@@ -94,13 +95,14 @@ class ViT(nn.Module):
             width: multiplies the number of channels, in steps of one head of 64.
         """
         super().__init__()
-        channels = max(round(CHANNELS * width / HEAD_CHANNELS), 1) * HEAD_CHANNELS
-        self.channels = [channels] * len(OUTPUTS)
+        channels, self.outputs = SIZES[variant.split("_")[0]]
+        channels = max(round(channels * width / HEAD_CHANNELS), 1) * HEAD_CHANNELS
+        self.channels = [channels] * len(self.outputs)
         self.cls_token = nn.Parameter(torch.zeros(1, 1, channels))
         self.pos_embed = nn.Parameter(torch.zeros(1, 1 + VARIANTS[variant] ** 2, channels))
         self.patch_embed = PatchEmbed(channels)
         self.embedded = nn.Identity()
-        self.layers = nn.ModuleList(Block(channels) for _ in range(OUTPUTS[-1] + 1))
+        self.layers = nn.ModuleList(Block(channels) for _ in range(self.outputs[-1] + 1))
 
     def forward(self, x: torch.Tensor) -> list[torch.Tensor]:
         """[batch, 3, H, W] -> four maps [batch, channels, ceil(H / 16), ceil(W / 16)]."""
@@ -112,7 +114,7 @@ class ViT(nn.Module):
         maps = []
         for index, layer in enumerate(self.layers):
             x = layer(x)
-            if index in OUTPUTS:
+            if index in self.outputs:
                 maps.append(x[:, 1:].transpose(1, 2).unflatten(2, grid))
         return maps
 

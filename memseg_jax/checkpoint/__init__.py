@@ -22,6 +22,7 @@ from memseg_jax.checkpoint.meta import (
     holds_only_weights,
     make_meta,
     read_meta,
+    recorded_config,
 )
 from memseg_jax.checkpoint.scores import best_step, kept_steps, read_scores
 from memseg_jax.checkpoint.steps import (
@@ -49,6 +50,7 @@ __all__ = [
     "prepare_workdir",
     "read_meta",
     "read_scores",
+    "recorded_config",
     "restore_for_inference",
     "write_weights",
 ]

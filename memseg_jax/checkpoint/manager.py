@@ -17,7 +17,12 @@ from orbax.checkpoint import type_handlers
 from memseg_jax.checkpoint.arrays import any_process, restore_arrays, without_empty
 from memseg_jax.checkpoint.checksums import checksums
 from memseg_jax.checkpoint.meta import holds_only_weights, read_meta, read_meta_file, sealed
-from memseg_jax.checkpoint.scores import kept_steps, readable_scores, write_scores
+from memseg_jax.checkpoint.scores import (
+    kept_steps,
+    readable_scores,
+    without_gain,
+    write_scores,
+)
 from memseg_jax.checkpoint.steps import (
     DAMAGED_FOLDER,
     FOLDER,
@@ -187,6 +192,12 @@ class Checkpointer:
     def has_scores(self, step: int) -> bool:
         """Whether the evaluation of a step came to its end."""
         return distributed.on_primary("has_scores", lambda: step in readable_scores(self._workdir))
+
+    def evaluations_without_gain(self) -> int:
+        """How many evaluations of this run have followed that of its highest mIoU."""
+        return distributed.on_primary(
+            "without_gain", lambda: without_gain(readable_scores(self._workdir))
+        )
 
     def tidy(self) -> None:
         """Removes the checkpoints that need not be kept; cheap, and may be called at any time.

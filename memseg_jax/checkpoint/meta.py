@@ -36,6 +36,7 @@ HARMLESS_FIELDS = (
     "sharding.*",
     "train.log_every",
     "train.eval_every",
+    "train.early_stop",
     "train.on_nonfinite",
     "train.max_nonfinite",
     "train.watchdog_minutes",
@@ -44,7 +45,17 @@ HARMLESS_FIELDS = (
     "eval.*",
 )
 # What the fields that came later were before: checkpoints of then lack them.
-_EARLIER = {"model.precision": "default"}
+_EARLIER = {
+    "model.precision": "default",
+    "data.label_map": [],
+    "data.outside_polygons": "ignore",
+    "data.label_colors": [],
+    "data.ignore_colors": [],
+    "data.unknown_color": "error",
+    "data.label_name": "",
+    "data.val_share": 0.0,
+    "train.freeze": [],
+}
 _PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy")
 
 
@@ -57,6 +68,7 @@ def make_meta(
     class_names: Any,
     palette: Any,
     fingerprint: str,
+    class_weights: Sequence[float] = (),
 ) -> dict[str, Any]:
     """Describes a checkpoint in plain JSON values.
 
@@ -66,6 +78,7 @@ def make_meta(
         class_names: one string per class.
         palette: one (red, green, blue) per class.
         fingerprint: `Source.fingerprint()` of the training images.
+        class_weights: of the loss, one per class; empty: all are equal.
 
     Returns:
         The dict that `Checkpointer.save` takes as `meta`.
@@ -78,6 +91,7 @@ def make_meta(
         "class_names": plain(class_names),
         "palette": plain(palette),
         "fingerprint": fingerprint,
+        "class_weights": plain(class_weights),
         "versions": versions(),
     }
 
@@ -167,6 +181,14 @@ def read_meta_file(workdir: files.Place, step: int) -> dict[str, Any]:
     return meta
 
 
+def recorded_config(meta: Mapping[str, Any]) -> dict[str, Any]:
+    """The config that a checkpoint was trained with, by dotted field.
+
+    Fields that came later have the value that says what was done before them, where there is one.
+    """
+    return _EARLIER | flatten(meta["config"])
+
+
 # ---- Is this the same run? ----------------------------------------------------------------------
 
 
@@ -190,13 +212,16 @@ def config_differences(saved: Mapping[str, Any], current: Any) -> list[str]:
     return lines
 
 
-def check_same_run(meta: Mapping[str, Any], config: Any, fingerprint: str) -> None:
+def check_same_run(
+    meta: Mapping[str, Any], config: Any, fingerprint: str, class_weights: Sequence[float] = ()
+) -> None:
     """Refuses to continue a run with another config or other training images.
 
     Args:
         meta: the checkpoint's meta.
         config: the config of now.
         fingerprint: `Source.fingerprint()` of the training images of now.
+        class_weights: of the loss of now, as in `make_meta`.
 
     Raises:
         UserError: naming every field that differs, with both values.
@@ -207,6 +232,9 @@ def check_same_run(meta: Mapping[str, Any], config: Any, fingerprint: str) -> No
             "the list of training images: fingerprint "
             f"{meta['fingerprint']} in the checkpoint, {fingerprint} now"
         )
+    before, now = meta.get("class_weights", []), plain(class_weights)
+    if before and before != now:  # earlier checkpoints have those of the config alone
+        differences.append(f"the class weights: {show(before)} in the checkpoint, {show(now)} now")
     if differences:
         raise UserError(
             f"the workdir holds a run at step {meta['step']} that was trained with other "

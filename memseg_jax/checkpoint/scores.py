@@ -65,6 +65,22 @@ def best_step(steps: Iterable[int], scores: Mapping[int, Mapping[str, Any]]) -> 
     return max(scored, key=lambda step: (scored[step], step)) if scored else None
 
 
+def without_gain(scores: Mapping[int, Mapping[str, Any]]) -> int:
+    """How many evaluations there were since the one that first had the highest mIoU of all.
+
+    Args:
+        scores: of the steps that were evaluated. One without mIoU (no class was scored) is no gain.
+    """
+    best, count = None, 0
+    for step in sorted(scores):
+        miou = scores[step].get(MIOU)
+        if miou is not None and (best is None or miou > best):
+            best, count = miou, 0
+        else:
+            count += 1
+    return count
+
+
 def kept_steps(
     steps: Iterable[int], scores: Mapping[int, Mapping[str, Any]], keep: int
 ) -> set[int]:

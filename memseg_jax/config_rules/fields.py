@@ -4,7 +4,16 @@ A new field there needs a line here. Ranges are wide: what they leave out is mea
 learning rate, no channels) or is more than any machine holds.
 """
 
-from memseg_jax.config_rules.kinds import Choice, Number, Several, Switch, Table, Text, Whole
+from memseg_jax.config_rules.kinds import (
+    Choice,
+    Either,
+    Number,
+    Several,
+    Switch,
+    Table,
+    Text,
+    Whole,
+)
 from memseg_jax.data import data_sets
 from memseg_jax.models import PARTS, backbones
 
@@ -18,6 +27,7 @@ _SHARE = Number(0, 1)
 _WEIGHT = Number(0, 1e6)
 _FACTOR = Number(0, 100, above=True)
 _SIZE = Several(_SIDE, 2, 2, "(height, width)", (512, 512))
+_COLOR = Several(Whole(0, 255), 3, 3, "(red, green, blue)", (128, 64, 128))
 _LIMITS = Several(_SIDE, 2, 2, "(long side, short side)", (2048, 512), or_none=True)
 
 RULES = {
@@ -39,16 +49,37 @@ RULES = {
         Text(empty=False), 2, 254, "names, one per class", ("background", "road", "car")
     ),
     "data.palette": Several(
-        Several(Whole(0, 255), 3, 3, "(red, green, blue)", (128, 64, 128)),
-        0,
-        254,
-        "colours, one per class",
-        ((0, 0, 255), (128, 64, 128)),
+        _COLOR, 0, 254, "colours, one per class", ((0, 0, 255), (128, 64, 128))
     ),
     "data.ignore_label": Whole(-1, 255),
+    "data.label_map": Several(
+        Several(
+            Either((Whole(0, 2**31 - 1), Text(empty=False))),
+            2,
+            2,
+            "(what is in the files, class name or 'ignore')",
+            (7, "road"),
+        ),
+        0,
+        2**16,
+        "pairs",
+        ((0, "ignore"), (7, "road")),
+    ),
+    "data.outside_polygons": Text(empty=False),
+    "data.label_colors": Several(
+        Either((_COLOR, Several(_COLOR, 1, 1000, "colours", ((128, 64, 128), (0, 0, 255))))),
+        0,
+        254,
+        "entries, one per class",
+        ((0, 0, 255), ((128, 64, 128), (244, 35, 232))),
+    ),
+    "data.ignore_colors": Several(_COLOR, 0, 1000, "colours", ((0, 0, 0), (255, 255, 255))),
+    "data.unknown_color": Choice(("error", "ignore", "nearest")),
     "data.image_dir": Text(empty=False),
     "data.label_dir": Text(empty=False),
+    "data.label_name": Text(),
     "data.list_file": Text(),
+    "data.val_share": Number(0, 1, below=True, such_as=0.15),
     "data.image_size": Several(Whole(16, 2**16), 2, 2, "(height, width)", (96, 96)),
     "data.num_train": _COUNT_OR_NONE,
     "data.num_val": _COUNT_OR_NONE,
@@ -71,7 +102,8 @@ RULES = {
     "eval.keep_ratio": Switch(),
     "eval.scales": Several(_FACTOR, 1, 100, "factors", (0.75, 1.0, 1.25)),
     "eval.flip": Switch(),
-    "eval.mode": Choice(("whole", "slide")),
+    "eval.mode": Choice(("auto", "whole", "slide")),
+    "eval.overlap": Number(0.25, 0.9),
     "eval.window": _SIZE,
     "eval.stride": _SIZE,
     "eval.softmax_before_resize": Switch(),
@@ -80,6 +112,7 @@ RULES = {
     "eval.canvases": Several(_SIZE, 0, 1000, "sizes", ((512, 512), (512, 704))),
     "eval.size_multiple": _SIDE,
     "eval.save_predictions": Text(),
+    "eval.max_megapixels": Number(0, 1e6, above=True, such_as=179.0),
     "model.backbone": Choice(backbones),
     "model.backbone_width": Number(0, 16, above=True, such_as=1.0),
     "model.downsample": Choice((1, 2)),
@@ -105,7 +138,12 @@ RULES = {
     "loss.auxiliary": _WEIGHT,
     "loss.consistency": _WEIGHT,
     "loss.consistency_from_epoch": _COUNT,
-    "loss.class_weights": Several(_WEIGHT, 0, 254, "weights, one per class", (1.0, 0.5, 2.0)),
+    "loss.class_weights": Either(
+        (
+            Several(_WEIGHT, 0, 254, "weights, one per class", (1.0, 0.5, 2.0)),
+            Choice(("balanced",)),
+        )
+    ),
     "optimizer.lr": Number(0, 1000, above=True, such_as=0.01),
     "optimizer.min_lr": Number(0, 1000),
     "optimizer.power": Number(0, 100),
@@ -120,6 +158,14 @@ RULES = {
     "train.epochs": _COUNT,
     "train.log_every": _COUNT,
     "train.eval_every": _COUNT_OR_NONE,
+    "train.early_stop": _COUNT_OR_NONE,
+    "train.freeze": Several(
+        Text(empty=False),
+        0,
+        1000,
+        "patterns of parameter paths",
+        ("backbone/stem*", "backbone/layer1*"),
+    ),
     "train.on_nonfinite": Choice(("raise", "skip", "rollback")),
     "train.max_nonfinite": _COUNT,
     "train.watchdog_minutes": Number(0, 1e6),

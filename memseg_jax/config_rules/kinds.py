@@ -269,11 +269,29 @@ class Several(Rule):
 
 
 @dataclasses.dataclass(frozen=True)
+class Either(Rule):
+    """A value that one of some rules allows; the first of them says what was probably meant."""
+
+    rules: tuple[Rule, ...]
+
+    @property
+    def expected(self) -> str:  # noqa: D102
+        return "; or ".join(rule.expected for rule in self.rules)
+
+    def allows(self, value: Any) -> bool:  # noqa: D102
+        return any(rule.allows(value) for rule in self.rules)
+
+    def near(self, value: Any) -> str:  # noqa: D102
+        return self.rules[0].near(value)
+
+
+@dataclasses.dataclass(frozen=True)
 class Table(Rule):
     """A group of fields whose names are free within limits.
 
     Attributes:
-        names: what the names may be; a number after an underscore may follow.
+        names: what the names may be; a number after an underscore may follow. So may a "/" with
+            anything after it, and what has a "*" is not looked up: for paths and patterns of them.
         item: the rule of every value.
     """
 
@@ -302,7 +320,8 @@ class Table(Rule):
             self.item.check(f"{name}.{key}", item)
 
     def _known(self, key: Any) -> bool:
-        return key in self.names or re.sub(r"_\d+$", "", str(key)) in self.names
+        head = str(key).split("/")[0]
+        return "*" in head or head in self.names or re.sub(r"_\d+$", "", head) in self.names
 
 
 def _number(value: Any) -> int | float | None:

@@ -4,11 +4,14 @@ A relation is a function of the config that yields what is wrong; it may rely on
 what its own rule says.
 """
 
+import re
 from collections.abc import Iterator
 from typing import Any
 
 from memseg_jax.config_rules.kinds import refusal
+from memseg_jax.data.classes import IGNORE, colors_by_class
 from memseg_jax.errors import UserError
+from memseg_jax.runtime.suggest import did_you_mean
 
 
 def _one_start(config: Any) -> Iterator[UserError]:
@@ -23,9 +26,13 @@ def _one_start(config: Any) -> Iterator[UserError]:
 
 def _as_many_as_classes(config: Any) -> Iterator[UserError]:
     classes = len(config.data.class_names)
-    for name, section in (("data.palette", config.data), ("loss.class_weights", config.loss)):
+    for name, section in (
+        ("data.palette", config.data),
+        ("data.label_colors", config.data),
+        ("loss.class_weights", config.loss),
+    ):
         values = section[name.split(".")[1]]
-        if values and len(values) != classes:
+        if values and not isinstance(values, str) and len(values) != classes:
             yield refusal(
                 f"config.{name}",
                 values,
@@ -36,7 +43,7 @@ def _as_many_as_classes(config: Any) -> Iterator[UserError]:
 
 def _some_weight(config: Any) -> Iterator[UserError]:
     loss = config.loss
-    if loss.class_weights and not any(loss.class_weights):
+    if loss.class_weights != "balanced" and loss.class_weights and not any(loss.class_weights):
         yield refusal("config.loss.class_weights", loss.class_weights, "some weight above 0")
     stage1 = loss.stage1 if config.model.memory.enabled else 0
     auxiliary = loss.auxiliary if config.model.auxiliary else 0
@@ -126,6 +133,17 @@ def _equal_parts(config: Any) -> Iterator[UserError]:
         )
 
 
+def _evaluations_to_stop_by(config: Any) -> Iterator[UserError]:
+    train = config.train
+    if train.early_stop and not train.eval_every:
+        yield refusal(
+            "config.train.early_stop",
+            train.early_stop,
+            "0 beside config.train.eval_every = 0: it counts evaluations, and there is one alone, "
+            "at the end",
+        )
+
+
 def _one_axis_is_the_rest(config: Any) -> Iterator[UserError]:
     if config.sharding.data == config.sharding.fsdp == -1:
         yield refusal(
@@ -145,6 +163,109 @@ def _generated_images(config: Any) -> Iterator[UserError]:
             )
 
 
+def _colors_with_one_meaning(config: Any) -> Iterator[UserError]:
+    data = config.data
+    if not data.label_colors:
+        for field, default in (("ignore_colors", ()), ("unknown_color", "error")):
+            if tuple(data[field]) != tuple(default):
+                yield refusal(
+                    f"config.data.{field}",
+                    data[field],
+                    f"{default!r} as long as config.data.label_colors is empty: label files are "
+                    "read as class ids then",
+                )
+        return
+    meanings: dict[tuple[int, ...], set[str]] = {}
+    of_class = zip(data.class_names, colors_by_class(data.label_colors))
+    for name, colors in [*of_class, ("not labelled", data.ignore_colors)]:
+        for color in colors:
+            meanings.setdefault(tuple(color), set()).add(name)
+    for color, names in meanings.items():
+        if len(names) > 1:
+            yield refusal(
+                "config.data.label_colors",
+                data.label_colors,
+                f"every colour to mean one class; {color} means {' and '.join(sorted(names))}",
+            )
+
+
+def _map_to_classes(config: Any) -> Iterator[UserError]:
+    data = config.data
+    if data.outside_polygons not in (IGNORE, *data.class_names):
+        yield refusal(
+            "config.data.outside_polygons",
+            data.outside_polygons,
+            f"{IGNORE!r} or one of config.data.class_names",
+            did_you_mean(data.outside_polygons, data.class_names).rstrip("."),
+        )
+    if not data.label_map:
+        return
+    name = "config.data.label_map"
+    if data.label_colors:
+        yield refusal(
+            name,
+            data.label_map,
+            "() beside config.data.label_colors: label files hold either ids or colours",
+        )
+    if IGNORE in data.class_names:
+        yield refusal(
+            "config.data.class_names",
+            data.class_names,
+            f"another name for class {IGNORE!r}, which means 'not labelled' in {name}",
+        )
+    for index, (_, meaning) in enumerate(data.label_map):
+        if meaning != IGNORE and meaning not in data.class_names:
+            yield refusal(
+                f"{name}[{index}][1]",
+                meaning,
+                f"{IGNORE!r} or one of config.data.class_names",
+                did_you_mean(str(meaning), data.class_names).rstrip("."),
+            )
+    values = [value for value, _ in data.label_map]
+    for index, value in enumerate(values):
+        if value in values[:index]:
+            yield refusal(f"{name}[{index}][0]", value, "every value once")
+
+
+def _names_of_labels(config: Any) -> Iterator[UserError]:
+    name, words = config.data.label_name, ("{stem}", "{name}", "{parent}")
+    if not name:
+        return
+    unknown = [word for word in re.findall(r"\{.*?\}", name) if word not in words]
+    if unknown or not ("{stem}" in name or "{name}" in name):
+        yield refusal(
+            "config.data.label_name",
+            name,
+            "text with {stem} or {name}, and no other words in braces but {parent}, such as "
+            "'{stem}_mask.png'",
+        )
+
+
+def _two_parts(config: Any) -> Iterator[UserError]:
+    data = config.data
+    if data.val_share and data.train_split == data.eval_split:
+        yield refusal(
+            "config.data.eval_split",
+            data.eval_split,
+            "another name than that of config.data.train_split: config.data.val_share = "
+            f"{data.val_share:g} makes two splits",
+        )
+
+
+def _only_of_folders(config: Any) -> Iterator[UserError]:
+    data = config.data
+    if data.name == "folder":
+        return
+    for field in ("label_map", "label_colors", "label_name", "val_share"):
+        if data[field]:
+            yield refusal(
+                f"config.data.{field}",
+                data[field],
+                f"{type(data[field])()!r} beside config.data.name = {data.name!r}, which has "
+                "labels and splits of its own: set config.data.name='folder' for files of yours",
+            )
+
+
 RELATIONS = (
     _one_start,
     _as_many_as_classes,
@@ -154,6 +275,12 @@ RELATIONS = (
     _windows_without_gaps,
     _share_of_a_row,
     _equal_parts,
+    _evaluations_to_stop_by,
     _one_axis_is_the_rest,
     _generated_images,
+    _colors_with_one_meaning,
+    _map_to_classes,
+    _names_of_labels,
+    _two_parts,
+    _only_of_folders,
 )

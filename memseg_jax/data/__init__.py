@@ -10,6 +10,7 @@ source is a picklable object with
 * `source.describe(index)`: the files behind a sample, for messages;
 * `source.fingerprint()`: a short hash of the ordered names;
 * optionally `source.expect(indices)`: hears which samples are asked for next, to read ahead;
+* optionally `source.label(index)`: the label alone, where that is quicker;
 * optionally `source.has_labels`: False if the labels of the split are not public, so that all
   pixels of its samples are ignored;
 * optionally `source.official_size`: how many samples a published split should have, or None.

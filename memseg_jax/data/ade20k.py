@@ -8,7 +8,7 @@ The label files hold 0 for "other" and 1..150 for the classes; here 0 is ignored
 their split; the download has none and needs none.
 """
 
-from memseg_jax.data import folder, official
+from memseg_jax.data import official, scanning
 
 FOLDER = "ADEChallengeData2016"
 
@@ -123,7 +123,7 @@ def open_split(data_config, split: str) -> official.OfficialSource:
     return official.make_source(
         DATA_SET,
         split,
-        official.files_by_id(images, folder.IMAGE_SUFFIXES),
+        official.files_by_id(images, scanning.IMAGE_SUFFIXES),
         official.files_by_id(labels, (".png",)),
         list_file if list_file.is_file() else None,
     )

@@ -13,7 +13,7 @@ models. The lists say which samples belong to a split and are needed.
 import numpy as np
 import scipy.io
 
-from memseg_jax.data import folder, official
+from memseg_jax.data import official, scanning
 from memseg_jax.errors import PROCESS_ERRORS, UserError
 
 # fmt: off
@@ -143,7 +143,7 @@ def open_split(data_config, split: str) -> CocoStuff10k:
     return official.make_source(
         DATA_SET,
         split,
-        official.files_by_id(images, folder.IMAGE_SUFFIXES),
+        official.files_by_id(images, scanning.IMAGE_SUFFIXES),
         official.files_by_id(labels, (".mat",)),
         lists / f"{split}.txt",
         source_class=CocoStuff10k,

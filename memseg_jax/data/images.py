@@ -9,6 +9,7 @@ import io
 import os
 import sys
 import traceback
+import warnings
 from collections.abc import Iterator, Mapping
 
 import cv2
@@ -41,6 +42,22 @@ class LabelValueError(UserError):
         self.values = dict(values or {})
 
 
+class TooLargeError(UserError):
+    """An image has more pixels than are allowed; see `allow_megapixels`."""
+
+
+def allow_megapixels(limit: float) -> None:
+    """Sets how large an image this process reads; by default, Pillow's limit of 179 megapixels.
+
+    A small file may claim to hold more pixels than there is memory for.
+
+    Args:
+        limit: in millions of pixels.
+    """
+    Image.MAX_IMAGE_PIXELS = int(limit * 1e6 / 2)  # Pillow warns there, and refuses at twice that
+    warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
+
+
 def read_image(path: str | os.PathLike, data: bytes | None = None) -> np.ndarray:
     """Reads an image as 8-bit RGB, the way a viewer shows it.
 
@@ -56,21 +73,40 @@ def read_image(path: str | os.PathLike, data: bytes | None = None) -> np.ndarray
         uint8 `[height, width, 3]`, RGB.
 
     Raises:
-        UserError: the file is missing, empty, damaged, far too large, or of an unsuitable kind.
+        UserError: the file is missing, empty, damaged, far too large (`TooLargeError`), or of an
+            unsuitable kind.
     """
     with _opened(path, data) as image:
-        image = _upright(image)
-        mode = image.mode
-        if mode.startswith("I;16") or (mode == "I" and image.format in ("PNG", "PPM")):
-            grey = (np.asarray(image) >> 8).astype(np.uint8)
-            return np.repeat(grey[:, :, None], 3, axis=2)
-        if mode in ("I", "F"):
-            raise UserError(
-                f"{path}: the image has 32-bit values (Pillow mode {mode}), whose range is not "
-                "known. Expected 8 or 16 bits per channel: convert the file."
-            )
-        # `convert` copies the pixels even if there is nothing to convert.
-        return np.array(image if mode == "RGB" else image.convert("RGB"))
+        return _rgb(_upright(image), image.format, path)
+
+
+def rgb_of(picture: Image.Image) -> np.ndarray:
+    """Converts a picture that Pillow has opened as `read_image` does; it stays as it is.
+
+    Returns:
+        uint8 `[height, width, 3]`, RGB.
+
+    Raises:
+        UserError: it has 32-bit values.
+        OSError: its file turns out to be damaged.
+    """
+    upright = picture if _orientation(picture) == 1 else ImageOps.exif_transpose(picture)
+    return _rgb(upright, picture.format, getattr(picture, "filename", "") or "the picture")
+
+
+def _rgb(image: Image.Image, kind: str | None, path: str | os.PathLike) -> np.ndarray:
+    """An upright image as `read_image` gives it; `kind` is the format of its file."""
+    mode = image.mode
+    if mode.startswith("I;16") or (mode == "I" and kind in ("PNG", "PPM")):
+        grey = (np.asarray(image) >> 8).astype(np.uint8)
+        return np.repeat(grey[:, :, None], 3, axis=2)
+    if mode in ("I", "F"):
+        raise UserError(
+            f"{path}: the image has 32-bit values (Pillow mode {mode}), whose range is not "
+            "known. Expected 8 or 16 bits per channel: convert the file."
+        )
+    # `convert` copies the pixels even if there is nothing to convert.
+    return np.array(image if mode == "RGB" else image.convert("RGB"))
 
 
 def read_label(path: str | os.PathLike) -> np.ndarray:
@@ -113,6 +149,38 @@ def read_label(path: str | os.PathLike) -> np.ndarray:
         raise UserError(_not_an_index_image(path, image))
 
 
+def read_colors(path: str | os.PathLike) -> np.ndarray:
+    """Reads the colours of a label file, as a viewer shows them.
+
+    A palette file gives its colours, a greyscale or bilevel file three equal channels; transparency
+    is dropped. An EXIF orientation is applied as it is to images.
+
+    Args:
+        path: the file: 8 bits per channel, in a format that keeps every value.
+
+    Returns:
+        uint8 `[height, width, 3]`, RGB.
+
+    Raises:
+        UserError: the file is missing, damaged, lossy, or not of 8 bits per channel.
+    """
+    with _opened(path) as image:
+        if image.format in ("JPEG", "MPO"):
+            raise UserError(
+                f"{path}: the label is a JPEG file. JPEG changes the colours of pixels, most "
+                "of all where classes meet. Export the masks as PNG files; a copy of this file as "
+                "PNG would keep the damage."
+            )
+        image = _upright(image)
+        if image.mode not in ("1", "L", "LA", "P", "PA", "RGB", "RGBA"):
+            raise UserError(
+                f"{path}: the label has mode {image.mode}, not 8 bits for each of red, green and "
+                "blue. Expected a colour mask (config.data.label_colors is set): save it as an RGB "
+                "PNG file, or leave config.data.label_colors empty if the file holds class ids."
+            )
+        return np.array(image.convert("RGB"))
+
+
 def image_size(path: str | os.PathLike) -> tuple[int, int]:
     """Returns (height, width) in pixels as `read_image` would give, from the header alone.
 
@@ -128,6 +196,19 @@ def image_size(path: str | os.PathLike) -> tuple[int, int]:
         if image.format != "TIFF" and _orientation(image) in (5, 6, 7, 8):
             width, height = height, width
         return height, width
+
+
+def image_mode(path: str | os.PathLike) -> str:
+    """Returns Pillow's name for what the pixels of a file are, such as "RGB", from its header.
+
+    Args:
+        path: the file.
+
+    Raises:
+        UserError: the file is missing, empty, or its header cannot be read.
+    """
+    with _opened(path) as image:
+        return image.mode
 
 
 def exif_orientation(path: str | os.PathLike) -> int:
@@ -192,18 +273,19 @@ def value_advice(values: Mapping[int, int], num_classes: int, ignore_label: int)
     bad = _values_not_allowed(seen, num_classes, ignore_label)
     if 255 in bad and set(seen) <= {0, 255}:
         return (
-            "The files hold 0 and 255 only, like masks of one object: save the object's pixels "
-            "as 1 and name 2 classes; or set config.data.ignore_label=255 if 255 means "
-            "'not labelled'."
+            "The files hold 0 and 255 only, like masks of one object: name 2 classes, and set "
+            "config.data.label_map = ((0, 'background'), (255, 'object')), with their names; or "
+            "set config.data.ignore_label=255 if 255 means 'not labelled'."
         )
     if bad == [255]:
         return "If 255 means 'not labelled', set config.data.ignore_label=255."
     if bad == [num_classes]:
         if ignore_label == 0 or 0 not in seen:
             return (
-                "The class ids of the files seem to count from 1. They must count from 0: subtract "
-                "1 in the files, or put a name for id 0 first in config.data.class_names (and "
-                "set config.data.ignore_label=0 if 0 means 'not labelled')."
+                "The class ids of the files seem to count from 1. Say with config.data.label_map "
+                "what each is, such as ((0, 'ignore'), (1, 'road')); or put a name for id 0 first "
+                "in config.data.class_names (and set config.data.ignore_label=0 if 0 means "
+                "'not labelled')."
             )
         return (
             f"If {num_classes} means 'not labelled', set config.data.ignore_label={num_classes}; "
@@ -211,7 +293,8 @@ def value_advice(values: Mapping[int, int], num_classes: int, ignore_label: int)
         )
     if bad and bad[-1] > 255:
         return (
-            "Values above 255 are often instance ids or class id times 1000: save plain class ids."
+            "Values above 255 are often instance ids or class id times 1000: save plain class ids, "
+            "or say with config.data.label_map what each of them is."
         )
     if len(bad) > 20:
         return (
@@ -249,7 +332,7 @@ def _opened(path: str | os.PathLike, data: bytes | None = None) -> Iterator[Imag
             f"{', '.join(_FORMATS)}. Replace or remove it."
         ) from None
     except Image.DecompressionBombError as error:
-        raise UserError(f"{path}: refused as far too large ({error}). Scale it down.") from None
+        raise TooLargeError(f"{path}: refused as far too large ({error}). Scale it down.") from None
     except Exception as error:
         # Decoders raise OSError, SyntaxError, ValueError, struct.error, zlib.error and others.
         if isinstance(error, OSError) and error.errno is not None:  # the system's, not Pillow's
@@ -318,7 +401,8 @@ def _not_an_index_image(path: str | os.PathLike, image: Image.Image) -> str:
     examples = ", ".join(str(tuple(c.tolist())) for c in distinct[:_COLOUR_EXAMPLES])
     return (
         f"{path}: the label is a colour mask (mode {image.mode}, {len(distinct)} colours such as "
-        f"{examples}). {expected} Convert each colour to its class id."
+        f"{examples}). {expected} Or name the colours of every class in config.data.label_colors, "
+        "such as ((0, 0, 0), (128, 64, 128)); --mode init finds them."
     )
 
 

@@ -15,7 +15,7 @@ their split where they are present.
 
 from pathlib import Path
 
-from memseg_jax.data import folder, official
+from memseg_jax.data import official, scanning
 from memseg_jax.errors import UserError
 
 # fmt: off
@@ -71,7 +71,7 @@ def open_split(data_config, split: str) -> official.OfficialSource:
     root = official.root_folder(DATA_SET, data_config)
     image_name, label_name = _FOLDERS[split]
     places = [root, _find(root, image_name)]
-    images = official.files_by_id(places[1], folder.IMAGE_SUFFIXES)
+    images = official.files_by_id(places[1], scanning.IMAGE_SUFFIXES)
     labels = None
     if label_name:
         places.append(_find(root, label_name))
@@ -95,7 +95,7 @@ def _find(root: Path, name: str) -> Path:
         level = [child for parent in level for child in _folders(parent)]
     raise UserError(
         f"{root}: there is no folder {name} in it or up to two folders deeper. "
-        f"{folder.holds(root)} {DATA_SET.help()}"
+        f"{scanning.holds(root)} {DATA_SET.help()}"
     )
 
 

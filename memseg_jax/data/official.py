@@ -13,7 +13,7 @@ from typing import NamedTuple
 import cv2
 import numpy as np
 
-from memseg_jax.data import IGNORE_LABEL, folder
+from memseg_jax.data import IGNORE_LABEL, file_source, lists, scanning
 from memseg_jax.errors import UserError
 from memseg_jax.runtime.files import on_disk
 from memseg_jax.runtime.text import first_few
@@ -68,7 +68,7 @@ class Files(NamedTuple):
 
 
 @dataclasses.dataclass(frozen=True, repr=False)
-class OfficialSource(folder.FileSource):
+class OfficialSource(file_source.FileSource):
     """Samples of one split; see `DataSet` for `title` and `table`.
 
     Attributes:
@@ -146,7 +146,7 @@ def subfolder(data_set: DataSet, root: Path, path: str) -> Path:
         there = next(parent for parent in wanted.parents if parent.is_dir())
         raise UserError(
             f"{wanted}: there is no such folder (config.data.root is {root}). "
-            f"{folder.holds(there)} {data_set.help()}"
+            f"{scanning.holds(there)} {data_set.help()}"
         )
     return wanted
 
@@ -175,7 +175,7 @@ def files_by_id(where: Path, suffixes: tuple[str, ...], ending: str = "") -> Fil
         UserError: two files have the same id.
     """
     found = {}
-    scan = folder.one_of_each(folder.files_by_stem(where), suffixes, suffixes[0].lstrip("."))
+    scan = scanning.one_of_each(scanning.files_by_stem(where), suffixes, suffixes[0].lstrip("."))
     for stem, path in scan.items():
         name = stem.rsplit("/", 1)[-1]
         if not name.endswith(ending):
@@ -218,7 +218,7 @@ def make_source(
     """
     if not images.by_id:
         raise UserError(
-            f"{images.where}: no images (split {split!r}). {folder.holds(Path(images.where))} "
+            f"{images.where}: no images (split {split!r}). {scanning.holds(Path(images.where))} "
             f"{data_set.help()}"
         )
     if list_file:
@@ -253,13 +253,13 @@ def _listed(
     data_set: DataSet, split: str, images: Files, list_file: Path, image_ending: str
 ) -> list[str]:
     """The ids that a list file names, all of which must have an image."""
-    lines = folder.read_list(list_file, f"split {split!r}", data_set.help())
+    lines = lists.read_list(list_file, f"split {split!r}", data_set.help())
     line_of = {}
     missing = []
     for number, line in lines:
         # Lists are read as CSV by some programs, and name files or ids, with or without folders.
         path = PurePosixPath(line.split(",")[0].strip())
-        is_file = path.suffix.lower() in folder.IMAGE_SUFFIXES
+        is_file = path.suffix.lower() in scanning.IMAGE_SUFFIXES
         sample = (path.stem if is_file else path.name).removesuffix(image_ending)
         if sample in line_of:
             raise UserError(

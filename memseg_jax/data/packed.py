@@ -50,6 +50,8 @@ _NO_MATTER = frozenset({
     "root", "packed", "stage", "stage_gb", "workers", "threads", "prefetch", "train_split",
     "eval_split", "palette",
 })  # fmt: skip
+# What fields that came later were before, where that is not empty: manifests of then lack them.
+_EARLIER = {"unknown_color": "error", "outside_polygons": "ignore"}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -118,7 +120,7 @@ class PackedSource:
         return self.manifest.count
 
     def __getitem__(self, index: int) -> dict:
-        """Reads, checks and decodes one sample; see `folder.FileSource`."""
+        """Reads, checks and decodes one sample; see `file_source.FileSource`."""
         where, shard, position = self._locate(index)
         expected = shard.checksums[position]
         try:
@@ -373,11 +375,12 @@ def check_settings(folder: files.Place, manifest: Manifest, data_config) -> None
         UserError: names every field that differs, with both values.
     """
     now = settings_of(data_config)
-    # A field that only one version of this program knows cannot have been set to anything.
+    then = {field: _EARLIER.get(field, type(value)()) for field, value in now.items()}
+    then |= {field: value for field, value in manifest.settings.items() if field in now}
     differences = [
-        f"config.data.{field} {_difference(manifest.settings[field], now[field])}"
-        for field in sorted(manifest.settings.keys() & now.keys())
-        if manifest.settings[field] != now[field]
+        f"config.data.{field} {_difference(then[field], now[field])}"
+        for field in sorted(now)
+        if then[field] != now[field]
     ]
     if differences:
         raise UserError(

@@ -386,6 +386,20 @@ def train_transform(
     return {"image": image, "label": np.ascontiguousarray(label)}
 
 
+def evaluation_resize(image: np.ndarray, evaluation: Any) -> np.ndarray:
+    """Gives one image the size for evaluation or prediction; nothing is random.
+
+    Args:
+        image: RGB uint8 `[height, width, 3]`.
+        evaluation: The config section `eval`; `base_size` and `keep_ratio` are read.
+
+    Returns:
+        uint8 `[new height, new width, 3]`, to be normalised.
+    """
+    size = resized_size(*image.shape[:2], evaluation.base_size, evaluation.keep_ratio)
+    return resize_image(image, size)
+
+
 def evaluation_transform(image: np.ndarray, evaluation: Any) -> np.ndarray:
     """Prepares one image for evaluation or prediction; nothing is random and nothing is padded.
 
@@ -396,5 +410,4 @@ def evaluation_transform(image: np.ndarray, evaluation: Any) -> np.ndarray:
     Returns:
         Normalised float32 `[new height, new width, 3]`.
     """
-    size = resized_size(*image.shape[:2], evaluation.base_size, evaluation.keep_ratio)
-    return normalise(resize_image(image, size))
+    return normalise(evaluation_resize(image, evaluation))

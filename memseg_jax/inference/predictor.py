@@ -1,6 +1,7 @@
 """From images of any size to label maps of the same size.
 
-Whole images or sliding windows; one pass, or the mean of several scales and mirror images.
+Whole images, sliding windows, or, where the mode is "auto", whole images and blended windows of
+large ones; one pass, or the mean of several scales and mirror images.
 
 Networks are compiled for one input size each; `memseg_jax.inference.sizes` says for which. All
 other programs are small and depend only on the capacity of their arrays, not on image sizes: see
@@ -10,6 +11,7 @@ other programs are small and depend only on the capacity of their arrays, not on
 import collections
 import dataclasses
 import functools
+import itertools
 import math
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
@@ -20,13 +22,14 @@ import ml_collections
 import numpy as np
 from jax.sharding import Mesh
 
-from memseg_jax.data.transforms import evaluation_transform
-from memseg_jax.errors import UserError
-from memseg_jax.inference import passes, score_maps, sizes, windows
+from memseg_jax.data.transforms import evaluation_resize, normalise
+from memseg_jax.inference import blending, passes, score_maps, sizes, windows
+from memseg_jax.inference.checks import check_evaluation
 from memseg_jax.inference.score_maps import Resize
 from memseg_jax.inference.sizes import Size
 from memseg_jax.models.layers import ValidSize
 from memseg_jax.models.segmentor import Segmentor
+from memseg_jax.runtime import bars
 from memseg_jax.runtime.compilation import Programs
 from memseg_jax.runtime.sharding import replicated, split_batch
 
@@ -53,7 +56,7 @@ class _Item:
     """One network input on its way: an image, a window of one, or one pass over an image."""
 
     key: Any
-    image: np.ndarray  # normalised [height, width, 3]
+    image: np.ndarray  # [height, width, 3]; normalised, float32, or as read, uint8
     output: Size  # size of the result
     mirrored: bool = False
 
@@ -94,9 +97,11 @@ class Predictor:
         mesh: devices of this process; a batch is split over them.
         flip_pairs: `config.augment.flip_pairs`, the classes that mirroring swaps.
         confidence: whether the probability of the predicted class is asked for.
+        crop: `config.augment.crop`, which mode "auto" needs.
 
     Raises:
         UserError: a field of `config.eval` or a pair of classes has an impossible value.
+        ValueError: the mode is "auto", and there is no crop.
     """
 
     def __init__(
@@ -106,16 +111,21 @@ class Predictor:
         mesh: Mesh,
         flip_pairs: Sequence[Sequence[int]] = (),
         confidence: bool = False,
+        crop: Size | None = None,
     ):
         check_evaluation(evaluation, model, flip_pairs)
+        if evaluation.mode == "auto" and crop is None:
+            raise ValueError("mode 'auto' needs the size of the training crops")
         self._model = model
         self._evaluation = evaluation
         self._mesh = mesh
+        self._crop = tuple(crop) if evaluation.mode == "auto" else None
         self._batch = evaluation.batch_size * mesh.size
         self._sizes = sizes.size_policy(evaluation, model.coarsest_stride)
         self._run = Programs()
         self._passes = len(evaluation.scales) * (2 if evaluation.flip else 1)
         self._averages = self._passes > 1 or evaluation.scales[0] != 1
+        self._confidence = confidence
         self._mirrored_classes = None
         if evaluation.flip:
             self._mirrored_classes = passes.mirrored_classes(flip_pairs, model.num_classes)
@@ -126,6 +136,7 @@ class Predictor:
             if slide
             else functools.partial(_flat_scores, model, softmax=softmax)
         )
+        self._blended_network = jax.jit(functools.partial(network_scores, model, softmax=softmax))
         self._window_scores = jax.jit(functools.partial(score_maps.window_scores, softmax=softmax))
         self._accumulate = jax.jit(windows.accumulate, donate_argnums=0)
         self._add_resized = jax.jit(score_maps.add_resized, donate_argnums=0)
@@ -155,20 +166,16 @@ class Predictor:
         Yields:
             One `Prediction` per image, at the original size.
         """
-        yield from self.segment(
+        evaluation = self._evaluation
+        yield from self._segment(
             variables,
-            (
-                (key, evaluation_transform(image, self._evaluation), image.shape[:2])
-                for key, image in images
-            ),
+            (_Item(key, evaluation_resize(x, evaluation), x.shape[:2]) for key, x in images),
         )
 
     def segment(
         self, variables: dict[str, Any], inputs: Iterable[tuple[Any, np.ndarray, Size]]
     ) -> Iterator[Prediction]:
         """The same for images that are normalised already.
-
-        The devices compute one batch while the results of the one before are used.
 
         Args:
             variables: as in `predict`.
@@ -177,17 +184,32 @@ class Predictor:
         Yields:
             One `Prediction` per input.
         """
+        yield from self._segment(variables, (_Item(*x) for x in inputs))
+
+    def _segment(self, variables: dict[str, Any], items: Iterable[_Item]) -> Iterator[Prediction]:
+        """The devices compute one batch while the results of the one before are used."""
         variables = jax.device_put(variables, replicated(self._mesh))
         before = None
-        for pending in self._dispatched(variables, (_Item(*x) for x in inputs)):
-            for array in (pending.labels, pending.confidence):
-                if array is not None:
-                    array.copy_to_host_async()
-            if before:
-                yield from before.fetch()
-            before = pending
+        for large, run in itertools.groupby(items, self._is_large):
+            if large:
+                if before:
+                    yield from before.fetch()
+                    before = None
+                for item in run:
+                    yield self._blended(variables, item)
+                continue
+            for pending in self._dispatched(variables, map(_normalised, run)):
+                for array in (pending.labels, pending.confidence):
+                    if array is not None:
+                        array.copy_to_host_async()
+                if before:
+                    yield from before.fetch()
+                before = pending
         if before:
             yield from before.fetch()
+
+    def _is_large(self, item: _Item) -> bool:
+        return bool(self._crop) and blending.is_large(item.image.shape[:2], self._crop)
 
     def _dispatched(self, variables: Any, items: Iterable[_Item]) -> Iterator[_Pending]:
         slide = self._evaluation.mode == "slide"
@@ -286,7 +308,9 @@ class Predictor:
         """Splits the first axis of a full batch over the devices."""
         return jax.device_put(array, split_batch(self._mesh))
 
-    def _forward(self, variables: Any, group: list[_Item], padded: Size, exact: bool) -> Array:
+    def _forward(
+        self, variables: Any, group: list[_Item], padded: Size, exact: bool, network: Any = None
+    ) -> Array:
         """Scores at the network's stride, flat if images are whole; missing items are blank."""
         images = np.zeros((self._batch, *padded, 3), np.float32)
         valid = np.tile(np.array(padded, np.int32), (self._batch, 1))
@@ -298,7 +322,8 @@ class Predictor:
         what = f"the network for {padded[0]}x{padded[1]} inputs" + (
             "" if exact else " (padded; shared by all sizes up to it)"
         )
-        return self._run(self._network, what, variables, self._place(images), valid_size)
+        network = network or self._network
+        return self._run(network, what, variables, self._place(images), valid_size)
 
     def _on_one_device(self, array: Array) -> Array:
         return jax.device_put(array, jax.local_devices()[0])
@@ -322,6 +347,62 @@ class Predictor:
             score_maps.blocks_of(largest),
         )
         return _Pending(group, labels, confidence)
+
+    def _blended(self, variables: Any, item: _Item) -> Prediction:
+        """Segments a large image in windows, and makes its result band by band."""
+        parts = list(self._passes_over(item, item.key))
+        strides = self._model.output_stride, self._model.coarsest_stride
+        label = np.empty(item.output, np.uint8)
+        confidence = np.empty(item.output, np.float32) if self._confidence else None
+        with bars.bar(None, "windows", "window") as bar:
+
+            def score(cut: Iterable[np.ndarray]) -> Iterator[np.ndarray]:
+                for scores in self._scores_of_windows(variables, cut):
+                    bar.update()
+                    yield scores
+
+            settings = self._crop, self._evaluation.overlap, strides, score
+            maps = [blending.BlendedMap(x.image, x.mirrored, x.output, *settings) for x in parts]
+            bar.total = sum(x.windows for x in maps)
+            for first, end in blending.bands(item.output):
+                size = (end - first, item.output[1])
+                scored = (blended.band(first, end) for blended in maps)
+                (band,) = self._band([dataclasses.replace(x, output=size) for x in parts], scored)
+                label[first:end] = band.label
+                if self._confidence:
+                    confidence[first:end] = band.confidence
+        return Prediction(item.key, label, confidence)
+
+    def _band(
+        self, parts: list[_Item], scored: Iterable[tuple[np.ndarray, Resize]]
+    ) -> Iterator[Prediction]:
+        """Some rows of a result, of the blended scores of all passes."""
+        total = None
+        for part, (scores, plan) in zip(parts, scored):
+            rows, columns, classes = scores.shape
+            positions = score_maps.capacity(rows * columns, score_maps.POSITIONS, 4)
+            flat = np.zeros((1, positions, classes), np.float32)
+            flat[0, : rows * columns] = scores.reshape(-1, classes)
+            flat = self._on_one_device(flat)
+            if not self._averages:
+                return self._labels([part], flat, [plan]).fetch()
+            total = self._add(total, flat, 0, plan, part)
+        return self._mean(part, total).fetch()
+
+    def _scores_of_windows(self, variables: Any, cut: Iterable[np.ndarray]) -> Iterator[np.ndarray]:
+        """Scores at the network's stride, while the devices compute those of the next batch."""
+        cut, waiting = iter(cut), collections.deque()
+        while True:
+            group = [_Item(None, x, x.shape[:2]) for x in itertools.islice(cut, self._batch)]
+            if group:
+                group, network = [*map(_normalised, group)], self._blended_network
+                scores = self._forward(variables, group, group[0].output, True, network)
+                waiting.append((scores, len(group)))
+            if not waiting:
+                return
+            if not group or len(waiting) == 2:
+                scores, count = waiting.popleft()
+                yield from np.asarray(scores)[:count]
 
     def _slide(self, variables: Any, item: _Item) -> tuple[Array, Resize]:
         """Adds up the windows' scores at the size of the network's input.
@@ -370,6 +451,12 @@ class Predictor:
         return canvas[None], score_maps.resize(size, size[1], item.output, item.mirrored, covers)
 
 
+def _normalised(item: _Item) -> _Item:
+    if item.image.dtype != np.uint8:
+        return item
+    return dataclasses.replace(item, image=normalise(item.image))
+
+
 def _flat_scores(*args: Any, **kw: Any) -> Array:
     """`network_scores`, flat: [batch, positions, classes]."""
     return score_maps.flatten(network_scores(*args, **kw))
@@ -388,34 +475,3 @@ def network_scores(
     with jax.default_matmul_precision(model.precision):
         logits = model.apply(rest, images, variables["memory"], valid_size=valid_size)["logits"]
     return jax.nn.softmax(logits, axis=-1) if softmax else logits
-
-
-def check_evaluation(
-    evaluation: ml_collections.ConfigDict,
-    model: Segmentor,
-    flip_pairs: Sequence[Sequence[int]] = (),
-) -> None:
-    """Refuses values of `config.eval` that do not fit the model.
-
-    Args:
-        evaluation: `config.eval`; `config_rules.check` has been asked about it.
-        model: the segmentor.
-        flip_pairs: `config.augment.flip_pairs`, which only matter if images are mirrored.
-
-    Raises:
-        UserError: names the field.
-    """
-    if evaluation.flip:
-        passes.mirrored_classes(flip_pairs, model.num_classes)
-    stride = model.coarsest_stride
-    if evaluation.size_multiple % stride:
-        raise UserError(
-            f"config.eval.size_multiple is {evaluation.size_multiple}; "
-            f"expected a multiple of the network's stride {stride}"
-        )
-    for index, canvas in enumerate(evaluation.canvases):
-        if any(side % stride for side in canvas):
-            raise UserError(
-                f"config.eval.canvases[{index}] is {tuple(canvas)}; expected (height, width), both "
-                f"multiples of the network's stride {stride}"
-            )

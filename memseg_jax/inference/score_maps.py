@@ -28,6 +28,8 @@ PIXELS = 2**20  # flat sums at the size of images hold this many pixels, or 2, 4
 LEAST_LABELS = 2**14
 SIDE = 2**12  # sides of results have up to this many pixels, or 2, 4, ... times
 
+Taps = tuple[np.ndarray, np.ndarray, np.ndarray]
+
 
 def capacity(count: int, smallest: int, factor: int = 2) -> int:
     """Returns the first of smallest, factor * smallest, factor^2 * smallest, ... that suffices."""
@@ -86,19 +88,49 @@ def resize(
     Returns:
         A `Resize` of NumPy arrays.
     """
-    side = capacity(max(target), SIDE)
     found = []
     for axis in (0, 1):
         lower, upper, fraction = bilinear_taps(valid[axis], target[axis])
-        index, weight = np.zeros((2, side), np.int32), np.zeros((2, side), np.float32)
-        index[:, : target[axis]] = lower, upper
-        weight[:, : target[axis]] = 1 - fraction, fraction
+        index = np.stack([lower, upper])
+        weight = np.stack([1 - fraction, fraction]).astype(np.float32)
         if mirrored and axis == 1:
             index = valid[axis] - 1 - index
         if covers is not None:
             weight /= covers[axis][index]
-        found += [index, weight]
-    return Resize(*found, np.array([row_length, target[1]], np.int32))
+        found.append((index, weight))
+    return _plan(*found, row_length)
+
+
+def plan_of_taps(rows: Taps, columns: Taps, row_length: int) -> Resize:
+    """Plans a resize of which the positions are known.
+
+    Args:
+        rows: lower and upper position and the weight of the upper one, each [rows of the result],
+            as `bilinear_taps` gives them.
+        columns: the same of the columns.
+        row_length: positions in a row of the map.
+
+    Returns:
+        A `Resize` of NumPy arrays.
+    """
+    found = [
+        (np.stack([lower, upper]), np.stack([1 - fraction, fraction]).astype(np.float32))
+        for lower, upper, fraction in (rows, columns)
+    ]
+    return _plan(*found, row_length)
+
+
+def _plan(
+    rows: tuple[np.ndarray, np.ndarray], columns: tuple[np.ndarray, np.ndarray], row_length: int
+) -> Resize:
+    """A `Resize` of positions and weights [2, length of the axis], with room up to a capacity."""
+    target = rows[0].shape[1], columns[0].shape[1]
+    side = capacity(max(target), SIDE)
+    padded = []
+    for length, (index, weight) in zip(target, (rows, columns)):
+        room = ((0, 0), (0, side - length))
+        padded += [np.pad(index.astype(np.int32), room), np.pad(weight, room)]
+    return Resize(*padded, np.array([row_length, target[1]], np.int32))
 
 
 def stack(plans: Sequence[Resize], count: int) -> Resize:

@@ -61,7 +61,7 @@ def size_policy(evaluation: ml_collections.ConfigDict, stride: int) -> SizePolic
         stride: `Segmentor.coarsest_stride`.
     """
     exact_sizes, multiple = evaluation.exact_sizes, evaluation.size_multiple
-    if evaluation.mode == "whole":
+    if evaluation.mode != "slide":
         return SizePolicy(exact_sizes, multiple, tuple(map(tuple, evaluation.canvases)))
     window = tuple(evaluation.window)
     largest = tuple(round_up(side, stride) for side in window)

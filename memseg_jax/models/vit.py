@@ -1,4 +1,4 @@
-"""ViT-Large with patches of 16x16 pixels: a plain transformer that returns four feature maps."""
+"""ViT-Large and -Base with patches of 16x16 pixels: plain transformers that return four maps."""
 
 from typing import Any
 
@@ -22,12 +22,13 @@ from memseg_jax.models.layers import (
 )
 
 PATCH = 16
-CHANNELS = 1024
 HEAD_CHANNELS = 64
 
 # Side of the square grid of learned positions: the training image size over 16. "vitlarge_473" is
 # the form of the COCO-Stuff model released in 2021, whose table was made for 473x473 images.
-VARIANTS = {"vitlarge": 512 // PATCH, "vitlarge_473": 473 // PATCH}
+VARIANTS = {"vitlarge": 512 // PATCH, "vitlarge_473": 473 // PATCH, "vitbase": 512 // PATCH}
+# Channels, and the blocks whose results are returned.
+_SIZES = {"vitlarge": (1024, (9, 14, 19, 23)), "vitbase": (768, (2, 5, 8, 11))}
 
 
 class PatchProjection(nn.Module):
@@ -144,15 +145,17 @@ class ViT(Backbone):
 
     Attributes:
         grid: side of the square of learned positions.
-        width: multiplies the number of channels, in steps of one head of 64; 1.0 is ViT-Large.
+        width: multiplies `channels`, in steps of one head of 64; 1.0 is the published network.
         dtype: compute type.
         outputs: blocks whose results are returned, counted from 0; the last one ends the network.
+        channels: of every token at width 1.0.
     """
 
     grid: int
     width: float = 1.0
     dtype: Any = jnp.float32
     outputs: tuple[int, ...] = (9, 14, 19, 23)
+    channels: int = 1024
 
     output_stride = PATCH
     coarsest_stride = PATCH
@@ -175,7 +178,7 @@ class ViT(Backbone):
         Returns:
             Maps [batch, ceil(height / 16), ceil(width / 16), channels].
         """
-        channels = max(round(CHANNELS * self.width / HEAD_CHANNELS), 1) * HEAD_CHANNELS
+        channels = max(round(self.channels * self.width / HEAD_CHANNELS), 1) * HEAD_CHANNELS
         bottom, right = (-size % PATCH for size in x.shape[1:3])
         x = jnp.pad(x, ((0, 0), (0, bottom), (0, right), (0, 0)))
         x = PatchProjection(channels, self.dtype, name="patch_projection")(x)
@@ -213,4 +216,5 @@ class ViT(Backbone):
 
 def build(name: str, width: float = 1.0, dtype: Any = jnp.float32) -> ViT:
     """Returns the backbone called `name`; see `memseg_jax.models.segmentor.build_backbone`."""
-    return ViT(VARIANTS[name], width, dtype)
+    channels, outputs = _SIZES[name.split("_")[0]]
+    return ViT(VARIANTS[name], width, dtype, outputs, channels)

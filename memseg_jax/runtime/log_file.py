@@ -79,6 +79,7 @@ class _Handler(logging.Handler):
     def __init__(self, file: growing.GrowingFile):
         super().__init__()
         self._file = file
+        self._open = True
 
     def emit(self, record: logging.LogRecord) -> None:
         if record.levelno >= logging.WARNING or record.name.partition(".")[0] == "memseg_jax":
@@ -90,14 +91,19 @@ class _Handler(logging.Handler):
     def add(self, text: str) -> None:
         now = time.strftime("%Y-%m-%d %H:%M:%S")
         with self.lock:
-            self._file.append("".join(f"{now} {line}\n" for line in text.splitlines()))
+            if self._open:  # other threads may have something to say when the program has ended
+                self._file.append("".join(f"{now} {line}\n" for line in text.splitlines()))
 
     def flush(self) -> None:
-        self._file.flush()
+        if self._open:
+            self._file.flush()
 
     def close(self) -> None:
         super().close()
-        self._file.close()
+        with self.lock:
+            was_open, self._open = self._open, False
+        if was_open:  # without the lock: the file may have to wait for its writer, who may log
+            self._file.close()
 
 
 def _end(error: BaseException | None) -> str:

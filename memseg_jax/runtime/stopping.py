@@ -31,13 +31,19 @@ class StopRequests:
     A thread does the listening, so that it works while the main thread waits for a compilation or a
     device. In other threads than the main one, where signals cannot be caught, nothing changes.
 
+    Args:
+        ends_process: whether this is the program. If it is one call of another one, such as a
+            notebook, requests that end the training at once are raised as exceptions there.
+
     Attributes:
         unsaved: whether there is anything to save. Until the loop sets it, the first request ends
             the program at once: what is on disk is all there is.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, ends_process: bool = True) -> None:
         self.unsaved = False
+        self._ends_process = ends_process
+        self._received = 0
         self._name: str | None = None
         self._before: dict[int, Any] = {}
 
@@ -50,7 +56,7 @@ class StopRequests:
         self._pipe = (read, write)
         self._before_wakeup = signal.set_wakeup_fd(write, warn_on_full_buffer=False)
         for number in SIGNALS:
-            self._before[number] = signal.signal(number, _nothing)
+            self._before[number] = signal.signal(number, self._handle)
         self._listener = threading.Thread(target=self._listen, name="signals", daemon=True)
         self._listener.start()
         return self
@@ -66,15 +72,24 @@ class StopRequests:
         self._listener.join()
         os.close(self._pipe[0])
 
+    def _handle(self, number: int, frame: Any) -> None:
+        """Called in the main thread, as soon as it runs Python; the listener knows before."""
+        self._received += 1
+        again = self._received > 1 and number == signal.SIGINT
+        if not self._ends_process and (again or not self.unsaved):
+            raise KeyboardInterrupt if number == signal.SIGINT else SystemExit(128 + number)
+
     def _listen(self) -> None:
         while received := os.read(self._pipe[0], 1):
             number = received[0]
             if number not in SIGNALS:
                 continue
             if self._name is not None:
-                if number == signal.SIGINT:
+                if number == signal.SIGINT and self._ends_process:
                     print("interrupted a second time: stopped at once", file=sys.stderr, flush=True)
                     os._exit(130)
+                continue
+            if not self.unsaved and not self._ends_process:
                 continue
             self._name = signal.Signals(number).name
             if self.unsaved:
@@ -115,7 +130,3 @@ class StopRequests:
             f"stopped by {reason} after step {step} of {total_steps}, which is saved. Start the "
             "same command again to go on."
         )
-
-
-def _nothing(number: int, frame: Any) -> None:
-    """A handler, so that Python writes the signal's number into the pipe."""

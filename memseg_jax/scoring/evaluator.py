@@ -15,10 +15,11 @@ import jax
 import ml_collections
 import numpy as np
 
+from memseg_jax.data.classes import palette_of
 from memseg_jax.data.reading import map_ahead
 from memseg_jax.inference import Predictor
 from memseg_jax.models.segmentor import Segmentor
-from memseg_jax.runtime import distributed, files, sharding
+from memseg_jax.runtime import bars, distributed, files, sharding
 from memseg_jax.runtime.log_file import say
 from memseg_jax.scoring import metrics, visualize
 
@@ -68,9 +69,10 @@ class Evaluator:
         self._source = source
         self._threads = config.data.threads
         self._names = tuple(config.data.class_names)
-        self._palette = visualize.resolve_palette(config.data.palette, len(self._names))
+        self._palette = visualize.resolve_palette(palette_of(config.data), len(self._names))
         self._mesh = sharding.make_mesh(jax.local_devices())
-        self._predictor = Predictor(model, config.eval, self._mesh, config.augment.flip_pairs)
+        pairs, crop = config.augment.flip_pairs, config.augment.crop
+        self._predictor = Predictor(model, config.eval, self._mesh, pairs, crop=crop)
 
     def evaluate(
         self,
@@ -105,21 +107,24 @@ class Evaluator:
                 waiting[index] = sample
                 yield index, sample["image"]
 
-        for done, prediction in enumerate(self._predictor.predict(variables, images()), 1):
-            sample = waiting.pop(prediction.key)
-            part.matrix += metrics.confusion_matrix(prediction.label, sample["label"], classes)
-            if save:
-                save(sample["name"], prediction.label)
-                part.sizes[sample["name"]] = prediction.label.shape
-            if prediction.key in shown:
-                part.examples[prediction.key] = (sample["image"], sample["label"], prediction.label)
-            if time.monotonic() - reported > _REPORT_EVERY:
-                reported = time.monotonic()
-                rate = done / (reported - start)
-                log.info("evaluated %d of %d images, %.2f images/s", done, len(own), rate)
-            if stop and stop():
-                part.complete = False
-                break
+        with bars.bar(len(own), "evaluating", "image") as bar:
+            for done, prediction in enumerate(self._predictor.predict(variables, images()), 1):
+                sample = waiting.pop(prediction.key)
+                part.matrix += metrics.confusion_matrix(prediction.label, sample["label"], classes)
+                if save:
+                    save(sample["name"], prediction.label)
+                    part.sizes[sample["name"]] = prediction.label.shape
+                if prediction.key in shown:
+                    triple = (sample["image"], sample["label"], prediction.label)
+                    part.examples[prediction.key] = triple
+                bar.update()
+                if time.monotonic() - reported > _REPORT_EVERY:
+                    reported = time.monotonic()
+                    rate = done / (reported - start)
+                    log.info("evaluated %d of %d images, %.2f images/s", done, len(own), rate)
+                if stop and stop():
+                    part.complete = False
+                    break
         if not part.merge():
             return None
         return Evaluation(

@@ -24,6 +24,8 @@ _TEXT = (40, 40, 40)
 _FRAME = (170, 170, 170)
 _STRIPES = ((255, 255, 255), (120, 120, 120))  # of ignored pixels, where a class may be black
 _STRIPE_WIDTH = 4
+_OVERLAY_ROWS = 64  # that are blended at a time, in double precision
+JPEG_SIDE = 65500  # pixels; its longest
 # The first generated colours, chosen by eye to sit well side by side.
 _FIRST_COLOURS = (
     (70, 92, 130),
@@ -127,8 +129,18 @@ def overlay(
     Returns:
         uint8 [height, width, 3].
     """
-    blended = np.round(image * (1 - alpha) + colourise(label, palette) * alpha).astype(np.uint8)
-    return np.where((label < len(palette))[..., None], blended, image)
+    result = np.empty_like(image)
+    for first in range(0, len(image), _OVERLAY_ROWS):
+        rows = np.s_[first : first + _OVERLAY_ROWS]
+        colours = colourise(label[rows], palette)
+        blended = np.round(image[rows] * (1 - alpha) + colours * alpha).astype(np.uint8)
+        result[rows] = np.where((label[rows] < len(palette))[..., None], blended, image[rows])
+    return result
+
+
+def pixels_per_value(label: np.ndarray) -> np.ndarray:
+    """How often each value occurs in a uint8 label map, int64 [256]; no copy, however large."""
+    return np.array(Image.fromarray(label).histogram(), np.int64)
 
 
 def save_palette_png(path: str | os.PathLike, label: np.ndarray, palette: np.ndarray) -> None:
@@ -221,6 +233,28 @@ def comparison_sheet(
     return _laid_out(rows, ("image", "truth", "prediction"), entries)
 
 
+def overlay_sheet(
+    image: np.ndarray, label: np.ndarray, class_names: Sequence[str], palette: np.ndarray
+) -> np.ndarray:
+    """Draws an image beside its overlay, as small as `comparison_sheet` does, with a legend.
+
+    Args:
+        image: uint8 [h, w, 3] RGB.
+        label: uint8 [h, w].
+        class_names: K names.
+        palette: uint8 [K, 3].
+
+    Returns:
+        uint8 [height, width, 3].
+    """
+    size = _panel_size(*label.shape)
+    panel = _scaled(image, size, Image.Resampling.BICUBIC)
+    classes = np.asarray(_scaled(label, size, Image.Resampling.NEAREST))
+    covered = Image.fromarray(overlay(np.asarray(panel), classes, palette))
+    entries = _legend_entries(_values_of(label), class_names, palette, (0, 0, 0))
+    return _laid_out([("", [panel, covered])], ("image", "classes"), entries)
+
+
 def contact_sheet(
     rows: Iterable[tuple[str, Sequence[np.ndarray]]],
     titles: Sequence[str],
@@ -282,8 +316,8 @@ def _stripes(height: int, width: int) -> np.ndarray:
 
 
 def _values_of(label: np.ndarray) -> np.ndarray:
-    """Which values a uint8 label map holds, bool [256]; without a copy, however large it is."""
-    return np.array(Image.fromarray(label).histogram()) > 0
+    """Which values a uint8 label map holds, bool [256]."""
+    return pixels_per_value(label) > 0
 
 
 def _legend_entries(

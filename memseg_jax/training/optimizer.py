@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import ml_collections
 import optax
 
-from memseg_jax.errors import UserError
+from memseg_jax.training.freezing import Frozen, check_patterns, matches
 
 
 def poly_schedule(
@@ -39,11 +39,39 @@ def schedule_from_config(
     return poly_schedule(o.lr, o.min_lr, o.power, total_steps)
 
 
+def path_of(keys: tuple) -> str:
+    """The path of a parameter with "/" between its keys, which are as `jax.tree_util` has them."""
+    return "/".join(key.key for key in keys)
+
+
 def multiplier(path: tuple, multipliers: dict[str, tuple[float, float]]) -> tuple[float, float]:
-    """Learning-rate and weight-decay factors of one parameter, by the module it is in."""
-    module = path[0].key
-    lr_factor, decay_factor = multipliers.get(module, (1.0, 1.0))
+    """Learning-rate and weight-decay factors of one parameter.
+
+    Args:
+        path: its keys, as `jax.tree_util` has them.
+        multipliers: factors by pattern (`freezing.matches`); of several that select the parameter,
+            the longest counts.
+    """
+    name = path_of(path)
+    fitting = [pattern for pattern in multipliers if matches(name, pattern)]
+    if not fitting:
+        return 1.0, 1.0
+    lr_factor, decay_factor = multipliers[max(fitting, key=lambda pattern: (len(pattern), pattern))]
     return lr_factor, decay_factor
+
+
+def check_names(config: ml_collections.ConfigDict, params: optax.Params) -> None:
+    """Refuses a config that names modules or parameters which the model does not have.
+
+    Args:
+        config: the whole config.
+        params: of the model; only their names matter.
+
+    Raises:
+        UserError: names the field and the pattern; or everything is frozen.
+    """
+    check_patterns("config.optimizer.multipliers", config.optimizer.multipliers, params)
+    Frozen.of(config).check(params)
 
 
 def sgd(
@@ -52,8 +80,9 @@ def sgd(
     """PyTorch's SGD: g += decay * p; v = momentum * v + g; p -= lr * v.
 
     The decay applies to every parameter, scales and biases of normalisation included, and the
-    learning rate stays outside the momentum. `config.optimizer.multipliers` maps the name of a
-    top-level module to factors on its learning rate and on its weight decay.
+    learning rate stays outside the momentum. `config.optimizer.multipliers` maps modules to factors
+    on their learning rate and on their weight decay. What `config.train.freeze` selects does not
+    move, and has no momentum in the state.
 
     Args:
         config: the whole config.
@@ -64,33 +93,31 @@ def sgd(
     """
     o = config.optimizer
     multipliers = {name: tuple(pair) for name, pair in o.multipliers.items()}
+    frozen = Frozen.of(config)
 
     def check(params: optax.Params) -> optax.EmptyState:
-        unknown = sorted(set(multipliers) - set(params))
-        if unknown:
-            raise UserError(
-                f"config.optimizer.multipliers names {', '.join(unknown)}; "
-                f"the model's modules are {', '.join(sorted(params))}"
-            )
+        check_names(config, params)
         return optax.EmptyState()
+
+    def factors(path: tuple) -> tuple[float, float]:
+        return (0.0, 0.0) if path_of(path) in frozen else multiplier(path, multipliers)
 
     def add_decay(
         updates: optax.Updates, state: optax.EmptyState, params: optax.Params
     ) -> tuple[optax.Updates, optax.EmptyState]:
         def decayed(path: tuple, g: jax.Array, p: jax.Array) -> jax.Array:
-            return g + o.weight_decay * multiplier(path, multipliers)[1] * p
+            return g + o.weight_decay * factors(path)[1] * p
 
         return jax.tree_util.tree_map_with_path(decayed, updates, params), state
 
     def scale(updates: optax.Updates, params: optax.Params) -> optax.Updates:
         del params
-        return jax.tree_util.tree_map_with_path(
-            lambda path, v: v * multiplier(path, multipliers)[0], updates
-        )
+        return jax.tree_util.tree_map_with_path(lambda path, v: v * factors(path)[0], updates)
 
+    momentum = optax.trace(decay=o.momentum)
     return optax.chain(
         optax.GradientTransformation(check, add_decay),
-        optax.trace(decay=o.momentum),
+        optax.masked(momentum, frozen.trained) if frozen else momentum,
         optax.stateless(scale),
         optax.scale_by_learning_rate(schedule),
     )

@@ -14,6 +14,7 @@ from memseg_jax.data import IGNORE_LABEL
 from memseg_jax.models.segmentor import Segmentor
 from memseg_jax.runtime import sharding
 from memseg_jax.training import optimizer
+from memseg_jax.training.class_weights import with_class_weights
 from memseg_jax.training.state import TrainState, abstract_state
 from memseg_jax.training.step import make_train_step
 
@@ -39,7 +40,11 @@ class TrainingProgram:
 
 
 def training_program(
-    config: ml_collections.ConfigDict, model: Segmentor, mesh: Mesh, epoch_steps: int
+    config: ml_collections.ConfigDict,
+    model: Segmentor,
+    mesh: Mesh,
+    epoch_steps: int,
+    class_weights: tuple[float, ...] | None = None,
 ) -> TrainingProgram:
     """Builds the step of a run of `config.train.epochs` epochs.
 
@@ -48,7 +53,10 @@ def training_program(
         model: the segmentor of the config.
         mesh: the devices, of any kind that can be compiled for.
         epoch_steps: steps per epoch.
+        class_weights: where the config has "balanced" ones, from `class_weights_of`; None: equal
+            ones stand in for them, in plans and timings.
     """
+    config = with_class_weights(config, class_weights)
     schedule = optimizer.schedule_from_config(config, config.train.epochs * epoch_steps)
     tx = optimizer.sgd(config, schedule)
     state = sharding.with_sharding(abstract_state(model, tx), mesh)

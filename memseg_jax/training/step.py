@@ -25,6 +25,7 @@ from memseg_jax.models.memory import (
     move_memory_groups,
 )
 from memseg_jax.models.segmentor import Segmentor
+from memseg_jax.training.freezing import Frozen
 from memseg_jax.training.guards import FLAG, keep_finite
 from memseg_jax.training.losses import consistency_loss, cross_entropy, group_weights
 from memseg_jax.training.state import TrainState
@@ -72,6 +73,7 @@ def make_train_step(
         else:
             result = accumulate_gradients(losses, state, batch, lr, rng, parts)
         grads, metrics, batch_stats, memory = result
+        batch_stats = losses.frozen.statistics(state.batch_stats, batch_stats)
         updates, opt_state = tx.update(grads, state.opt_state, state.params)
         new_state = TrainState(
             step=state.step + 1,
@@ -116,18 +118,24 @@ class Losses:
         weights = self.config.loss.class_weights
         return jnp.asarray(weights) if weights else None
 
+    @property
+    def frozen(self) -> Frozen:
+        """The parameters that keep their values."""
+        return Frozen.of(self.config)
+
     def apply(
         self, method: Callable, params: Any, batch_stats: Any, rng: jax.Array, *args: Any
     ) -> tuple[Any, Any]:
         """Runs one part of the model in training; returns its result and the new statistics."""
-        out, mutated = self.model.apply(
-            {"params": params, "batch_stats": batch_stats},
-            *args,
-            train=True,
-            mutable=["batch_stats"],
-            rngs={"dropout": rng},
-            method=method,
-        )
+        with self.frozen.applied():
+            out, mutated = self.model.apply(
+                {"params": self.frozen.without_gradients(params), "batch_stats": batch_stats},
+                *args,
+                train=True,
+                mutable=["batch_stats"],
+                rngs={"dropout": rng},
+                method=method,
+            )
         return out, mutated["batch_stats"]
 
     def memory_sums(self, memory: jax.Array, encoded: Any, labels: jax.Array) -> MemorySums:

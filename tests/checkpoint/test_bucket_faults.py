@@ -8,9 +8,10 @@ import textwrap
 
 import pytest
 
-from memseg_jax import checkpoint, verify
+from memseg_jax import checkpoint
 from memseg_jax.checkpoint import Checkpointer
 from memseg_jax.errors import Unreachable, UserError
+from memseg_jax.modes import verify
 from memseg_jax.runtime import files
 from tests import tiny
 from tests.checkpoints import abstract, assert_same, make_meta, make_state, save_one

@@ -181,6 +181,20 @@ def test_keeps_the_last_and_the_best(place):
     assert_same(restored, make_state(7))
 
 
+@pytest.mark.parametrize(
+    ("mious", "count"),
+    [
+        ([], 0), ([0.3], 0), ([None], 1), ([0.3, 0.3], 1), ([0.3, 0.2, 0.4], 0),
+        ([0.5, 0.4, 0.45, 0.5], 3), ([0.5, 0.6, None, 0.1], 2),
+    ],
+)  # fmt: skip
+def test_evaluations_without_gain(place, mious, count):
+    with Checkpointer(place, keep=1) as checkpointer:
+        for step, miou in enumerate(mious, 9):  # 10 comes after 9, which it does not as text
+            checkpointer.record_scores(step, {"mIoU": miou})
+        assert checkpointer.evaluations_without_gain() == count
+
+
 def test_best_without_scores_is_the_last(place):
     save_one(place, 1)
     save_one(place, 2)

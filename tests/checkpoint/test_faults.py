@@ -49,10 +49,10 @@ CHILD = """
 """
 
 
-def test_sigkill_in_the_middle_of_a_save(place):
+def test_sigkill_in_the_middle_of_a_save(place_of_run):
     root = str(Path(__file__).resolve().parents[2])
-    code = CHILD.format(root=root, workdir=str(place))
-    folder = place / checkpoint.FOLDER
+    code = CHILD.format(root=root, workdir=str(place_of_run))
+    folder = place_of_run / checkpoint.FOLDER
     done = 0
     for _ in range(2):
         child = subprocess.Popen(
@@ -68,16 +68,16 @@ def test_sigkill_in_the_middle_of_a_save(place):
             child.send_signal(signal.SIGKILL)
             child.communicate()
         # Two saves were complete when the third had started.
-        step, meta = checkpoint.read_meta(place)
+        step, meta = checkpoint.read_meta(place_of_run)
         assert step >= done + 2
         assert meta["step"] == step
         done = step
-    with Checkpointer(place, keep=2) as checkpointer:
+    with Checkpointer(place_of_run, keep=2) as checkpointer:
         assert files.names(folder) == files.complete_folders(folder)
         restored, _ = checkpointer.restore(abstract(make_state(1, 20000)))
         assert_same(restored, make_state(done, 20000))
         checkpointer.save(make_state(done + 1, 20000), make_meta(done + 1))
-    assert checkpoint.all_steps(place)[-1] == done + 1
+    assert checkpoint.all_steps(place_of_run)[-1] == done + 1
 
 
 def test_half_deleted_old_checkpoint_does_no_harm(place):

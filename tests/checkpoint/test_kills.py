@@ -10,8 +10,9 @@ from pathlib import Path
 
 import pytest
 
-from memseg_jax import checkpoint, verify
+from memseg_jax import checkpoint
 from memseg_jax.checkpoint import Checkpointer
+from memseg_jax.modes import verify
 from memseg_jax.runtime import files
 from tests.checkpoints import abstract, assert_same, files_of, make_meta, make_state
 

@@ -25,7 +25,7 @@ def in_empty_folder(tmp_path, monkeypatch):
     assert list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.parametrize("mode", main.MODES)
+@pytest.mark.parametrize("mode", [mode for mode in main.MODES if mode != "init"])
 def test_every_mode_of_the_program(in_empty_folder, capsys, mode):
     flags = ("--mode", mode, *EXTRA.get(mode, ()), "--config.data.packed=packed")
     assert tiny.run(*flags, "--config.optimizer.lr=-1") == 1
@@ -35,11 +35,11 @@ def test_every_mode_of_the_program(in_empty_folder, capsys, mode):
     assert shown.out == ""
 
 
-@pytest.mark.parametrize("mode", [mode for mode in main.MODES if mode != "verify"])
+@pytest.mark.parametrize("mode", [mode for mode in main.MODES if mode not in ("verify", "init")])
 def test_every_mode_from_python(in_empty_folder, mode):
     config = tiny.get_config()
     config.optimizer.lr = float("nan")
-    module = importlib.import_module(f"memseg_jax.{mode}")
+    module = importlib.import_module(f"memseg_jax.modes.{mode}")
     arguments = [] if mode in ("plan", "pack") else ["run"]
     with pytest.raises(UserError, match=r"^config.optimizer.lr is nan; expected a number above 0"):
         module.run(config, *arguments, *ARGUMENTS.get(mode, ()))

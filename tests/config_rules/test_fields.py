@@ -23,6 +23,7 @@ from memseg_jax.command_line import field_values, load_config
 from memseg_jax.config_rules.fields import RULES
 from memseg_jax.config_rules.kinds import (
     Choice,
+    Either,
     Number,
     Several,
     Switch,
@@ -42,9 +43,11 @@ ARGUMENTS = ("", ":ms_flip", ":2021", ":2025", ":2025,ms_flip")
 # Whether their values are right depends on other fields, too; see test_relations.py.
 RELATED = {
     "replica_groups", "sharding.data", "sharding.fsdp", "init.backbone", "init.checkpoint",
-    "data.name", "data.class_names", "data.palette", "augment.scale_range", "augment.flip_pairs",
-    "loss.class_weights", "loss.stage2", "model.memory.momentum", "model.memory.base_lr",
-    "optimizer.lr", "optimizer.min_lr", "train.batch_size", "train.accumulate",
+    "data.name", "data.class_names", "data.palette", "data.label_map", "data.label_colors",
+    "data.ignore_colors", "data.unknown_color", "data.label_name", "data.outside_polygons",
+    "augment.scale_range", "augment.flip_pairs", "loss.class_weights", "loss.stage2",
+    "model.memory.momentum", "model.memory.base_lr", "optimizer.lr", "optimizer.min_lr",
+    "train.batch_size", "train.accumulate", "train.early_stop",
 }  # fmt: skip
 
 
@@ -118,6 +121,9 @@ def outside(rule):
     """Draws (value, what of it the message must show)."""
     if isinstance(rule, Several):
         return st.one_of(wrong_containers(rule), wrong_lengths(rule), wrong_items(rule))
+    if isinstance(rule, Either):
+        values = st.one_of(*map(outside, rule.rules)).map(lambda pair: pair[0])
+        return values.filter(lambda value: not rule.allows(value)).map(lambda value: (value, value))
     if isinstance(rule, Table):
         good = rule.item.such_as
         unknown = WORDS.filter(str.isidentifier).filter(lambda name: name not in rule.names)
@@ -180,6 +186,8 @@ def inside(rule):
         values = st.lists(inside(rule.item), **size)
         values = values | values.map(tuple)
         return values | st.just(()) if rule.or_none else values
+    if isinstance(rule, Either):
+        return st.one_of(*map(inside, rule.rules))
     if isinstance(rule, Table):
         return st.dictionaries(st.sampled_from(rule.names), inside(rule.item), max_size=2)
     if isinstance(rule, Whole):
@@ -262,6 +270,7 @@ def test_values_inside_are_accepted(field, data):
         ("eval.scales", 1.0, r"is 1.0; expected 1 to 100 factors, .* Did you mean \(1.0,\)\?"),
         ("data.palette", ((1, 2, 3), (0, 0, 256), (0, 0, 0)), r"\[1\]\[2\] is 256; expected a wh"),
         ("optimizer.multipliers", {"backbones": (1, 1)}, r".backbones is .*Did you mean backbone"),
+        ("optimizer.multipliers", {"backbon/stem_0": (1, 1)}, r".backbon/stem_0 is .*no 'backbon/"),
         ("optimizer.multipliers", {"backbone": (1, -1)}, r".backbone\[1\] is -1; expected a numb"),
         ("model.memory", 3, "is 3; expected a group of fields: model.memory.enabled, "),
     ],

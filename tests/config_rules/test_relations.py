@@ -6,6 +6,8 @@ from memseg_jax import config_rules
 from memseg_jax.errors import UserError
 from tests.tiny_config import get_config
 
+RGB = ((1, 2, 3), (4, 5, 6), (7, 8, 9))
+
 
 def config_with(**fields):
     config = get_config()
@@ -72,6 +74,10 @@ def config_with(**fields):
             r"config.train.accumulate = 3 \* 1. The nearest is 6 or 9",
         ),
         (
+            {"train__early_stop": 3, "train__eval_every": 0},
+            "config.train.early_stop is 3; expected 0 beside config.train.eval_every = 0: it",
+        ),
+        (
             {"replica_groups": 4, "train__accumulate": 4},
             r"config.train.batch_size is 8; .* 4 \* 4. The nearest is 16$",
         ),
@@ -86,6 +92,62 @@ def config_with(**fields):
         (
             {"data__name": "shapes", "data__num_train": 4},
             "config.data.num_val is 0; expected 1 or more: config.data.name = 'shapes'",
+        ),
+        (
+            {"data__label_colors": ((1, 2, 3), ((4, 5, 6), (7, 8, 9)))},
+            r"config.data.label_colors is .*; expected as many as .* has, 3, .* found 2",
+        ),
+        (
+            {"data__label_colors": ((1, 2, 3), ((4, 5, 6), (1, 2, 3)), (7, 8, 9))},
+            r"config.data.label_colors is .* mean one class; \(1, 2, 3\) means box and ground",
+        ),
+        (
+            {"data__label_colors": RGB, "data__ignore_colors": ((4, 5, 6),)},
+            r"config.data.label_colors is .*; \(4, 5, 6\) means box and not labelled",
+        ),
+        (
+            {"data__ignore_colors": ((4, 5, 6),)},
+            r"config.data.ignore_colors is .*; expected \(\) as long as config.data.label_colors",
+        ),
+        (
+            {"data__unknown_color": "nearest"},
+            "config.data.unknown_color is 'nearest'; expected 'error' as long as config.data.label",
+        ),
+        (
+            {"data__label_map": ((7, "box"),), "data__label_colors": RGB},
+            r"config.data.label_map is .*; expected \(\) beside config.data.label_colors",
+        ),
+        (
+            {"data__label_map": ((7, "box"), (8, "bx"))},
+            r"config.data.label_map\[1\]\[1\] is 'bx'; expected 'ignore' or .*Did you mean box\?",
+        ),
+        (
+            {"data__label_map": ((7, "box"), (7, "disc"))},
+            r"config.data.label_map\[1\]\[0\] is 7; expected every value once",
+        ),
+        (
+            {"data__label_map": ((7, "a"),), "data__class_names": ("a", "ignore", "b")},
+            r"config.data.class_names is .*; expected another name for class 'ignore'",
+        ),
+        (
+            {"data__outside_polygons": "grund"},
+            "config.data.outside_polygons is 'grund'; .* Did you mean ground",
+        ),
+        (
+            {"data__name": "lip", "data__val_share": 0.1},
+            "config.data.val_share is 0.1; expected 0.0 beside config.data.name = 'lip', which has",
+        ),
+        (
+            {"data__label_name": "mask.png"},
+            "config.data.label_name is 'mask.png'; expected text with {stem} or {name}, and no",
+        ),
+        (
+            {"data__label_name": "{stem}_{id}.png"},
+            "config.data.label_name is '{stem}_{id}.png'; .* no other words in braces but",
+        ),
+        (
+            {"data__val_share": 0.2, "data__eval_split": "train"},
+            "config.data.eval_split is 'train'; expected another name than .*train_split",
         ),
     ],
 )
@@ -113,6 +175,13 @@ def test_what_does_not_fit_is_refused(fields, message):
         {"replica_groups": 4, "train__accumulate": 2},
         {"sharding__fsdp": -1, "sharding__data": 2},
         {"data__name": "shapes", "data__num_train": 1, "data__num_val": 1},
+        {"data__label_colors": RGB, "data__ignore_colors": ((0, 0, 0),)},
+        {"data__label_colors": ((1, 2, 3), RGB[1:], (0, 0, 0)), "data__unknown_color": "nearest"},
+        {"data__label_map": ((7, "box"), (8, "box"), ("lorry", "disc"), (0, "ignore"))},
+        {"data__outside_polygons": "ground"},
+        {"data__label_name": "{parent}/{stem}.png"},
+        {"data__val_share": 0.2},
+        {"loss__class_weights": "balanced"},
     ],
 )
 def test_what_fits_is_accepted(fields):

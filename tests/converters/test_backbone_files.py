@@ -10,7 +10,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from converters import names
+from converters import names, recognise
 from converters.backbone_files import SOURCES, read_backbone
 from memseg_jax.models import hrnet, resnest, resnet, vit
 from memseg_jax.models.segmentor import build_backbone
@@ -38,7 +38,7 @@ from tests.small_models import fast_jit
 
 def test_every_backbone_has_a_source():
     variants = [*resnet.VARIANTS, *resnest.VARIANTS, *hrnet.VARIANTS, *vit.VARIANTS]
-    assert {name.split("_")[0] for name in variants} == set(SOURCES)
+    assert {recognise.file_kind(name) for name in variants} == set(SOURCES)
 
 
 @pytest.mark.parametrize("name", CNNS)

@@ -25,6 +25,7 @@ from tests.goldens import (
     manifest,
     manifest_entry,
     manifest_models,
+    pixels,
     rule_array,
     rule_image,
 )
@@ -112,7 +113,7 @@ def test_every_tensor_of_ours_has_its_counterpart(name):
         "slots, hard",
         *(
             pytest.param(x, marks=pytest.mark.slow)
-            for x in ("plain", "no context", "widths", "downsample")
+            for x in ("plain", "no context", "widths", "downsample", "resnet18_v1b")
         ),
     ],
 )
@@ -192,15 +193,17 @@ def reference_model(name):
     return model
 
 
-def forward_case(name):
-    """Marks the cases that take long: large images, and ViTs (drawing their weights)."""
-    _, _, height, width = map(int, pathlib.Path(name).stem.split("__")[1].split("x"))
-    slow = height * width > 100_000 or "/vit" in name
-    return pytest.param(name, marks=[pytest.mark.slow] if slow else [])
+def forward_cases():
+    """Quick is that with the smallest images of every backbone but ViT, whose weights are many."""
+    seen = {"vitlarge"}
+    for name in sorted(golden_files("forward"), key=pixels):
+        backbone = pathlib.Path(name).stem.split("_")[0]
+        yield pytest.param(name, marks=[pytest.mark.slow] if backbone in seen else [], id=name)
+        seen.add(backbone)
 
 
 @pytest.mark.golden
-@pytest.mark.parametrize("name", [forward_case(name) for name in golden_files("forward")])
+@pytest.mark.parametrize("name", sorted(forward_cases(), key=lambda case: case.id))
 def test_forward_equals_the_reference(name):
     case = pathlib.Path(name).stem
     model_name, size = case.split("__")

@@ -188,6 +188,15 @@ def test_factors_that_name_no_module_are_refused():
         build_optimizer(model, config)
 
 
+def test_the_training_in_pytorch_freezes_nothing():
+    config = training_config()
+    config.train.freeze = ("backbone",)
+    with torch.device("meta"):
+        model = build_torch_model(config)
+    with pytest.raises(UserError, match=r"config\.train\.freeze is \('backbone',\)"):
+        build_optimizer(model, config)
+
+
 @pytest.mark.parametrize("backbone", ["resnet18", "vitlarge", "hrnetv2w48"])
 def test_factors_go_to_the_same_parameters_as_in_our_model(backbone):
     config = small_config()

@@ -52,7 +52,8 @@ def compare(workdir: Path, images: list[np.ndarray], scratch: files.Place) -> fl
     variables, _ = checkpoint.restore_for_inference(
         scratch / "back", abstract_variables(model), "last"
     )
-    predictor = Predictor(model, config.eval, make_mesh(), confidence=True)
+    crop = config.augment.crop
+    predictor = Predictor(model, config.eval, make_mesh(), confidence=True, crop=crop)
     different = total = 0
     for prediction in predictor.predict(variables, enumerate(images)):
         labels, confidence = torch_labels(twin, images[prediction.key], config.eval)

@@ -455,7 +455,7 @@ def test_user_error_survives_pickling():
 @pytest.mark.parametrize(
     ("values", "num_classes", "ignore_label", "advice"),
     [
-        ([0, 255], 2, -1, "object's pixels as 1"),
+        ([0, 255], 2, -1, "config.data.label_map = ((0, 'background'), (255, 'object'))"),
         ([0, 1, 255], 2, -1, "set config.data.ignore_label=255"),
         ([0, 3, 11], 11, 255, "set config.data.ignore_label=11"),
         ([1, 2, 3], 3, 255, "count from 1"),

@@ -12,10 +12,10 @@ import pytest
 from PIL import Image
 
 from configs import common
-from memseg_jax import pack
 from memseg_jax.data import open_split, packed, pipeline, shapes
 from memseg_jax.data.records import open_records
 from memseg_jax.errors import UserError
+from memseg_jax.modes import pack
 from tests import official_trees, tiny
 
 CONFIGS = {name: f"{name}_resnet50" for name in official_trees.SPLITS}

@@ -8,9 +8,9 @@ import time
 import numpy as np
 import pytest
 
-from memseg_jax import pack
 from memseg_jax.data import open_split, packed, pipeline, staging
 from memseg_jax.errors import UserError
+from memseg_jax.modes import pack
 from memseg_jax.runtime import files
 from tests import tiny
 

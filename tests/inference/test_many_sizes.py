@@ -49,6 +49,7 @@ def test_the_smallest_canvas_that_holds_an_image():
     assert policy.padded((7, 9)) == ((7, 9), True)
 
 
+@settings(deadline=None)
 @given(st.lists(st.tuples(st.integers(1, 600), st.integers(1, 600)), max_size=30))
 def test_windows_are_full_or_padded_to_the_full_one(images):
     config = common.get_config()

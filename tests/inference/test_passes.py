@@ -45,7 +45,7 @@ class Toy:
 def make_predictor(model, pairs=(), devices=1, **fields):
     """A predictor and weights for it."""
     evaluation = common.get_config().eval
-    evaluation.update({"exact_sizes": 0, "size_multiple": 64} | fields)
+    evaluation.update({"mode": "whole", "exact_sizes": 0, "size_multiple": 64} | fields)
     weights = 0.7 * np.random.default_rng(5).standard_normal((3, model.num_classes))
     variables = {"params": weights.astype(np.float32), "batch_stats": {}, "memory": np.zeros(1)}
     mesh = Mesh(np.array(jax.devices()[:devices]), ("data",))

@@ -6,7 +6,6 @@ import jax
 import numpy as np
 import pytest
 
-from memseg_jax.benchmark import random_batch
 from memseg_jax.models import convolution_gradients as gradients
 from memseg_jax.models.convolution import PLAIN
 from memseg_jax.models.convolution_forms import (
@@ -15,6 +14,7 @@ from memseg_jax.models.convolution_forms import (
     convolve_positions,
 )
 from memseg_jax.models.segmentor import build_segmentor
+from memseg_jax.modes.benchmark import random_batch
 from memseg_jax.training import optimizer
 from memseg_jax.training.state import init_state
 from memseg_jax.training.step import make_train_step
@@ -47,7 +47,7 @@ def on_cpu():
     return step_result()
 
 
-@pytest.mark.parametrize("platform", ["gpu", "tpu"])
+@pytest.mark.parametrize("platform", [pytest.param("gpu", marks=pytest.mark.slow), "tpu"])
 def test_a_training_step(platform, double_precision, forms_of):
     expected = on_cpu()
     forms = forms_of(platform)

@@ -313,6 +313,13 @@ def test_padding_changes_no_number_with_other_settings():
 
 
 @pytest.mark.slow
+def test_padding_changes_no_number_with_a_stem_of_one_convolution():
+    config = small_config()
+    config.model.backbone = "resnet18_v1b"
+    assert_padding_changes_nothing(build_segmentor(config), [(33, 47), (1, 1)])
+
+
+@pytest.mark.slow
 def test_padding_changes_no_number_of_the_baseline():
     assert_padding_changes_nothing(small_model(enabled=False), [(41, 15)])
 
@@ -349,7 +356,9 @@ def test_padding_changes_no_number_of_a_vision_transformer():
 # ---- names -----------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("backbone", ["resnet18", "resnet50", "resnet101"])
+@pytest.mark.parametrize(
+    "backbone", ["resnet18", "resnet50", "resnet101", "resnet18_v1b", "resnet50_v1b", "vitbase"]
+)
 @pytest.mark.parametrize("slots", [1, 3])
 def test_every_variable_has_a_name_of_its_own(backbone, slots):
     config = small_config()

@@ -482,7 +482,7 @@ def test_evaluation_counts_every_image_once(tmp_path, images):
 @pytest.mark.slow
 def test_two_processes_measure_the_batch_of_both(tmp_path):
     workdir = tmp_path / "run"
-    first, second = run(2, workdir, "--mode=benchmark", "--distributed=on", program=WITH_RESNET)
+    first, second = run(2, workdir, "--mode=benchmark", "--distributed=on")
     header, _, row = (line for line in first.splitlines() if line.startswith("| "))
     assert "train img/s" in header
     assert "| 2 x cpu | 8 x 32x32, float32 |" in row

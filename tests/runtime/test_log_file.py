@@ -58,6 +58,18 @@ def test_the_last_entry_says_why_the_run_ended(tmp_path, error, last):
     assert lines(tmp_path)[-1] == last
 
 
+def test_what_is_said_after_the_end_is_not_written(tmp_path, capsys):
+    """Another thread may end the program while this one works on."""
+    with LogFile(tmp_path):
+        (handler,) = (x for x in logging.getLogger().handlers if isinstance(x, log_file._Handler))
+        say("before")
+        handler.close()
+        OURS.warning("after")
+        say("after")
+    assert [line for line in lines(tmp_path) if "started" not in line] == ["before"]
+    assert "Traceback" not in capsys.readouterr().err
+
+
 def test_only_the_first_process_writes(tmp_path, monkeypatch):
     monkeypatch.setattr(distributed, "is_primary", lambda: False)
     with LogFile(tmp_path):

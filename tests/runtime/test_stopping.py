@@ -64,7 +64,7 @@ class FakePredictor:
 
     signal_at_last = True
 
-    def __init__(self, *args):
+    def __init__(self, *args, **kw):
         pass
 
     def predict(self, variables, images):
@@ -128,6 +128,24 @@ def test_signals_are_left_alone_in_other_threads():
     thread.start()
     thread.join()
     assert found == [(HANDLERS[signal.SIGTERM], False, False)]
+
+
+def test_in_another_program_nothing_ends_it(capfd):
+    with StopRequests(ends_process=False) as stops:
+        with pytest.raises(KeyboardInterrupt):
+            signal.raise_signal(signal.SIGINT)
+        with pytest.raises(SystemExit):
+            signal.raise_signal(signal.SIGTERM)
+        assert not stops.wanted()
+    with StopRequests(ends_process=False) as stops:
+        stops.unsaved = True
+        signal.raise_signal(signal.SIGTERM)
+        assert distributed.stop_requested().wait(LIMIT)
+        signal.raise_signal(signal.SIGTERM)
+        with pytest.raises(KeyboardInterrupt):
+            signal.raise_signal(signal.SIGINT)
+        assert "after step 3 of 4" in str(stops.stopped(3, 4))
+    assert capfd.readouterr().err.count("finishing the step and saving") == 1
 
 
 # ---- A program that does nothing but wait -------------------------------------------------------

@@ -132,7 +132,12 @@ def test_parts_of_equal_statistics_are_the_whole_batch(groups, parts):
 
 
 @pytest.mark.parametrize(
-    "options", [{"groups": 2, "weights": (0.5, 2.0, 1.5)}, {"groups": 1, "memory": False}], ids=str
+    "options",
+    [
+        pytest.param({"groups": 2, "weights": (0.5, 2.0, 1.5)}, marks=pytest.mark.slow),
+        {"groups": 1, "memory": False},
+    ],
+    ids=str,
 )
 def test_any_images_where_batch_statistics_play_no_part(options):
     whole, actual = (run(parts=n, frozen=True, **options) for n in (1, 4))

@@ -12,8 +12,9 @@ import optax
 import pytest
 from PIL import Image
 
-from memseg_jax import checkpoint, train
+from memseg_jax import checkpoint
 from memseg_jax.models.segmentor import build_segmentor
+from memseg_jax.modes import train
 from memseg_jax.runtime import compilation, files
 from memseg_jax.training import guards, optimizer
 from memseg_jax.training.state import TrainState, abstract_state

@@ -8,7 +8,7 @@ import pytest
 
 from configs import common
 from memseg_jax.errors import UserError
-from memseg_jax.training.optimizer import poly_schedule, schedule_from_config, sgd
+from memseg_jax.training.optimizer import multiplier, poly_schedule, schedule_from_config, sgd
 
 
 @pytest.mark.parametrize(
@@ -163,9 +163,51 @@ def test_learning_rate_factor_zero_freezes_a_module():
     assert (after["context"]["scale"] != before["context"]["scale"]).all()
 
 
+@pytest.mark.parametrize(
+    ("path", "expected"),
+    [
+        ("context/scale", (1.0, 1.0)),
+        ("backbone/conv1/kernel", (0.5, 1.0)),
+        ("backbone/layer1_0/conv1/conv/kernel", (0.1, 0.2)),
+        ("backbone/layer2_0/conv1/conv/kernel", (0.5, 1.0)),
+        ("backbone/layer1_0/conv1/norm/scale", (3.0, 0.0)),
+    ],
+)
+def test_the_longest_pattern_counts(path, expected):
+    table = {
+        "backbone": (0.5, 1.0),
+        "backbone/layer1_*": (0.1, 0.2),
+        "backbone/*/norm/scale": (3, 0),
+    }
+    for multipliers in (table, dict(reversed(table.items()))):
+        keys = tuple(jax.tree_util.DictKey(key) for key in path.split("/"))
+        assert multiplier(keys, multipliers) == expected
+
+
+def test_sgd_with_factors_for_a_part_of_a_module():
+    config = config_with({"backbone/*/kernel": (0.1, 0.0)})
+    schedule = schedule_from_config(config, 6)
+    parts = [plain_sgd(config, schedule, factors)[-1] for factors in ({}, {"backbone": (0.1, 0)})]
+    expected = {"context": parts[0]["context"], "backbone": {"conv": {
+        "kernel": parts[1]["backbone"]["conv"]["kernel"],
+        "bias": parts[0]["backbone"]["conv"]["bias"],
+    }}}  # fmt: skip
+    assert_histories_equal(run(config, schedule)[-1:], [expected])
+
+
+def test_what_is_frozen_stays_and_the_rest_moves_as_before():
+    config = config_with()
+    schedule = schedule_from_config(config, 6)
+    expected = run(config, schedule)[-1]
+    config.train.freeze = ("backbone/conv/kernel",)
+    after = run(config, schedule)[-1]
+    expected["backbone"]["conv"]["kernel"] = draw_tree(0)["backbone"]["conv"]["kernel"]
+    jax.tree.map(np.testing.assert_array_equal, after, expected)
+
+
 def test_unknown_module_is_named():
     config = config_with({"backbon": (0.1, 0.1)})
-    with pytest.raises(UserError, match="names backbon; the model's modules are backbone, context"):
+    with pytest.raises(UserError, match=r"multipliers names 'backbon', .*Did you mean backbone\?"):
         run(config, lambda step: 0.1, steps=1)
 
 

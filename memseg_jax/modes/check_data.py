@@ -7,19 +7,19 @@ each split shows some of its samples, those for training as the network sees the
 
 import collections
 import dataclasses
-import sys
+import functools
 from collections.abc import Iterator
 
 import numpy as np
-from PIL import Image
-from tqdm import tqdm
 
 from memseg_jax import config_rules
 from memseg_jax.data import IGNORE_LABEL, open_split, transforms
+from memseg_jax.data.classes import IGNORE, palette_of
 from memseg_jax.data.images import LabelValueError, value_advice
 from memseg_jax.data.pipeline import TrainSamples
 from memseg_jax.data.reading import map_ahead
 from memseg_jax.errors import PROCESS_ERRORS, UserError
+from memseg_jax.runtime import bars
 from memseg_jax.runtime.files import Place, make_folder, place
 from memseg_jax.runtime.text import first_few
 from memseg_jax.scoring import visualize
@@ -87,7 +87,9 @@ def run(config, folder: str | None = None) -> int:
             unusable.append(split)
             continue
         report = check_split(source, split, len(data.class_names), data.threads)
-        print("\n" + format_report(report, data.class_names, data.ignore_label))
+        print(
+            "\n" + format_report(report, data.class_names, data.ignore_label, ignoring_field(data))
+        )
         if folder is not None:
             print(f"\n  {draw_picture(config, source, split, place(folder, '--output'))}")
         num_images += report.images
@@ -121,24 +123,18 @@ def check_split(source, split: str, num_classes: int, threads: int = 1) -> Split
         official_size=getattr(source, "official_size", None),
         has_labels=getattr(source, "has_labels", True),
     )
-    # The bar goes to the terminal only; a log file gets the report alone.
-    results = tqdm(
-        map_ahead(lambda index: _read_one(source, index, num_classes), range(len(source)), threads),
-        total=len(source),
-        desc=f"checking {split}",
-        unit="image",
-        leave=False,
-        disable=not sys.stderr.isatty(),
-    )
-    for index, result in enumerate(results):
-        if isinstance(result, Exception):
-            _add_bad(report, source.describe(index), result)
-            continue
-        size, pixels = result
-        report.sizes[size] += 1
-        report.pixels += pixels
-        report.images_with += pixels > 0
-        report.unlabelled += not pixels[:num_classes].any()
+    read = functools.partial(_read_one, source, num_classes=num_classes)
+    with bars.bar(len(source), f"checking {split}", "image") as bar:
+        for index, result in enumerate(map_ahead(read, range(len(source)), threads)):
+            bar.update()
+            if isinstance(result, Exception):
+                _add_bad(report, source.describe(index), result)
+                continue
+            size, pixels = result
+            report.sizes[size] += 1
+            report.pixels += pixels
+            report.images_with += pixels > 0
+            report.unlabelled += not pixels[:num_classes].any()
     return report
 
 
@@ -154,7 +150,7 @@ def _read_one(source, index: int, num_classes: int):
             raise UserError(
                 f"the label is {label.dtype} {label.shape}, not uint8 {image.shape[:2]}."
             )
-        pixels = np.array(Image.fromarray(label).histogram())  # no copy, however large
+        pixels = visualize.pixels_per_value(label)
         bad = np.flatnonzero(pixels[num_classes:IGNORE_LABEL]) + num_classes
         if bad.size:
             raise UserError(
@@ -200,7 +196,7 @@ def draw_picture(config, source, split: str, folder: Place) -> str:
     path = folder / f"{split.replace('/', '_')}.png"
     try:
         class_names = tuple(config.data.class_names)
-        palette = visualize.resolve_palette(config.data.palette, len(class_names))
+        palette = visualize.resolve_palette(palette_of(config.data), len(class_names))
         if split == config.data.train_split:
             titles = ("image", "label", "image for the network", "label for the network")
             rows = _rows(source, TrainSamples(source, config))
@@ -243,13 +239,30 @@ def _rows(source, samples: TrainSamples | None) -> Iterator[tuple[str, list[np.n
         raise UserError("none of the samples it would show can be read.")
 
 
-def format_report(report: SplitReport, class_names, ignore_label: int = IGNORE_LABEL) -> str:
+def ignoring_field(data_config) -> str:
+    """Returns the field that says what is not labelled; "" for `ignore_label` and class ids."""
+    if data_config.label_colors:
+        return "config.data.ignore_colors"
+    if data_config.label_map:
+        return "config.data.label_map"
+    if data_config.outside_polygons != IGNORE or data_config.label_dir.endswith(".json"):
+        return "config.data.outside_polygons"
+    return ""
+
+
+def format_report(
+    report: SplitReport,
+    class_names,
+    ignore_label: int = IGNORE_LABEL,
+    ignoring: str = "",
+) -> str:
     """Formats the report of one split for the console.
 
     Args:
         report: from `check_split`.
         class_names: K names.
         ignore_label: the config's ignore value in files, or -1; for the advice.
+        ignoring: another field that says what is not labelled, if one does; for the advice.
 
     Returns:
         Several lines: sizes, class table, bad files, warnings.
@@ -268,7 +281,7 @@ def format_report(report: SplitReport, class_names, ignore_label: int = IGNORE_L
         if report.num_bad > len(report.bad):
             lines.append(f"    ... and {report.num_bad - len(report.bad)} more")
     # Last, where they are seen: a list of bad files can be long.
-    warnings = _warnings(report, class_names, ignore_label)
+    warnings = _warnings(report, class_names, ignore_label, ignoring)
     if warnings:
         lines += ["", *(f"  warning: {text}" for text in warnings)]
     return "\n".join(lines)
@@ -318,7 +331,7 @@ def _percent(share: float) -> str:
     return f"{100 * share:.2f}%"
 
 
-def _warnings(report: SplitReport, class_names, ignore_label: int) -> list[str]:
+def _warnings(report: SplitReport, class_names, ignore_label: int, ignoring: str) -> list[str]:
     """What is allowed but probably not meant, and the likely cause of label values that are bad."""
     num_classes = len(class_names)
     good = report.images - report.num_bad
@@ -338,20 +351,23 @@ def _warnings(report: SplitReport, class_names, ignore_label: int) -> list[str]:
         # Good samples tell which allowed values the files hold besides.
         values.update({int(k): int(report.pixels[k]) for k in seen})
         warnings.append(value_advice(values, num_classes, ignore_label))
-    if good and seen.tolist() == [0] and num_classes > 1 and ignored and ignore_label == 255:
+    has_value = "" if ignoring else f": every one has the ignore value {ignore_label}"
+    black_and_white = seen.tolist() == [0] and ignore_label == 255 and not ignoring
+    if good and black_and_white and num_classes > 1 and ignored:
         warnings.append(
             "the label files hold values 0 and 255 only, and 255 means 'not labelled' here. If "
-            "they are masks with 255 = object: with 2 classes save object pixels as 1."
+            "they are masks with 255 = object: name 2 classes, and set config.data.label_map = "
+            "((0, 'background'), (255, 'object'))."
         )
     elif good and not labelled:
         warnings.append(
-            f"no pixel is labelled: every one has the ignore value {ignore_label}. Correct "
-            "config.data.ignore_label or the files."
+            f"no pixel is labelled{has_value}. Correct {ignoring or 'config.data.ignore_label'} or "
+            "the files."
         )
     elif ignored > labelled:
         warnings.append(
-            f"more pixels are not labelled than labelled: is config.data.ignore_label = "
-            f"{ignore_label} meant?"
+            "more pixels are not labelled than labelled: is "
+            f"{ignoring or f'config.data.ignore_label = {ignore_label}'} meant?"
         )
     never = [str(class_names[k]) for k in range(num_classes) if k not in seen]
     if good and never:
@@ -361,7 +377,7 @@ def _warnings(report: SplitReport, class_names, ignore_label: int) -> list[str]:
         warnings.append(f"{len(never)} of {num_classes} classes are never seen{of_read}: {names}")
         if collides and never == collides:
             warnings[-1] += f" (its id {ignore_label} is the ignore value)"
-        elif not report.bad_values and seen.size and seen[0] > 0:
+        elif not ignoring and not report.bad_values and seen.size and seen[0] > 0:
             warnings[-1] += (
                 ". Class 0 is among them: class ids must count from 0 in the order of "
                 "config.data.class_names; check that they are not shifted."

@@ -28,13 +28,13 @@ from tensorflow_datasets.proto import tf_example_pb2
 from tqdm import tqdm
 
 from memseg_jax import config_rules
-from memseg_jax.data import folder as folders
 from memseg_jax.data import open_split, packed, staging
+from memseg_jax.data.file_source import FileSource
 from memseg_jax.data.images import read_image
 from memseg_jax.data.reading import map_ahead
 from memseg_jax.data.records import open_records
 from memseg_jax.errors import PROCESS_ERRORS, UserError
-from memseg_jax.runtime import files
+from memseg_jax.runtime import bars, files
 
 SHARD_BYTES = 128 << 20  # approximate size of a file
 _PROBES = 8  # samples whose size tells how many go into a file
@@ -174,13 +174,7 @@ def pack_split(source: Any, data_config: Any, split: str, folder: Path) -> str:
             "Restore them, or pack into another folder."
         )
     was_complete, written, start = manifest.complete, 0, 0
-    bar = tqdm(
-        total=len(source),
-        desc=f"{'checking' if was_complete else 'packing'} {split}",
-        unit="image",
-        leave=False,
-        disable=not sys.stderr.isatty(),  # a log file gets the report alone
-    )
+    bar = bars.bar(len(source), f"{'checking' if was_complete else 'packing'} {split}", "image")
     job = _Job(source, folder, data_config.threads, bar)
     there = {content.name: content for content in files.contents(folder)}
     with bar:
@@ -265,7 +259,7 @@ def _encode(source: Any, index: int) -> dict[str, bytes]:
     try:
         sample = source[index]
         image = None
-        if isinstance(source, folders.FileSource):
+        if isinstance(source, FileSource):
             data = Path(source.images[index]).read_bytes()
             # A subclass may make something else of the file.
             if np.array_equal(read_image(source.images[index], data), sample["image"]):
@@ -358,10 +352,10 @@ def _damage(folder: Path, shard: packed.Shard) -> str:
 
 def _changed_since(job: _Job, shard: packed.Shard, indices: Iterable[int]) -> bool:
     """Whether some file of the samples is newer than their shard."""
-    if not isinstance(job.source, folders.FileSource):
+    if not isinstance(job.source, FileSource):
         return False
     written = (job.folder / shard.file).stat().st_mtime
-    paths = (p for i in indices for p in (job.source.images[i], job.source.labels[i]) if p)
+    paths = (path for index in indices for path in job.source.files(index))
     return any(os.stat(path).st_mtime > written for path in paths)
 
 

@@ -240,8 +240,9 @@ def _measure_evaluation(
         image = source[0]["image"]
     mesh = sharding.make_mesh(jax.local_devices())
     variables = sharding.on_own_devices(variables, mesh)
-    predictor = Predictor(model, config.eval, mesh, config.augment.flip_pairs)
-    count = config.eval.batch_size * mesh.size if config.eval.mode == "whole" else 1
+    pairs, crop = config.augment.flip_pairs, config.augment.crop
+    predictor = Predictor(model, config.eval, mesh, pairs, crop=crop)
+    count = config.eval.batch_size * mesh.size if config.eval.mode != "slide" else 1
     times = []
     start = None
     while start is None or len(times) < _LEAST or time.perf_counter() - start < _SECONDS:

@@ -4,8 +4,6 @@ import contextlib
 import dataclasses
 import functools
 import logging
-import shlex
-import sys
 import time
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -16,6 +14,7 @@ import ml_collections
 from memseg_jax import checkpoint, config_rules
 from memseg_jax.checkpoint import Checkpointer, RunLock
 from memseg_jax.data import open_split
+from memseg_jax.data.classes import palette_of
 from memseg_jax.data.pipeline import check_batch, steps_per_epoch, train_batches
 from memseg_jax.errors import UserError
 from memseg_jax.models.segmentor import build_segmentor
@@ -27,13 +26,14 @@ from memseg_jax.runtime.watchdog import Watchdog
 from memseg_jax.scoring import visualize
 from memseg_jax.scoring.evaluator import PICTURE, Evaluator
 from memseg_jax.scoring.memory_health import MemoryHealth
-from memseg_jax.training import guards
+from memseg_jax.training import guards, optimizer
 from memseg_jax.training.agreement import check_processes_agree
+from memseg_jax.training.class_weights import class_weights_of
 from memseg_jax.training.initial import initial_variables
 from memseg_jax.training.profiling import StepProfiler
 from memseg_jax.training.program import training_program
 from memseg_jax.training.progress import TrainingLog
-from memseg_jax.training.state import TrainState, init_state
+from memseg_jax.training.state import TrainState, abstract_variables, init_state
 
 log = logging.getLogger(__name__)
 
@@ -42,7 +42,7 @@ log = logging.getLogger(__name__)
 _IN_FLIGHT = 2
 
 
-def run(config: ml_collections.ConfigDict, workdir: str) -> None:
+def run(config: ml_collections.ConfigDict, workdir: str, ends_process: bool = True) -> None:
     """Trains the model of `config` in `workdir`, going on where an earlier run stopped.
 
     All processes of a run call it; process 0 alone prints and writes what is not a checkpoint.
@@ -51,6 +51,7 @@ def run(config: ml_collections.ConfigDict, workdir: str) -> None:
         config: the whole config, locked.
         workdir: folder of the run; it is made. If it holds checkpoints, the run continues from
             the last one, with the same numbers as if it had never stopped.
+        ends_process: see `StopRequests`.
 
     Raises:
         UserError: anything in config, data or workdir that the user can mend; another run is
@@ -59,7 +60,7 @@ def run(config: ml_collections.ConfigDict, workdir: str) -> None:
     """
     config_rules.check(config)
     with contextlib.ExitStack() as stack:
-        stops = stack.enter_context(StopRequests())
+        stops = stack.enter_context(StopRequests(ends_process))
         watchdog = stack.enter_context(Watchdog(config.train.watchdog_minutes))
         _run(config, workdir, stops, watchdog, stack)
 
@@ -78,11 +79,12 @@ def _run(
     train, batch_size = config.train, config.train.batch_size
     sharding.check_batch_size(batch_size, mesh, config.replica_groups, train.accumulate)
     class_names = tuple(config.data.class_names)
-    palette = visualize.resolve_palette(config.data.palette, len(class_names))
+    palette = visualize.resolve_palette(palette_of(config.data), len(class_names))
     train_source = open_split(config.data, config.data.train_split)
     fingerprint = train_source.fingerprint()
     eval_source = open_split(config.data, config.data.eval_split)
     model = build_segmentor(config)
+    optimizer.check_names(config, abstract_variables(model)["params"])
     evaluator = Evaluator(config, model, eval_source)
     folder = checkpoint.prepare_workdir(workdir)  # not before: a wrong config leaves no folder
     check_processes_agree(config, fingerprint, folder)
@@ -100,10 +102,15 @@ def _run(
     )
 
     # ---- Optimiser and state --------------------------------------------------------------------
-    program = training_program(config, model, mesh, epoch_steps)
+    watchdog.beat("counting the pixels of every class")
+    class_weights = class_weights_of(config, train_source, folder)
+    program = training_program(config, model, mesh, epoch_steps, class_weights)
     checkpointer = stack.enter_context(Checkpointer(folder, config.checkpoint.keep))
     check_same_run = functools.partial(
-        checkpoint.check_same_run, config=config, fingerprint=fingerprint
+        checkpoint.check_same_run,
+        config=config,
+        fingerprint=fingerprint,
+        class_weights=class_weights,
     )
     # What there is to go on from: this workdir's run, weights that were converted into this
     # workdir, the files of config.init, random values; the first of them that exists.
@@ -139,10 +146,19 @@ def _run(
         class_names=class_names,
         palette=palette,
         fingerprint=fingerprint,
+        class_weights=class_weights,
     )
     saver = _Saver(checkpointer, lock, describe, health)
     evaluation = _Evaluation(
-        evaluator, saver, progress, watchdog, stops, folder, config.data.eval_split, total_steps
+        evaluator,
+        saver,
+        progress,
+        watchdog,
+        stops,
+        folder,
+        config.data.eval_split,
+        total_steps,
+        train.early_stop,
     )
     evaluation_steps = train.eval_every * epoch_steps
 
@@ -151,7 +167,9 @@ def _run(
 
     # ---- Compile --------------------------------------------------------------------------------
     watchdog.beat("compiling the training step")
-    if first_step < total_steps:
+    # Where the run ends; sooner than planned, if the scores no longer rise.
+    last_step = first_step if resumed and evaluation.is_enough() else total_steps
+    if first_step < last_step:
         train_step = compilation.compile_with_notice(
             program.step, "the training step", program.state, program.batch
         )
@@ -166,14 +184,15 @@ def _run(
     step = first_step
     if resumed and evaluation_is_due(step) and not checkpointer.has_scores(step):
         evaluation.run(state)  # it was interrupted
-    while step < total_steps:
+        last_step = step if evaluation.is_enough() else last_step
+    while step < last_step:
         batches = train_batches(
             train_source, config, step, total_steps - step, jax.process_index(), jax.process_count()
         )
         progress.restart(step)
         watchdog.beat("the first steps")
         try:
-            while step < total_steps:
+            while step < last_step:
                 step += 1
                 with progress.waiting_for_data():
                     batch = next(batches)
@@ -203,6 +222,8 @@ def _run(
                 if evaluating:
                     evaluation.run(state)
                     progress.restart(step)
+                    if evaluation.is_enough():
+                        last_step = step
                 if stopping:
                     checkpointer.wait_until_finished()
                     raise stops.stopped(step, total_steps)
@@ -212,13 +233,15 @@ def _run(
             saver.save(state)  # who resumes has to pass over the same data
             if evaluation_is_due(step):
                 evaluation.run(state)
+                if evaluation.is_enough():
+                    last_step = step
         finally:
             batches.close()
 
     # ---- End ------------------------------------------------------------------------------------
     checkpointer.wait_until_finished()
     if distributed.is_primary():
-        _print_next_steps(folder, first_step, total_steps, time.monotonic() - started)
+        _print_results(folder, first_step, last_step, time.monotonic() - started)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -263,6 +286,22 @@ class _Evaluation:
     folder: files.Place
     split: str
     total_steps: int
+    early_stop: int
+
+    def is_enough(self) -> bool:
+        """Whether the scores have not risen for so long that the run should end."""
+        if not self.early_stop:
+            return False
+        since = self.saver.checkpointer.evaluations_without_gain()
+        if since < self.early_stop:
+            return False
+        log.info(
+            "no higher mIoU in the last %d evaluations: the run ends here "
+            "(config.train.early_stop = %d)",
+            since,
+            self.early_stop,
+        )
+        return True
 
     def run(self, state: TrainState) -> None:
         """Evaluates.
@@ -320,19 +359,15 @@ def _state_after(
     return guards.at_step(resumed[0], bad_step)
 
 
-def _print_next_steps(
-    folder: files.Place, first_step: int, total_steps: int, seconds: float
-) -> None:
-    """Says what there is to look at, and the next thing to try."""
-    if first_step >= total_steps:
-        say(f"This run is complete ({total_steps} steps); nothing to train.")
+def _print_results(folder: files.Place, first_step: int, last_step: int, seconds: float) -> None:
+    """Says what there is to look at."""
+    if first_step >= last_step:
+        say(f"This run is complete ({last_step} steps); nothing to train.")
     else:
-        say(f"Trained {total_steps - first_step} steps in {format_duration(seconds)}.")
+        say(f"Trained {last_step - first_step} steps in {format_duration(seconds)}.")
     say(
         f"  picture      {folder / PICTURE}\n"
         f"  scores       {folder / 'metrics.json'}, {folder / 'per_class.csv'}\n"
         f"  progress     {folder / 'metrics.csv'}\n"
-        f"  checkpoints  {folder / checkpoint.FOLDER}\n"
-        "Segment your own pictures:\n"
-        f"  python -m memseg_jax.main {shlex.join(sys.argv[1:])} --mode predict --input PICTURES"
+        f"  checkpoints  {folder / checkpoint.FOLDER}"
     )

@@ -8,7 +8,7 @@ import jax
 from memseg_jax.checkpoint import arrays as stored
 from memseg_jax.checkpoint import steps as records
 from memseg_jax.checkpoint.meta import read_meta_file
-from memseg_jax.runtime import files
+from memseg_jax.runtime import bars, files
 
 
 class Report(NamedTuple):
@@ -92,15 +92,17 @@ def check(workdir: files.Place, step: int) -> Report:
         return Report(0, 0, [error.what])
     size, problems = 0, []
     # One by one: a checkpoint may be larger than the memory of the machine that looks at it.
-    for name in saved:
-        try:
-            array = stored.read_on_host(folder, [name])[name]
-        except Exception as error:
-            if refused := stored.unreachable(folder, error):
-                raise refused from error
-            problems.append(f"{name} in {folder} cannot be read ({records.brief(error)})")
-            continue
-        size += array.nbytes
-        if difference := stored.differences({name: array}, meta["checksums"]):
-            problems.append(f"{difference}, in {folder}")
+    with bars.bar(len(saved), f"verifying step {step}", "array") as bar:
+        for name in saved:
+            bar.update()
+            try:
+                array = stored.read_on_host(folder, [name])[name]
+            except Exception as error:
+                if refused := stored.unreachable(folder, error):
+                    raise refused from error
+                problems.append(f"{name} in {folder} cannot be read ({records.brief(error)})")
+                continue
+            size += array.nbytes
+            if difference := stored.differences({name: array}, meta["checksums"]):
+                problems.append(f"{difference}, in {folder}")
     return Report(len(saved), size, problems)

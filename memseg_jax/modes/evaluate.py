@@ -6,6 +6,7 @@ import ml_collections
 
 from memseg_jax import checkpoint, config_rules
 from memseg_jax.data import benchmark_of, open_split
+from memseg_jax.data.classes import palette_of
 from memseg_jax.models.segmentor import build_segmentor
 from memseg_jax.runtime import distributed
 from memseg_jax.scoring import visualize
@@ -48,7 +49,7 @@ def run(config: ml_collections.ConfigDict, workdir: str, which: str | int = "bes
     variables, _ = checkpoint.restore_for_inference(folder, abstract_variables(model), which)
     writer = None
     if save_to:
-        palette = visualize.resolve_palette(config.data.palette, len(class_names))
+        palette = visualize.resolve_palette(palette_of(config.data), len(class_names))
         writer = PredictionWriter(save_to, config.data.root, palette, benchmark_of(config.data))
     log.info("evaluating step %d on %d images (%s)", meta["step"], len(source), split)
     result = evaluator.evaluate(variables, save=writer and writer.save)

@@ -30,7 +30,7 @@ from memseg_jax.hlo.chips import Chip, arithmetic, peak
 from memseg_jax.hlo.flops import flops_of_jaxpr
 from memseg_jax.hlo.hlo_text import Collective
 from memseg_jax.hlo.topologies import Devices, Topology
-from memseg_jax.inference import check_evaluation
+from memseg_jax.inference import blending, check_evaluation
 from memseg_jax.inference.predictor import network_scores
 from memseg_jax.models.segmentor import Segmentor, build_segmentor
 from memseg_jax.runtime import files, sharding
@@ -136,7 +136,10 @@ def largest_input(config: ml_collections.ConfigDict) -> tuple[int, int]:
         return tuple(config.augment.crop)
     long, short = evaluation.base_size
     largest = max(evaluation.scales)
-    return math.floor(short * largest), math.floor(long * largest)
+    size = math.floor(short * largest), math.floor(long * largest)
+    if evaluation.mode == "auto" and blending.is_large(size, config.augment.crop):
+        return tuple(config.augment.crop)
+    return size
 
 
 # ---- The programs -------------------------------------------------------------------------------
