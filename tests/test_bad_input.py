@@ -313,8 +313,10 @@ def test_an_image_that_turns_unreadable_in_the_middle_of_a_run(
     content = path.read_bytes()
 
     def damage(number):
-        if number == 5:
-            path.write_bytes(content[: len(content) // 2])
+        if number == 5:  # at once: a reader must not find the file while it is still empty
+            half = path.with_suffix(".half")
+            half.write_bytes(content[: len(content) // 2])
+            half.replace(path)
 
     tiny.count_steps(monkeypatch, damage)
     run = (f"--config.data.root={root}", "--workdir", tmp_path / "run")
