@@ -191,7 +191,7 @@ def run(
     config_rules.check(config)
     folder = files.place(output or files.place(workdir) / "predictions", "--output")
     found = find_images(pattern, folder)
-    _, meta = checkpoint.read_meta(workdir, which)  # first: a misspelt workdir is not to be made
+    step, meta = checkpoint.read_meta(workdir, which)  # first: no misspelt workdir is made
     if files.in_bucket(folder):  # on a disk, nothing is made before it is needed
         files.writable_folder(folder, "the folder for the results", "--output")
     summary = Summary(folder, meta["class_names"], _made_by(config, meta))
@@ -199,7 +199,8 @@ def run(
     todo = found if overwrite else [x for x in found if not _is_done(x, folder, summary, endings)]
     failed = []
     if todo:
-        model = trained_model.load(workdir, config, which, confidence=save_confidence)
+        # This step: "best" may be another by now, if the run goes on.
+        model = trained_model.load(workdir, config, step, confidence=save_confidence)
         files.make_folder(folder, "--output")
         job = _Job(
             model.segment,
