@@ -14,8 +14,8 @@ from memseg_jax.models.convolution_forms import (
     convolve_positions,
 )
 from memseg_jax.models.segmentor import build_segmentor
-from memseg_jax.modes.benchmark import random_batch
 from memseg_jax.training import optimizer
+from memseg_jax.training.program import random_batch
 from memseg_jax.training.state import init_state
 from memseg_jax.training.step import make_train_step
 from tests import tiny
