@@ -21,10 +21,11 @@ def get_config() -> ml_collections.ConfigDict:
     # the plain form; the published models were trained with 8.
     config.replica_groups = 1
 
-    # How the devices are arranged; -1: the rest of them. The batch is split over all. Over "fsdp"
-    # parameters and the optimiser's state are split, too, so that each device holds a share of
-    # them; over "data" they are replicated. The numbers do not depend on it, rounding aside.
-    config.sharding = ml_collections.ConfigDict({"data": -1, "fsdp": 1})
+    # How the devices are arranged; -1: the rest of them. The images of a batch are split over
+    # "data" and "fsdp", the rows of every image over "rows", for more devices than images. Over
+    # "fsdp" parameters and the optimiser's state are split, too, so that each device holds a share
+    # of them; over the others they are replicated. The numbers do not depend on it, rounding aside.
+    config.sharding = ml_collections.ConfigDict({"data": -1, "rows": 1, "fsdp": 1})
 
     config.init = init = ml_collections.ConfigDict()
     # What a new run starts from; both empty: random values.

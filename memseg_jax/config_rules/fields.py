@@ -34,6 +34,7 @@ RULES = {
     "seed": Whole(0, 2**32 - 1),
     "replica_groups": _BATCH,
     "sharding.data": Whole(1, 2**20, also=(-1,)),
+    "sharding.rows": Whole(1, 2**20, also=(-1,)),
     "sharding.fsdp": Whole(1, 2**20, also=(-1,)),
     "init.backbone": Text(),
     "init.checkpoint": Text(),

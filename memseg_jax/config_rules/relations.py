@@ -145,13 +145,17 @@ def _evaluations_to_stop_by(config: Any) -> Iterator[UserError]:
 
 
 def _one_axis_is_the_rest(config: Any) -> Iterator[UserError]:
-    if config.sharding.data == config.sharding.fsdp == -1:
-        yield refusal(
-            "config.sharding.fsdp",
-            -1,
-            "a number beside config.sharding.data = -1: only one can be the rest of the devices",
-            "The default is 1",
-        )
+    free = [name for name, size in config.sharding.items() if size == -1]
+    for name in ("rows", "fsdp"):
+        if name in free and len(free) > 1:
+            other = next(one for one in free if one != name)
+            yield refusal(
+                f"config.sharding.{name}",
+                -1,
+                f"a number beside config.sharding.{other} = -1: only one can be the rest of the "
+                "devices",
+                "The default is 1",
+            )
 
 
 def _generated_images(config: Any) -> Iterator[UserError]:

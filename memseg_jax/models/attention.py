@@ -9,6 +9,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from memseg_jax.models.layers import Array, ConvNorm, ValidSize
+from memseg_jax.runtime import rows
 
 # Tokens in a block of queries or keys: the largest matrix that `attend` makes is BLOCK x BLOCK.
 # Measured on a CPU: up to here blocks gain nothing, beyond they are faster as well as smaller.
@@ -28,6 +29,28 @@ def attend(query: Array, key: Array, value: Array, key_mask: Array | None = None
     Returns:
         [batch, queries, dim].
     """
+    if rows.parts() == 1:
+        return _attend(query, key, value, key_mask)
+
+    def attend_part(query: Array, context: Array, key_mask: Array | None) -> Array:
+        # Queries stay where they are; what they look at is gathered in one message.
+        context, key_mask = lax.all_gather((context, key_mask), rows.AXIS, axis=1, tiled=True)
+        key, value = jnp.split(context, [dim], axis=-1)
+        return _attend(query, key, value, key_mask)
+
+    tokens, keys, dim = query.shape[1], *key.shape[1:]
+    query = rows.pad(query)
+    context = rows.pad(jnp.concatenate([key, value], axis=-1))
+    if key_mask is None and context.shape[1] > keys:
+        key_mask = jnp.ones((len(key), keys), bool)
+    if key_mask is not None:
+        key_mask = rows.pad(key_mask)
+    part = rows.by_rows(attend_part, rows.MAPS, rows.MAPS)
+    return part(query, context, key_mask)[:, :tokens]
+
+
+def _attend(query: Array, key: Array, value: Array, key_mask: Array | None) -> Array:
+    """`attend` where the device has all keys."""
     if query.shape[1] <= BLOCK and key.shape[1] <= BLOCK:
         return attend_at_once(query, key, value, key_mask)
     blocks = functools.partial(attend_in_blocks, key_mask=key_mask, block=BLOCK)

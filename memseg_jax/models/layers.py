@@ -17,6 +17,7 @@ from flax import struct
 from jax import lax
 
 from memseg_jax.models.convolution import convolve
+from memseg_jax.runtime import rows
 
 Array = jax.Array
 Activation = Callable[[Array], Array]
@@ -66,9 +67,9 @@ class ValidSize:
         """Returns bool [batch, height, width, 1]: where the feature map `x` is valid."""
         height, width = x.shape[1:3]
         valid = self.of_map((height, width))
-        rows = jnp.arange(height) < valid[:, :1]
-        columns = jnp.arange(width) < valid[:, 1:]
-        return (rows[:, :, None] & columns[:, None, :])[..., None]
+        in_height = jnp.arange(height) < valid[:, :1]
+        in_width = jnp.arange(width) < valid[:, 1:]
+        return (in_height[:, :, None] & in_width[:, None, :])[..., None]
 
     def whole(self, x: Array) -> "ValidSize":
         """The `ValidSize` with which every valid position of the map `x` is valid as a whole.
@@ -268,9 +269,9 @@ def bilinear_matrix(source: int, target: int, scale: float | None = None) -> np.
     step = source / target if scale is None else 1.0 / scale
     lower, upper, fraction = bilinear_taps(source, target, step)
     matrix = np.zeros((target, source))
-    rows = np.arange(target)
-    np.add.at(matrix, (rows, lower), 1.0 - fraction)
-    np.add.at(matrix, (rows, upper), fraction)
+    position = np.arange(target)
+    np.add.at(matrix, (position, lower), 1.0 - fraction)
+    np.add.at(matrix, (position, upper), fraction)
     return matrix
 
 
@@ -302,10 +303,12 @@ def resize_bilinear(x: Array, size: tuple[int, int]) -> Array:
     if x.shape[1:3] == tuple(size):
         return x
     dtype = jnp.promote_types(x.dtype, jnp.float32)
-    rows = jnp.asarray(bilinear_matrix(x.shape[1], size[0]), dtype)
+    along_rows = jnp.asarray(bilinear_matrix(x.shape[1], size[0]), dtype)
     columns = jnp.asarray(bilinear_matrix(x.shape[2], size[1]), dtype)
+    x = rows.whole(x)  # small: every device then makes its own rows of the result
     y = jnp.einsum("bhwc,Ww->bhWc", x.astype(dtype), columns, precision="highest")
-    return jnp.einsum("bhWc,Hh->bHWc", y, rows, precision="highest").astype(x.dtype)
+    y = jnp.einsum("bhWc,Hh->bHWc", y, along_rows, precision="highest")
+    return rows.split(y).astype(x.dtype)
 
 
 def valid_bilinear_matrix(source: Array, target: Array, shape: tuple[int, int]) -> Array:

@@ -5,6 +5,7 @@ step, never hidden in a module. It is read in training and in inference, and wri
 only. Paper: Jin et al., "Mining Contextual Information Beyond Image for Semantic Segmentation".
 """
 
+import functools
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -17,6 +18,7 @@ from jax import lax
 from memseg_jax.models import rematerialise
 from memseg_jax.models.attention import SelfAttention
 from memseg_jax.models.layers import Array, ConvNorm, ValidSize, bilinear_taps, record
+from memseg_jax.runtime import rows
 
 COSINE_EPSILON = 1e-8  # lower bound of a norm in a cosine, as in PyTorch
 # A class whose pixels deviate less than this (mean of 1 - cosine) from its row is left alone: the
@@ -25,7 +27,7 @@ LEAST_DEVIATION = 1e-6
 _INSIDE = "promise_in_bounds"
 
 # Which cells the positions along one axis lie between; see `_cells_around`.
-Between = tuple[np.ndarray, np.ndarray]
+Between = tuple[np.ndarray | Array, np.ndarray | Array]
 
 
 @jax.custom_vjp
@@ -226,13 +228,81 @@ def memory_sums_groups(
     """
     if strategy not in ("cosine", "mean"):
         raise ValueError(f"memory update strategy is {strategy!r}; expected 'cosine' or 'mean'")
-    classes, slots, _ = memory.shape
-    rows = classes * slots
-    features = features.astype(memory.dtype)
     # A map of one row or column becomes one of two equal ones: every pixel lies between two cells.
     margin = [(0, max(2 - side, 0)) for side in features.shape[1:3]]
     features = jnp.pad(features, ((0, 0), *margin, (0, 0)), mode="edge")
-    between = [_cells_around(n, side) for n, side in zip(features.shape[1:3], labels.shape[1:])]
+    down, across = map(_cells_around, features.shape[1:3], labels.shape[1:3])
+    sums_of = functools.partial(_memory_sums, across=across, strategy=strategy)
+    if rows.parts() == 1:
+        return sums_of(memory, features, labels, *down, groups=groups)
+    features, labels = rows.pad(features), rows.pad(labels, fill=len(memory))
+    (top, share), above, below = _down_by_part(down, features.shape[1] // rows.parts())
+
+    def of_part(
+        memory: Array, features: Array, labels: Array, top: Array, share: Array
+    ) -> MemorySums:
+        features = rows.with_border(features, above, below)
+        sums = sums_of(memory, features, labels, top, share, groups=len(labels))
+        return jax.tree.map(lambda x: x[:, None], sums)
+
+    specs = (rows.SAME, rows.MAPS, rows.MAPS, rows.BY_PART, rows.BY_PART)
+    share = jnp.asarray(share, memory.dtype)
+    sums = rows.by_rows(of_part, specs, rows.MAPS)(
+        memory, features, labels, jnp.asarray(top, jnp.int32), share
+    )
+    # Of every image and part: one message adds up those of a group.
+    return jax.tree.map(lambda x: jnp.sum(x.reshape(groups, -1, *x.shape[2:]), axis=1), sums)
+
+
+def _down_by_part(down: Between, size: int) -> tuple[Between, int, int]:
+    """`_cells_around` the label rows of every part, counted from the first row on its border.
+
+    Args:
+        down: for the label rows of the whole.
+        size: rows of cells of a part.
+
+    Returns:
+        For the label rows of all parts, one part after the other; and how many rows of cells the
+        parts need above and below their own.
+    """
+    count = rows.parts()
+    length = -(-len(down[0]) // count)
+    own = np.arange(count)[:, None] * size
+    top = np.broadcast_to(own, (count, length)).copy().reshape(-1)  # beyond the labels
+    top[: len(down[0])] = down[0]
+    top = top.reshape(count, length)
+    above, below = rows.border(top, top + 2, size)
+    share = np.pad(down[1], (0, top.size - len(down[1])))
+    return ((top - own + above).reshape(-1), share), above, below
+
+
+def _memory_sums(
+    memory: Array,
+    features: Array,
+    labels: Array,
+    top: Array | np.ndarray,
+    share: Array | np.ndarray,
+    *,
+    across: Between,
+    groups: int,
+    strategy: str,
+) -> MemorySums:
+    """`memory_sums_groups` of the rows that one device has.
+
+    Args:
+        memory: [classes, slots, channels].
+        features: [batch, h, w, channels].
+        labels: [batch, H, W].
+        top: int [H], the first of the two rows of cells that each row of labels lies between.
+        share: [H], the second one's weight.
+        across: the same along the width.
+        groups: see `memory_sums_groups`.
+        strategy: see there.
+    """
+    classes, slots, _ = memory.shape
+    memory_rows = classes * slots
+    features = features.astype(memory.dtype)
+    between = ((top, share), across)
     labels = labels.astype(jnp.int32)
     valid = (labels >= 0) & (labels < classes)
     label = jnp.where(valid, labels, 0)
@@ -249,15 +319,17 @@ def memory_sums_groups(
         row = label * slots + jnp.where(starts, first_empty, jnp.argmax(cosine, axis=-1))
 
     # Weight of every cell in every row's sum: [groups, images, rows, h, w].
-    cell_weight = _spread(weight, row, (rows, *features.shape[1:3]), between)
+    cell_weight = _spread(weight, row, (memory_rows, *features.shape[1:3]), between)
     cell_weight, features, row, valid = (
         x.reshape(groups, -1, *x.shape[1:]) for x in (cell_weight, features, row, valid)
     )
     summed = jnp.einsum("gbrhw,gbhwc->grc", cell_weight, features, precision="highest")
     total = jnp.sum(jnp.sum(cell_weight, axis=(3, 4)), axis=1)
-    counted = jnp.arange(groups)[:, None, None, None] * (rows + 1) + jnp.where(valid, row, rows)
-    count = jnp.zeros(groups * (rows + 1), jnp.int32).at[counted.reshape(-1)].add(1, mode=_INSIDE)
-    count = count.reshape(groups, -1)[:, :rows].astype(memory.dtype)
+    counted = jnp.where(valid, row, memory_rows)
+    counted += jnp.arange(groups)[:, None, None, None] * (memory_rows + 1)
+    count = jnp.zeros(groups * (memory_rows + 1), jnp.int32)
+    count = count.at[counted.reshape(-1)].add(1, mode=_INSIDE)
+    count = count.reshape(groups, -1)[:, :memory_rows].astype(memory.dtype)
     shape = (groups, classes, slots)
     return MemorySums(summed.reshape(*shape, -1), total.reshape(shape), count.reshape(shape))
 
@@ -283,8 +355,8 @@ def _cosines(memory: Array, features: Array, label: Array, between: Sequence[Bet
     (top, down), (left, across) = between
     classes, slots, _ = memory.shape
     width = features.shape[2]
-    rows = memory.reshape(classes * slots, -1)
-    products = jnp.einsum("bhwc,rc->bhwr", features, rows, precision="highest")
+    flat = memory.reshape(classes * slots, -1)
+    products = jnp.einsum("bhwc,rc->bhwr", features, flat, precision="highest")
     products = products.reshape(len(features), -1, slots)
     dot = 0
     for y, share_y in ((top, 1 - down), (top + 1, down)):
@@ -374,7 +446,10 @@ def _spread(
         [batch, rows, h, w].
     """
     (top, down), (left, across) = between
-    shares = [jnp.asarray(np.stack([1 - x, x], axis=-1), weight.dtype) for x in (down, across)]
+    shares = [
+        jnp.stack([jnp.asarray(part, weight.dtype) for part in (1 - x, x)], axis=-1)
+        for x in (down, across)
+    ]
     windows = jnp.einsum("byx,yi,xj->byxij", weight, *shares, precision="highest")
     dimensions = lax.ScatterDimensionNumbers(
         update_window_dims=(1, 2),

@@ -63,6 +63,7 @@ def run(config: ml_collections.ConfigDict, workdir: str | None = None) -> dict[s
     # The consistency loss belongs to the step in all epochs but the first.
     config.loss.consistency_from_epoch = 1
     model = build_segmentor(config)
+    sharding.check_rows(config.augment.crop[0], model.coarsest_stride, mesh)
     check_evaluation(config.eval, model, config.augment.flip_pairs)
     folder = prepare_workdir(workdir) if workdir else None  # now: a wrong config leaves no folder
     sources = [_open(config, split) for split in (config.data.train_split, config.data.eval_split)]
@@ -134,7 +135,7 @@ def _measure_training(
     count = 1000 * batch_size if source is None else len(source)
     epoch_steps = steps_per_epoch(count, batch_size, config.replica_groups)
     program = training_program(config, model, mesh, epoch_steps)
-    local_size = batch_size // jax.process_count()
+    local_size = batch_size // sharding.piece_of_process(mesh)[1]
     batch = random_batch(local_size, crop, len(config.data.class_names))
     batch = sharding.place_batch(batch, mesh)
 
@@ -166,7 +167,7 @@ def _measure_training(
     if source is not None:
         # Batches that were read ahead do not tell how fast they are read: more steps than those.
         warm_up = _WARM_UP + config.data.prefetch
-        batches = train_batches(source, config, 0, 2**31, jax.process_index(), jax.process_count())
+        batches = train_batches(source, config, 0, 2**31, *sharding.piece_of_process(mesh))
         with batches:
 
             def next_batch() -> dict[str, jax.Array]:

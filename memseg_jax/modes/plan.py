@@ -78,6 +78,7 @@ def run(config: ml_collections.ConfigDict, topology: str, workdir: str | None = 
     sharding.check_batch_size(train.batch_size, mesh, config.replica_groups, train.accumulate)
     config = config.copy_and_resolve_references()
     model = build_segmentor(config)
+    sharding.check_rows(config.augment.crop[0], model.coarsest_stride, mesh)
     check_evaluation(config.eval, model, config.augment.flip_pairs)
     folder = prepare_workdir(workdir) if workdir else None
     images = epoch_images(config.data)

@@ -84,6 +84,7 @@ def _run(
     fingerprint = train_source.fingerprint()
     eval_source = open_split(config.data, config.data.eval_split)
     model = build_segmentor(config)
+    sharding.check_rows(config.augment.crop[0], model.coarsest_stride, mesh)
     optimizer.check_names(config, abstract_variables(model)["params"])
     evaluator = Evaluator(config, model, eval_source)
     folder = checkpoint.prepare_workdir(workdir)  # not before: a wrong config leaves no folder
@@ -187,7 +188,7 @@ def _run(
         last_step = step if evaluation.is_enough() else last_step
     while step < last_step:
         batches = train_batches(
-            train_source, config, step, total_steps - step, jax.process_index(), jax.process_count()
+            train_source, config, step, total_steps - step, *sharding.piece_of_process(mesh)
         )
         progress.restart(step)
         watchdog.beat("the first steps")

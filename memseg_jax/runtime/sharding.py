@@ -1,9 +1,10 @@
 """Where arrays live: one mesh of devices, the batch split over it, the state whole or split.
 
-The mesh has two axes. The batch is split over both. Over `data` the state is replicated; over
-`fsdp` parameters and the optimiser's state are split, so that a device keeps only its share of them
-between steps, and gathers the parameters while it computes a step. `config.sharding` sets the sizes
-of both; the numbers do not depend on it, rounding aside.
+The mesh has three axes. The images of a batch are split over `data` and `fsdp`, the rows of every
+image and map over `rows`. Over `data` and `rows` the state is replicated; over `fsdp` parameters
+and the optimiser's state are split, so that a device keeps only its share of them between steps,
+and gathers the parameters while it computes a step. `config.sharding` sets the sizes of all three;
+the numbers do not depend on it, rounding aside.
 """
 
 import functools
@@ -16,10 +17,12 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from memseg_jax.errors import UserError
+from memseg_jax.runtime import rows
 from memseg_jax.runtime.compilation import program_bytes
 from memseg_jax.runtime.text import format_bytes
 
-AXES = ("data", "fsdp")
+# The innermost axis is the one whose devices wait for each other most often: neighbours.
+AXES = (*rows.IMAGES, rows.AXIS)
 # Arrays of fewer elements are replicated: splitting them saves nothing and costs a message each.
 _SMALL = 2**14
 # What of a state is split over `fsdp`. Statistics and memory are small, and every device changes
@@ -30,16 +33,17 @@ _SPLIT = ("params", "opt_state")
 def make_mesh(
     devices: list[jax.Device] | None = None, layout: Mapping[str, int] | None = None
 ) -> Mesh:
-    """A mesh with the axes `data` and `fsdp`.
+    """A mesh with the axes `data`, `fsdp` and `rows`.
 
     Args:
         devices: which ones; None: all of all processes.
-        layout: `config.sharding`, the sizes of both axes, one of which may be -1: as many as there
+        layout: `config.sharding`, the sizes of the axes, one of which may be -1: as many as there
             are devices for; None: all devices along `data`.
 
     Returns:
         The mesh. Devices of one process lie side by side, so that every process has one piece of
-        the batch, in the order of the processes.
+        the batch, in the order of the processes. Where an image is split over the devices of
+        several processes, these have the same piece.
 
     Raises:
         UserError: the sizes do not fit the number of devices.
@@ -48,8 +52,8 @@ def make_mesh(
         jax.devices() if devices is None else devices, key=lambda d: (d.process_index, d.id)
     )
     count = len(devices)
-    sizes = {"data": -1, "fsdp": 1} | dict(layout or {})
-    shown = f"config.sharding is {{'data': {sizes['data']}, 'fsdp': {sizes['fsdp']}}}"
+    sizes = {"data": -1, "rows": 1, "fsdp": 1} | dict(layout or {})
+    shown = f"config.sharding is {sizes}"
     free = [name for name in AXES if sizes[name] == -1]
     if len(free) > 1 or any(size < 1 and size != -1 for size in sizes.values()):
         raise UserError(f"{shown}; expected positive numbers, and -1 at most once")
@@ -61,7 +65,14 @@ def make_mesh(
             f"{shown}, which {count} device(s) cannot be arranged as: the product of the sizes "
             f"must be {count}; -1 stands for the rest of the devices"
         )
-    return Mesh(np.array(devices).reshape(sizes["data"], sizes["fsdp"]), AXES)
+    own = count // len({d.process_index for d in devices})
+    if own % sizes["rows"] and sizes["rows"] % own:
+        fitting = [n for n in range(1, count + 1) if count % n == own % n * (n % own) == 0]
+        raise UserError(
+            f"{shown}: processes have {own} devices each, which cannot share images in "
+            f"{sizes['rows']} parts; use rows = {', '.join(map(str, fitting))}"
+        )
+    return Mesh(np.array(devices).reshape([sizes[name] for name in AXES]), AXES)
 
 
 def replicated(mesh: Mesh) -> NamedSharding:
@@ -70,13 +81,38 @@ def replicated(mesh: Mesh) -> NamedSharding:
 
 
 def split_batch(mesh: Mesh) -> NamedSharding:
-    """Every device holds an equal part of the first axis."""
+    """Every device holds an equal part of the first axis, or of some of its images' rows.
+
+    For arrays [batch, height, ...] whose height is a multiple of the mesh's `rows`; arrays of one
+    axis where that is 1.
+    """
+    split_rows = () if mesh.shape[rows.AXIS] == 1 else (rows.AXIS,)
+    return NamedSharding(mesh, PartitionSpec(rows.IMAGES, *split_rows))
+
+
+def split_devices(mesh: Mesh) -> NamedSharding:
+    """Every device holds its own entry of an array [devices]."""
     return NamedSharding(mesh, PartitionSpec(mesh.axis_names))
+
+
+def batch_pieces(mesh: Mesh) -> int:
+    """Into how many pieces the images of a batch are split."""
+    return mesh.size // mesh.shape[rows.AXIS]
+
+
+def piece_of_process(mesh: Mesh) -> tuple[int, int]:
+    """Which piece of the batch this process reads, and into how many the processes divide it.
+
+    Processes whose devices have rows of the same images read the same piece.
+    """
+    processes = jax.process_count()
+    sharing = max(mesh.shape[rows.AXIS] * processes // mesh.size, 1)
+    return jax.process_index() // sharing, processes // sharing
 
 
 def split_array(shape: tuple[int, ...], mesh: Mesh) -> NamedSharding:
     """The largest axis that `fsdp` divides is split over it; small arrays are replicated."""
-    parts = mesh.shape.get("fsdp", 1)
+    parts = mesh.shape["fsdp"]
     fitting = [axis for axis, size in enumerate(shape) if size % parts == 0]
     if parts == 1 or math.prod(shape) < _SMALL or not fitting:
         return replicated(mesh)
@@ -105,19 +141,22 @@ def check_batch_size(batch_size: int, mesh: Mesh, groups: int, accumulate: int =
             equally many images of every device and of every replica group.
 
     Raises:
-        UserError: batch_size is not a multiple of the devices or of the replica groups, times
-            `accumulate`.
+        UserError: batch_size is not a multiple of the pieces that the mesh splits it into, or of
+            the replica groups, times `accumulate`.
     """
-    for count, what in ((mesh.size, "devices"), (groups, "config.replica_groups")):
+    pieces, height = batch_pieces(mesh), mesh.shape[rows.AXIS]
+    devices = "one device" if mesh.size == 1 else f"{mesh.size} devices"
+    if height > 1:
+        devices += f" (config.sharding.rows = {height}: {pieces} images at a time)"
+    for count, what in ((pieces, devices), (groups, f"{groups} config.replica_groups")):
         if batch_size % count:
             raise UserError(
-                f"config.train.batch_size is {batch_size}, which {count} {what} cannot share "
+                f"config.train.batch_size is {batch_size}, which {what} cannot share "
                 f"evenly; use {_multiples(batch_size, count)}"
             )
-    least = math.lcm(mesh.size, groups)
+    least = math.lcm(pieces, groups)
     if batch_size % (least * accumulate) == 0:
         return
-    devices = "one device" if mesh.size == 1 else f"{mesh.size} devices"
     fitting = [n for n in range(1, batch_size + 1) if batch_size % (least * n) == 0]
     advice = f"use a batch of {_multiples(batch_size, least * accumulate)}"
     if fitting:
@@ -129,6 +168,25 @@ def check_batch_size(batch_size: int, mesh: Mesh, groups: int, accumulate: int =
     )
 
 
+def check_rows(height: int, stride: int, mesh: Mesh) -> None:
+    """Refuses to split images into more parts than their coarsest map has rows.
+
+    Args:
+        height: of the images, in pixels.
+        stride: of the network's coarsest map.
+        mesh: the devices.
+
+    Raises:
+        UserError: some devices would have nothing of that map.
+    """
+    count, most = mesh.shape[rows.AXIS], -(-height // stride)
+    if count > most:
+        raise UserError(
+            f"config.sharding.rows is {count}, but images of {height} rows have {most} rows on the "
+            f"coarsest map of this network (one for every {stride}); use at most {most}"
+        )
+
+
 def _multiples(number: int, count: int) -> str:
     """The multiples of `count` on both sides of `number`, for a message."""
     below = max(number // count, 1) * count
@@ -136,12 +194,35 @@ def _multiples(number: int, count: int) -> str:
 
 
 def place_batch(batch: dict[str, np.ndarray], mesh: Mesh) -> dict[str, jax.Array]:
-    """Makes the global batch from this process's part of it, split over the devices."""
-    sharding = split_batch(mesh)
-    return {
-        name: jax.make_array_from_process_local_data(sharding, value)
-        for name, value in batch.items()
-    }
+    """Makes the global batch from this process's piece of it, split over the devices.
+
+    Args:
+        batch: "image" [batch, height, width, 3] and "label" [batch, height, width] of this
+            process's piece, whole images; "stop" [devices of this process] in a run.
+        mesh: the devices.
+
+    Returns:
+        The same of the whole batch; heights are padded to a multiple of the mesh's `rows`.
+    """
+    placed = {}
+    for name, value in batch.items():
+        sharding, shape = split_devices(mesh), (mesh.size,)
+        if name != "stop":
+            sharding = split_batch(mesh)
+            value = _pad_rows(value, mesh)
+            shape = (len(value) * piece_of_process(mesh)[1], *value.shape[1:])
+        placed[name] = jax.make_array_from_process_local_data(sharding, value, shape)
+    return placed
+
+
+def padded_height(height: int, mesh: Mesh) -> int:
+    """The next height that can be split over the mesh's `rows`."""
+    return height + -height % mesh.shape[rows.AXIS]
+
+
+def _pad_rows(x: np.ndarray, mesh: Mesh) -> np.ndarray:
+    margin = padded_height(x.shape[1], mesh) - x.shape[1]
+    return np.pad(x, ((0, 0), (0, margin), *[(0, 0)] * (x.ndim - 2))) if margin else x
 
 
 def place(tree: Any, mesh: Mesh) -> Any:
@@ -167,13 +248,14 @@ def with_sharding(abstract: Any, mesh: Mesh) -> Any:
     )
 
 
-def jit_step(step: Callable, state: Any, mesh: Mesh) -> Callable:
+def jit_step(step: Callable, state: Any, mesh: Mesh, height: int | None = None) -> Callable:
     """`jax.jit` of a training step whose state stays where it is.
 
     Args:
         step: (state, batch) -> (state, metrics), see `training.step.make_train_step`.
         state: a `TrainState` of arrays or of shapes.
         mesh: the devices.
+        height: of the images, where `place_batch` may have padded them; None: it has not.
 
     Returns:
         The jitted step; the state is donated.
@@ -185,9 +267,24 @@ def jit_step(step: Callable, state: Any, mesh: Mesh) -> Callable:
         params = jax.lax.with_sharding_constraint(state.params, replicated(mesh))
         return step(state.replace(params=params), batch)
 
+    def cut(state: Any, batch: Any) -> Any:
+        images = {name: rows.split(x[:, :height]) for name, x in batch.items() if x.ndim > 1}
+        return inner(state, batch | images)
+
     out = (shardings_of(state, mesh), replicated(mesh))
-    function = step if mesh.shape.get("fsdp", 1) == 1 else gathered
+    inner = step if mesh.shape["fsdp"] == 1 else gathered
+    function = inner if mesh.shape[rows.AXIS] == 1 else traced_by_rows(cut, mesh)
     return jax.jit(function, donate_argnums=0, out_shardings=out)
+
+
+def traced_by_rows(function: Callable, mesh: Mesh) -> Callable:
+    """`function`, to be jitted, whose models know while they are traced how rows are split."""
+
+    def traced(*args: Any) -> Any:
+        with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
+            return function(*args)
+
+    return traced
 
 
 def on_own_devices(variables: Any, mesh: Mesh) -> Any:

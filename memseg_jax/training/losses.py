@@ -1,6 +1,7 @@
 """Losses as pure functions of logits and labels."""
 
 import functools
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -8,6 +9,7 @@ import numpy as np
 from jax import lax
 
 from memseg_jax.models.layers import bilinear_matrix, bilinear_taps
+from memseg_jax.runtime import rows
 
 Array = jax.Array
 
@@ -100,7 +102,7 @@ def _sums_and_gradient(
     logits: Array, labels: Array, class_weights: Array | None, block_bytes: int
 ) -> tuple[tuple[Array, Array], Array]:
     """Returns `entropy_sums`, and the gradient of the first sum with respect to the logits."""
-    batch, height, width, classes = logits.shape
+    height, width, classes = logits.shape[1:]
     label_height, label_width = labels.shape[1:]
     dtype = jnp.promote_types(logits.dtype, jnp.float32)
     if (height, width) == (label_height, label_width):
@@ -108,25 +110,70 @@ def _sums_and_gradient(
         loss, weight, gradient = _pixel_entropy(logits.astype(dtype), labels, class_weights)
         sums = (jnp.sum(loss, axis=(1, 2)), jnp.sum(weight, axis=(1, 2)))
         return sums, gradient.astype(logits.dtype)
-    starts, rows = _row_blocks(
-        height, label_height, block_bytes // (label_width * classes * dtype.itemsize)
-    )
-    rows = jnp.asarray(rows, dtype)
-    columns = None
-    if width != label_width:
-        columns = jnp.asarray(bilinear_matrix(width, label_width), dtype)
+    rows_at_a_time = block_bytes // (label_width * classes * dtype.itemsize)
+    blocks = _row_blocks(height, label_height, rows_at_a_time, rows.parts())
+    columns = bilinear_matrix(width, label_width) if width != label_width else None
 
+    def of_part(
+        logits: Array, labels: Array, starts: Array, matrices: Array, class_weights: Array | None
+    ) -> tuple[Array, Array, Array]:
+        logits = rows.with_border(logits, blocks.above, blocks.below)
+        *sums, gradient = _sums_by_block(
+            logits, labels, starts[0], matrices[0], columns, class_weights
+        )
+        gradient = rows.add_border(gradient, blocks.above, blocks.below)
+        return *(x[:, None] for x in sums), gradient
+
+    if rows.parts() > 1:
+        specs = (rows.MAPS, rows.MAPS, rows.BY_PART, rows.BY_PART, rows.SAME)
+        of_part = rows.by_rows(of_part, specs, rows.MAPS)
+    loss, weight, gradient = of_part(
+        rows.pad(logits),
+        rows.pad(labels, fill=classes),
+        jnp.asarray(blocks.starts),
+        jnp.asarray(blocks.matrices, dtype),
+        class_weights,
+    )
+    sums = (jnp.sum(loss, axis=1), jnp.sum(weight, axis=1))
+    return sums, gradient[:, :height].astype(logits.dtype)
+
+
+def _sums_by_block(
+    logits: Array,
+    labels: Array,
+    starts: Array,
+    matrices: Array,
+    columns: np.ndarray | None,
+    class_weights: Array | None,
+) -> tuple[Array, Array, Array]:
+    """`_sums_and_gradient` of the rows that one device has, block by block.
+
+    Args:
+        logits: [batch, logit rows, w, classes].
+        labels: [batch, label rows, W].
+        starts: int32 [blocks], see `_RowBlocks`.
+        matrices: [blocks, label rows of a block, logit rows of a block], see there.
+        columns: see `_resize_rows`.
+        class_weights: [classes] or None.
+
+    Returns:
+        The sums, [batch] each, and the gradient of the first, like `logits` in the type of
+        `matrices`.
+    """
+    batch, _, _, classes = logits.shape
+    dtype = matrices.dtype
+    columns = None if columns is None else jnp.asarray(columns, dtype)
     # The last block may reach beyond the labels: its pixels there have no class.
-    blocks, block_height, cell_rows = rows.shape
-    padding = (0, blocks * block_height - label_height)
+    blocks, block_height, cell_rows = matrices.shape
+    padding = (0, blocks * block_height - labels.shape[1])
     labels = jnp.pad(labels, ((0, 0), padding, (0, 0)), constant_values=classes)
-    labels = labels.reshape(batch, blocks, block_height, label_width)
+    labels = labels.reshape(batch, blocks, block_height, -1)
 
     def add_block(carry: tuple, block: tuple) -> tuple[tuple, None]:
         loss, weight, gradient = carry
-        start, rows, labels = block
+        start, matrix, labels = block
         cells = lax.dynamic_slice_in_dim(logits, start, cell_rows, axis=1).astype(dtype)
-        pixels, resize_transposed = jax.vjp(lambda x: _resize_rows(x, rows, columns), cells)
+        pixels, resize_transposed = jax.vjp(lambda x: _resize_rows(x, matrix, columns), cells)
         pixel_loss, pixel_weight, slope = _pixel_entropy(pixels, labels, class_weights)
         (slope,) = resize_transposed(slope)
         slope += lax.dynamic_slice_in_dim(gradient, start, cell_rows, axis=1)
@@ -136,9 +183,8 @@ def _sums_and_gradient(
         return (loss, weight, gradient), None
 
     zeros = (jnp.zeros(batch, dtype), jnp.zeros(batch, dtype), jnp.zeros(logits.shape, dtype))
-    over = (jnp.asarray(starts), rows, jnp.moveaxis(labels, 1, 0))
-    (loss, weight, gradient), _ = lax.scan(add_block, zeros, over)
-    return (loss, weight), gradient.astype(logits.dtype)
+    over = (starts, matrices, jnp.moveaxis(labels, 1, 0))
+    return lax.scan(add_block, zeros, over)[0]
 
 
 def _sums_backward(
@@ -151,39 +197,67 @@ def _sums_backward(
 entropy_sums.defvjp(_sums_and_gradient, _sums_backward)
 
 
-def _row_blocks(height: int, label_height: int, rows: int) -> tuple[np.ndarray, np.ndarray]:
-    """Divides the rows of the labels into blocks, all of one size.
+class _RowBlocks(NamedTuple):
+    """The rows of the labels in blocks of one size, equally many in each part of the rows.
+
+    Attributes:
+        starts: the first row of logits that each block needs, int32 [parts, blocks], counted from
+            the first one on the part's border.
+        matrices: what makes a block's label rows from it and the following ones,
+            [parts, blocks, label rows, logit rows]; 0 for label rows beyond the end.
+        above: rows of logits before the part's own that its blocks need.
+        below: the same after them.
+    """
+
+    starts: np.ndarray
+    matrices: np.ndarray
+    above: int
+    below: int
+
+
+def _row_blocks(height: int, label_height: int, most: int, parts: int) -> _RowBlocks:
+    """Divides the rows of the labels.
 
     Args:
         height: rows of the logits.
         label_height: rows of the labels.
-        rows: label rows in a block, at most.
-
-    Returns:
-        The first row of logits that each block needs, int32 [blocks]; and the matrices that make
-        its label rows from it and the following ones, [blocks, label rows, logit rows]. Label
-        rows beyond the end are 0.
+        most: label rows in a block.
+        parts: equal parts of the rows of both, the last one padded.
     """
-    blocks = -(-label_height // max(rows, 1))
-    rows = -(-label_height // blocks)
+    part_height, part_rows = -(-height // parts), -(-label_height // parts)
+    blocks = -(-part_rows // max(most, 1))
+    size = -(-part_rows // blocks)
+    blocks = -(-part_rows // size)
     lower, upper, _ = bilinear_taps(height, label_height)
-    first = np.arange(0, label_height, rows)
-    last = np.minimum(first + rows, label_height) - 1
-    needed = int(np.max(upper[last] - lower[first])) + 1
+    ends = np.minimum(np.arange(1, parts + 1) * part_rows, label_height)[:, None]
+    first = np.arange(parts)[:, None] * part_rows + np.arange(blocks) * size
+    stop = np.minimum(first + size, ends)
+    empty = first >= stop  # beyond the labels
+    first, stop = np.where(empty, 0, first), np.where(empty, 1, stop)
+    needed = int(np.max(upper[stop - 1] - lower[first])) + 1
     starts = np.minimum(lower[first], height - needed)
-    matrix = np.zeros((len(first) * rows, height))
-    matrix[:label_height] = bilinear_matrix(height, label_height)
-    matrices = matrix.reshape(len(first), rows, height)
-    columns = starts[:, None] + np.arange(needed)
-    return starts.astype(np.int32), np.take_along_axis(matrices, columns[:, None, :], axis=2)
+    columns = starts[..., None] + np.arange(needed)
+    label_rows = first[..., None] + np.arange(size)
+    inside = (label_rows < stop[..., None]) & ~empty[..., None]
+    label_rows = np.minimum(label_rows, label_height - 1)
+    matrices = bilinear_matrix(height, label_height)[label_rows[..., None], columns[..., None, :]]
+    matrices *= inside[..., None]
+
+    # An empty block needs nothing: any rows of its part will do.
+    own = np.arange(parts)[:, None] * part_height
+    starts = np.where(empty, own, starts)
+    stops = np.where(empty, own, starts + needed)
+    above, below = rows.border(starts, stops, part_height)
+    starts = np.minimum(starts - own + above, above + part_height + below - needed)
+    return _RowBlocks(starts.astype(np.int32), matrices, above, below)
 
 
-def _resize_rows(cells: Array, rows: Array, columns: Array | None) -> Array:
+def _resize_rows(cells: Array, matrix: Array, columns: Array | None) -> Array:
     """Resizes some rows of logits.
 
     Args:
         cells: [batch, logit rows, w, classes].
-        rows: [label rows, logit rows].
+        matrix: [label rows, logit rows].
         columns: [W, w]; None: the width stays.
 
     Returns:
@@ -194,9 +268,9 @@ def _resize_rows(cells: Array, rows: Array, columns: Array | None) -> Array:
     if columns is not None:
         columns = jnp.broadcast_to(columns, (batch, height, *columns.shape))
         cells = jnp.matmul(columns, cells, precision="highest")
-    rows = jnp.broadcast_to(rows, (batch, *rows.shape))
-    resized = jnp.matmul(rows, cells.reshape(batch, height, -1), precision="highest")
-    return resized.reshape(batch, rows.shape[1], *cells.shape[2:])
+    matrix = jnp.broadcast_to(matrix, (batch, *matrix.shape))
+    resized = jnp.matmul(matrix, cells.reshape(batch, height, -1), precision="highest")
+    return resized.reshape(batch, matrix.shape[1], *cells.shape[2:])
 
 
 def _pixel_entropy(

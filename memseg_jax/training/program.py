@@ -29,7 +29,7 @@ class TrainingProgram:
         step: the jitted step, see `step.make_train_step`; the state is donated to it.
         state: shapes, types and shardings of the state.
         batch: the same for "image" [batch, height, width, 3], "label" [batch, height, width] and
-            "stop" [devices].
+            "stop" [devices]; the height is that of `sharding.place_batch`.
     """
 
     tx: optax.GradientTransformation
@@ -61,14 +61,16 @@ def training_program(
     tx = optimizer.sgd(config, schedule)
     state = sharding.with_sharding(abstract_state(model, tx), mesh)
     step = make_train_step(model, config, tx, schedule, epoch_steps)
-    size = (config.train.batch_size, *config.augment.crop)
-    split = sharding.split_batch(mesh)
+    height, width = config.augment.crop
+    size = (config.train.batch_size, sharding.padded_height(height, mesh), width)
+    split, flags = sharding.split_batch(mesh), sharding.split_devices(mesh)
     batch = {
         "image": jax.ShapeDtypeStruct((*size, 3), np.float32, sharding=split),
         "label": jax.ShapeDtypeStruct(size, np.uint8, sharding=split),
-        "stop": jax.ShapeDtypeStruct((mesh.size,), np.int32, sharding=split),
+        "stop": jax.ShapeDtypeStruct((mesh.size,), np.int32, sharding=flags),
     }
-    return TrainingProgram(tx, schedule, sharding.jit_step(step, state, mesh), state, batch)
+    jitted = sharding.jit_step(step, state, mesh, height)
+    return TrainingProgram(tx, schedule, jitted, state, batch)
 
 
 def random_batch(

@@ -30,8 +30,7 @@ def double(double_precision):
 
 
 def mesh_of(layout):
-    data, fsdp = layout
-    return sharding.make_mesh(layout={"data": data, "fsdp": fsdp})
+    return sharding.make_mesh(layout=dict(zip(("data", "fsdp", "rows"), layout)))
 
 
 # ---- The arrangement ----------------------------------------------------------------------------
@@ -40,16 +39,19 @@ def mesh_of(layout):
 @pytest.mark.parametrize(
     ("layout", "expected"),
     [
-        (None, (8, 1)),
-        ({"data": -1, "fsdp": 1}, (8, 1)),
-        ({"data": -1, "fsdp": 4}, (2, 4)),
-        ({"data": 4, "fsdp": -1}, (4, 2)),
-        ({"data": 1, "fsdp": 8}, (1, 8)),
+        (None, (8, 1, 1)),
+        ({"data": -1, "fsdp": 1}, (8, 1, 1)),
+        ({"data": -1, "fsdp": 4}, (2, 4, 1)),
+        ({"data": 4, "fsdp": -1}, (4, 2, 1)),
+        ({"data": 1, "fsdp": 8}, (1, 8, 1)),
+        ({"data": -1, "rows": 4}, (2, 1, 4)),
+        ({"data": 2, "rows": 2, "fsdp": 2}, (2, 2, 2)),
+        ({"data": 1, "rows": -1}, (1, 1, 8)),
     ],
 )
 def test_layouts(layout, expected):
     mesh = sharding.make_mesh(layout=layout)
-    assert mesh.axis_names == ("data", "fsdp")
+    assert mesh.axis_names == ("data", "fsdp", "rows")
     assert mesh.devices.shape == expected
     assert list(mesh.devices.flat) == jax.devices()
 
@@ -62,6 +64,8 @@ def test_layouts(layout, expected):
         {"data": -1, "fsdp": -1},
         {"data": 0, "fsdp": 8},
         {"data": -1, "fsdp": 16},
+        {"data": -1, "rows": 3},
+        {"data": -1, "rows": -1},
     ],
 )
 def test_layouts_that_cannot_be(layout):
@@ -75,8 +79,37 @@ def test_devices_of_a_process_lie_side_by_side():
             self.id, self.process_index = index, process
 
     devices = [Device(index, index % 2) for index in range(4)]
-    mesh = sharding.make_mesh(devices, {"data": 2, "fsdp": 2})
-    assert [[d.process_index for d in row] for row in mesh.devices] == [[0, 0], [1, 1]]
+    def processes(**layout):
+        mesh = sharding.make_mesh(devices, layout)
+        return [d.process_index for d in mesh.devices.flat], mesh.devices.shape
+
+    assert processes(data=2, fsdp=2) == ([0, 0, 1, 1], (2, 2, 1))
+    assert processes(data=2, rows=2) == ([0, 0, 1, 1], (2, 1, 2))
+    assert processes(data=1, rows=4) == ([0, 0, 1, 1], (1, 1, 4))
+
+
+def test_images_that_processes_cannot_share():
+    class Device:
+        def __init__(self, index):
+            self.id, self.process_index = index, index // 2
+
+    devices = [Device(index) for index in range(6)]
+    with pytest.raises(UserError, match=r"have 2 devices each.* 3 parts; use rows = 1, 2, 6"):
+        sharding.make_mesh(devices, {"data": 2, "rows": 3})
+
+
+def test_images_of_fewer_rows_than_parts():
+    mesh = mesh_of((1, 1, 8))
+    sharding.check_rows(250, 32, mesh)
+    with pytest.raises(UserError, match=r"rows is 8, but images of 224 rows have 7 .* at most 7"):
+        sharding.check_rows(224, 32, mesh)
+
+
+def test_a_batch_for_images_in_parts():
+    mesh = mesh_of((-1, 1, 4))
+    sharding.check_batch_size(2, mesh, 1)
+    with pytest.raises(UserError, match=r"8 devices \(config.sharding.rows = 4: 2 images at a time"):
+        sharding.check_batch_size(3, mesh, 1)
 
 
 @pytest.mark.parametrize(
@@ -118,10 +151,9 @@ def compiled(layout):
     mesh = mesh_of(layout)
     state = sharding.with_sharding(initial(), mesh)
     step = sharding.jit_step(make_train_step(model, config, tx, schedule, 1), state, mesh)
-    shapes = jax.eval_shape(lambda: batch(0))
-    split = sharding.split_batch(mesh)
     shapes = {
-        name: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=split) for name, x in shapes.items()
+        name: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding)
+        for name, x in sharding.place_batch(batch(0), mesh).items()
     }
     return mesh, step.lower(state, shapes).compile(compiler_options=FAST_COMPILE), state
 
@@ -149,8 +181,12 @@ def test_split_parameters_give_the_same_numbers(double):
     assert_same_numbers((2, 4))
 
 
+def test_split_images_give_the_same_numbers(double):
+    assert_same_numbers((2, 1, 4))
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("layout", [(4, 2), (1, 8)])
+@pytest.mark.parametrize("layout", [(4, 2), (1, 8), (4, 1, 2), (1, 1, 8), (2, 2, 2)])
 def test_other_layouts_give_the_same_numbers(double, layout):
     assert_same_numbers(layout)
 
@@ -192,7 +228,7 @@ def test_a_checkpoint_of_one_layout_is_restored_on_any_other(double, tmp_path):
         checkpointer.save(state, meta)
         checkpointer.wait_until_finished()
         one = sharding.make_mesh(jax.devices()[:1])
-        for mesh in (one, *map(mesh_of, LAYOUTS)):
+        for mesh in (one, *map(mesh_of, [*LAYOUTS, (2, 1, 4), (2, 2, 2)])):
             shapes = sharding.with_sharding(initial(), mesh)
             restored, _ = checkpointer.resume(shapes, lambda meta: None)
             for x, wanted, expected in zip(

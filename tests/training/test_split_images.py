@@ -1,0 +1,94 @@
+"""Steps of all backbones on images whose rows are split over devices, in double precision."""
+
+import functools
+
+import jax
+import numpy as np
+import pytest
+
+from memseg_jax.models.segmentor import build_segmentor
+from memseg_jax.runtime import sharding
+from memseg_jax.training import optimizer
+from memseg_jax.training.program import random_batch
+from memseg_jax.training.state import TrainState
+from memseg_jax.training.step import make_train_step
+from tests.small_models import FAST_COMPILE, random_variables, small_config
+
+pytestmark = pytest.mark.usefixtures("double_precision")
+STEPS = 3
+BATCH = 8
+# Heights of which no part is like another, with eight rows or more on the coarsest map.
+CROPS = {"hrnetv2w48": (228, 32), "vitlarge": (117, 48)}
+NARROW = {"hrnetv2w48": 1 / 12, "vitlarge": 1 / 16}
+BACKBONES = ("resnet50", "resnet101", "resnest101", "hrnetv2w48", "vitlarge")
+LAYOUTS = ({"data": 4, "rows": 2}, {"data": 2, "rows": 4}, {"data": 1, "rows": 8})
+
+
+@functools.cache
+def setting(backbone, accumulate):
+    config = small_config()
+    config.model.backbone = backbone
+    config.model.backbone_width = NARROW.get(backbone, 1 / 16)
+    config.model.auxiliary = backbone != "hrnetv2w48"
+    config.model.dropout = 0.1
+    config.augment.crop = CROPS.get(backbone, (67, 32))
+    config.train.batch_size = BATCH
+    config.train.accumulate = accumulate
+    config.replica_groups = 2
+    config.loss.consistency = 1.0
+    config.loss.consistency_from_epoch = 2  # from the second step on
+    model = build_segmentor(config)
+    model = model.clone(dtype=np.float64, backbone=model.backbone.clone(dtype=np.float64))
+    schedule = optimizer.schedule_from_config(config, STEPS + 1)
+    tx = optimizer.sgd(config, schedule)
+    variables = jax.tree.map(lambda x: x.astype(np.float64), random_variables(model, 0))
+    state = TrainState(step=np.int64(0), opt_state=tx.init(variables["params"]), **variables)
+    return config, state, make_train_step(model, config, tx, schedule, 1)
+
+
+def run(backbone, layout, accumulate=1):
+    """State and metrics after a few steps."""
+    config, state, step = setting(backbone, accumulate)
+    count = 8 if layout else 1
+    mesh = sharding.make_mesh(jax.devices()[:count], layout)
+    step = sharding.jit_step(step, state, mesh, config.augment.crop[0])
+    state, metrics, compiled = sharding.place(state, mesh), [], None
+    for number in range(STEPS):
+        batch = random_batch(BATCH, config.augment.crop, 5, seed=number)
+        batch["image"] = batch["image"].astype(np.float64)
+        batch["label"][::2, :20] = 255  # images and rows differ in how much is labelled
+        batch = sharding.place_batch(batch, mesh)
+        compiled = compiled or step.lower(state, batch).compile(compiler_options=FAST_COMPILE)
+        state, values = compiled(state, batch)
+        metrics.append(values)
+    return jax.device_get((state, metrics))
+
+
+@functools.cache
+def on_one_device(backbone, accumulate=1):
+    return run(backbone, None, accumulate)
+
+
+def assert_same(backbone, layout, accumulate=1):
+    expected, found = on_one_device(backbone, accumulate), run(backbone, layout, accumulate)
+    assert expected[1][-1]["loss"] != expected[1][0]["loss"]
+    pairs = zip(
+        jax.tree_util.tree_leaves_with_path(expected), jax.tree.leaves(found), strict=True
+    )
+    for (path, a), b in pairs:
+        scale = max(np.abs(a).max(), 1e-6)
+        worst = np.abs(np.asarray(a) - b).max() / scale
+        assert worst < 1e-7, f"{jax.tree_util.keystr(path)}: {worst:.1e}"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("layout", LAYOUTS, ids=str)
+@pytest.mark.parametrize("backbone", BACKBONES)
+def test_split_images_give_the_numbers_of_one_device(backbone, layout):
+    assert_same(backbone, layout)
+
+
+@pytest.mark.slow
+def test_with_parts_of_the_batch_and_split_parameters(monkeypatch):
+    monkeypatch.setattr(sharding, "_SMALL", 64)
+    assert_same("resnet50", {"data": 2, "rows": 2, "fsdp": 2}, accumulate=2)
