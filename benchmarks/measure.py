@@ -336,7 +336,7 @@ def training_step(
     """
     mesh = sharding.make_mesh(jax.devices()[:1])
     program = training_program(config, model, mesh, epoch_steps)
-    state = sharding.place(init_state(variables, program.tx), mesh)
+    state = sharding.place(init_state(variables, program.tx), program.state)
     batch = sharding.place_batch(batch, mesh)
     step, held = compiled(program.step, state, batch)
 

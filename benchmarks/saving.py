@@ -26,7 +26,6 @@ from memseg_jax.runtime import sharding
 from memseg_jax.runtime.text import format_bytes
 from memseg_jax.scoring import visualize
 from memseg_jax.training.program import training_program
-from memseg_jax.training.state import abstract_state
 
 FLAGS = {
     "folder": "where to write, in a folder that is removed afterwards (default: the system's)",
@@ -41,8 +40,7 @@ def main(argv: Sequence[str]) -> int:
     config = values.config
     model = build_segmentor(config)
     mesh = sharding.make_mesh(layout=config.sharding)
-    tx = training_program(config, model, mesh, epoch_steps=100).tx
-    shapes = sharding.with_sharding(abstract_state(model, tx), mesh)
+    shapes = training_program(config, model, mesh, epoch_steps=100).state
     state = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype, device=x.sharding), shapes)
     names = tuple(config.data.class_names)
     palette = visualize.resolve_palette(config.data.palette, len(names))

@@ -26,6 +26,8 @@ def get_config() -> ml_collections.ConfigDict:
     # "fsdp" parameters and the optimiser's state are split, too, so that each device holds a share
     # of them; over the others they are replicated. The numbers do not depend on it, rounding aside.
     config.sharding = ml_collections.ConfigDict({"data": -1, "rows": 1, "fsdp": 1})
+    # "shared": parameters and the optimiser's state are split over all devices instead of "fsdp".
+    config.sharding.weight_update = "each"
 
     config.init = init = ml_collections.ConfigDict()
     # What a new run starts from; both empty: random values.

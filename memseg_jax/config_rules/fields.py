@@ -35,6 +35,7 @@ RULES = {
     "replica_groups": _BATCH,
     "sharding.data": Whole(1, 2**20, also=(-1,)),
     "sharding.rows": Whole(1, 2**20, also=(-1,)),
+    "sharding.weight_update": Choice(("each", "shared")),
     "sharding.fsdp": Whole(1, 2**20, also=(-1,)),
     "init.backbone": Text(),
     "init.checkpoint": Text(),

@@ -150,7 +150,9 @@ def _measure_training(
     compile_seconds = time.perf_counter() - start
     jax.monitoring.unregister_event_listener(listener)
 
-    state = sharding.place(init_state(init_variables(model, config.seed), program.tx), mesh)
+    state = sharding.place(
+        init_state(init_variables(model, config.seed), program.tx), program.state
+    )
     state, step_seconds, _ = _time_steps(compiled, state, lambda: batch, _WARM_UP)
     flops = network_flops(model, crop, train=True)
     result = {

@@ -119,7 +119,7 @@ def _run(
     if resumed is None:
         converted = folder if checkpointer.latest_step() is not None else None
         variables = initial_variables(config, model, converted)
-        state, meta = sharding.place(init_state(variables, program.tx), mesh), {}
+        state, meta = sharding.place(init_state(variables, program.tx), program.state), {}
     else:
         state, meta = resumed
         log.info("resuming at step %d of %d", int(state.step), total_steps)

@@ -1,18 +1,19 @@
 """Where arrays live: one mesh of devices, the batch split over it, the state whole or split.
 
 The mesh has three axes. The images of a batch are split over `data` and `fsdp`, the rows of every
-image and map over `rows`. Over `data` and `rows` the state is replicated; over `fsdp` parameters
-and the optimiser's state are split, so that a device keeps only its share of them between steps,
-and gathers the parameters while it computes a step. `config.sharding` sets the sizes of all three;
-the numbers do not depend on it, rounding aside.
+image and map over `rows`. Parameters and the optimiser's state are split over `fsdp`, or, with
+`config.sharding.weight_update = "shared"`, over all devices: a device then keeps and updates only its
+share of them, and gathers the parameters while it computes a step. What is not split is replicated.
+`config.sharding` sets the sizes of all axes; the numbers do not depend on it, rounding aside.
 """
 
 import functools
 import math
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
@@ -31,7 +32,7 @@ _SPLIT = ("params", "opt_state")
 
 
 def make_mesh(
-    devices: list[jax.Device] | None = None, layout: Mapping[str, int] | None = None
+    devices: list[jax.Device] | None = None, layout: Mapping[str, Any] | None = None
 ) -> Mesh:
     """A mesh with the axes `data`, `fsdp` and `rows`.
 
@@ -52,7 +53,8 @@ def make_mesh(
         jax.devices() if devices is None else devices, key=lambda d: (d.process_index, d.id)
     )
     count = len(devices)
-    sizes = {"data": -1, "rows": 1, "fsdp": 1} | dict(layout or {})
+    sizes = {"data": -1, "rows": 1, "fsdp": 1}
+    sizes |= {name: size for name, size in (layout or {}).items() if name in sizes}
     shown = f"config.sharding is {sizes}"
     free = [name for name in AXES if sizes[name] == -1]
     if len(free) > 1 or any(size < 1 and size != -1 for size in sizes.values()):
@@ -110,22 +112,46 @@ def piece_of_process(mesh: Mesh) -> tuple[int, int]:
     return jax.process_index() // sharing, processes // sharing
 
 
-def split_array(shape: tuple[int, ...], mesh: Mesh) -> NamedSharding:
-    """The largest axis that `fsdp` divides is split over it; small arrays are replicated."""
-    parts = mesh.shape["fsdp"]
-    fitting = [axis for axis, size in enumerate(shape) if size % parts == 0]
-    if parts == 1 or math.prod(shape) < _SMALL or not fitting:
-        return replicated(mesh)
-    axis = max(fitting, key=lambda axis: (shape[axis], axis))
-    return NamedSharding(mesh, PartitionSpec(*[None] * axis, "fsdp"))
+def split_array(
+    shape: tuple[int, ...], mesh: Mesh, over: tuple[str, ...] = ("fsdp",)
+) -> NamedSharding:
+    """How one array of parameters lies.
+
+    Args:
+        shape: of the array.
+        mesh: the devices.
+        over: axes of the mesh that share it.
+
+    Returns:
+        The largest axis that they divide is split over them, or, where they divide none, over the
+        first of them that do. Small arrays are replicated.
+    """
+    over = tuple(name for name in over if mesh.shape[name] > 1)
+    while over and math.prod(shape) >= _SMALL:
+        parts = math.prod(mesh.shape[name] for name in over)
+        fitting = [axis for axis, size in enumerate(shape) if size % parts == 0]
+        if fitting:
+            axis = max(fitting, key=lambda axis: (shape[axis], axis))
+            split = over if len(over) > 1 else over[0]
+            return NamedSharding(mesh, PartitionSpec(*[None] * axis, split))
+        over = over[:-1]
+    return replicated(mesh)
 
 
-def shardings_of(state: Any, mesh: Mesh) -> Any:
-    """The tree of shardings of a `TrainState`, or of a dict of variables."""
+def shardings_of(state: Any, mesh: Mesh, update: str = "each") -> Any:
+    """The tree of shardings of a `TrainState`, or of a dict of variables.
+
+    Args:
+        state: the tree.
+        mesh: the devices.
+        update: `config.sharding.weight_update`: "each", and parameters and the optimiser's state are split
+            over `fsdp`; or "shared", and they are split over all devices.
+    """
+    over = mesh.axis_names if update == "shared" else ("fsdp",)
 
     def of_leaf(path: tuple, leaf: Any) -> NamedSharding:
         name = getattr(path[0], "name", getattr(path[0], "key", None)) if path else None
-        return split_array(np.shape(leaf), mesh) if name in _SPLIT else replicated(mesh)
+        return split_array(np.shape(leaf), mesh, over) if name in _SPLIT else replicated(mesh)
 
     return jax.tree_util.tree_map_with_path(of_leaf, state)
 
@@ -225,27 +251,83 @@ def _pad_rows(x: np.ndarray, mesh: Mesh) -> np.ndarray:
     return np.pad(x, ((0, 0), (0, margin), *[(0, 0)] * (x.ndim - 2))) if margin else x
 
 
-def place(tree: Any, mesh: Mesh) -> Any:
-    """Puts a state of host arrays, or a dict of variables, onto the devices of the mesh.
+def place(tree: Any, abstract: Any) -> Any:
+    """Puts a state of host arrays, or a dict of variables, onto devices.
 
     The copies are XLA's own: an array that still shares memory with NumPy must not be donated.
+
+    Args:
+        tree: of arrays.
+        abstract: the same tree of shapes with shardings, or a mesh, for those of `shardings_of`.
     """
+    if isinstance(abstract, Mesh):
+        abstract = with_sharding(tree, abstract)
     return jax.tree.map(
-        lambda x, sharding: jax.make_array_from_callback(
-            np.shape(x), sharding, lambda index: np.array(np.asarray(x)[index])
+        lambda x, like: jax.make_array_from_callback(
+            np.shape(x), like.sharding, lambda index: np.array(np.asarray(x)[index])
         ),
         tree,
-        shardings_of(tree, mesh),
-    )
-
-
-def with_sharding(abstract: Any, mesh: Mesh) -> Any:
-    """Adds the shardings that `place` gives to a tree of `jax.ShapeDtypeStruct`."""
-    return jax.tree.map(
-        lambda x, sharding: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding),
         abstract,
-        shardings_of(abstract, mesh),
     )
+
+
+def with_sharding(tree: Any, mesh: Mesh, update: str = "each") -> Any:
+    """Shapes, types and the shardings of `shardings_of` for a tree of arrays or of shapes."""
+    return jax.tree.map(
+        lambda x, sharding: jax.ShapeDtypeStruct(
+            np.shape(x), jnp.result_type(x), sharding=sharding
+        ),
+        tree,
+        shardings_of(tree, mesh, update),
+    )
+
+
+class Shares(NamedTuple):
+    """How a step gets from a device's share of the parameters to the whole of them, and back.
+
+    Attributes:
+        gather: whole parameters, from those of a state.
+        scatter: every device's share of the gradients, from the sums over its images.
+    """
+
+    gather: Callable[[Any], Any] = lambda params: params
+    scatter: Callable[[Any], Any] = lambda gradients: gradients
+
+
+def shares_of(params: Any, compute_dtype: Any = None) -> Shares:
+    """What a step has to do whose parameters are split.
+
+    The parameters are made whole once, kernels in the type that is computed in: rounded before or
+    after they are sent, the numbers are the same. Otherwise the compiler may compute layers in
+    parts of their channels, with a message of the size of the activations for each.
+
+    Args:
+        params: shapes with shardings.
+        compute_dtype: of the model; None: that of the parameters.
+    """
+
+    def gather(params: Any) -> Any:
+        def whole(path: tuple, x: jax.Array, like: jax.ShapeDtypeStruct) -> jax.Array:
+            if like.sharding.is_fully_replicated:
+                return x
+            if path[-1].key == "kernel" and compute_dtype is not None:
+                # Still in parts: otherwise the compiler rounds what has been sent.
+                x = jax.lax.with_sharding_constraint(x.astype(compute_dtype), like.sharding)
+            return jax.lax.with_sharding_constraint(x, replicated(like.sharding.mesh))
+
+        return jax.tree_util.tree_map_with_path(whole, params, abstract)
+
+    def scatter(gradients: Any) -> Any:
+        return jax.tree.map(
+            lambda g, like: jax.lax.with_sharding_constraint(g, like.sharding).astype(like.dtype),
+            gradients,
+            abstract,
+        )
+
+    abstract = params
+    if all(x.sharding.is_fully_replicated for x in jax.tree.leaves(params)):
+        return Shares()
+    return Shares(gather, scatter)
 
 
 def jit_step(step: Callable, state: Any, mesh: Mesh, height: int | None = None) -> Callable:
@@ -253,7 +335,7 @@ def jit_step(step: Callable, state: Any, mesh: Mesh, height: int | None = None) 
 
     Args:
         step: (state, batch) -> (state, metrics), see `training.step.make_train_step`.
-        state: a `TrainState` of arrays or of shapes.
+        state: a `TrainState` of shapes with shardings, or of arrays.
         mesh: the devices.
         height: of the images, where `place_batch` may have padded them; None: it has not.
 
@@ -261,19 +343,12 @@ def jit_step(step: Callable, state: Any, mesh: Mesh, height: int | None = None) 
         The jitted step; the state is donated.
     """
 
-    def gathered(state: Any, batch: Any) -> Any:
-        # The parameters are made whole once. Otherwise the compiler may compute layers in parts of
-        # their channels, with a message of the size of the activations for each.
-        params = jax.lax.with_sharding_constraint(state.params, replicated(mesh))
-        return step(state.replace(params=params), batch)
-
     def cut(state: Any, batch: Any) -> Any:
         images = {name: rows.split(x[:, :height]) for name, x in batch.items() if x.ndim > 1}
-        return inner(state, batch | images)
+        return step(state, batch | images)
 
-    out = (shardings_of(state, mesh), replicated(mesh))
-    inner = step if mesh.shape["fsdp"] == 1 else gathered
-    function = inner if mesh.shape[rows.AXIS] == 1 else traced_by_rows(cut, mesh)
+    out = (jax.tree.map(lambda x: x.sharding, state), replicated(mesh))
+    function = step if mesh.shape[rows.AXIS] == 1 else traced_by_rows(cut, mesh)
     return jax.jit(function, donate_argnums=0, out_shardings=out)
 
 

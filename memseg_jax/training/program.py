@@ -59,8 +59,9 @@ def training_program(
     config = with_class_weights(config, class_weights)
     schedule = optimizer.schedule_from_config(config, config.train.epochs * epoch_steps)
     tx = optimizer.sgd(config, schedule)
-    state = sharding.with_sharding(abstract_state(model, tx), mesh)
-    step = make_train_step(model, config, tx, schedule, epoch_steps)
+    state = sharding.with_sharding(abstract_state(model, tx), mesh, config.sharding.weight_update)
+    shares = sharding.shares_of(state.params, model.dtype)
+    step = make_train_step(model, config, tx, schedule, epoch_steps, shares)
     height, width = config.augment.crop
     size = (config.train.batch_size, sharding.padded_height(height, mesh), width)
     split, flags = sharding.split_batch(mesh), sharding.split_devices(mesh)

@@ -25,6 +25,7 @@ from memseg_jax.models.memory import (
     move_memory_groups,
 )
 from memseg_jax.models.segmentor import Segmentor
+from memseg_jax.runtime.sharding import Shares
 from memseg_jax.training.freezing import Frozen
 from memseg_jax.training.guards import FLAG, keep_finite
 from memseg_jax.training.losses import consistency_loss, cross_entropy, group_weights
@@ -42,6 +43,7 @@ def make_train_step(
     tx: optax.GradientTransformation,
     schedule: Callable[[jax.Array], jax.Array],
     steps_per_epoch: int,
+    shares: Shares = Shares(),
 ) -> Callable[[TrainState, Batch], tuple[TrainState, Metrics]]:
     """Returns the step function, to be compiled with `jax.jit`.
 
@@ -51,6 +53,7 @@ def make_train_step(
         tx: the optimiser, from `optimizer.sgd`.
         schedule: learning rate by step; the memory's momentum follows it.
         steps_per_epoch: the consistency loss starts with an epoch.
+        shares: of the parameters, where devices hold parts of them.
 
     Returns:
         step(state, batch) -> (state, metrics), where batch has "image" float32
@@ -68,11 +71,13 @@ def make_train_step(
         requests = {"stop": jnp.max(batch.pop("stop"))} if "stop" in batch else {}
         lr = schedule(state.step)
         rng = jax.random.fold_in(jax.random.key(config.seed), state.step)
+        whole = state.replace(params=shares.gather(state.params))
         if parts == 1:
-            result = whole_batch(losses, state, batch, lr, rng)
+            result = whole_batch(losses, whole, batch, lr, rng)
         else:
-            result = accumulate_gradients(losses, state, batch, lr, rng, parts)
+            result = accumulate_gradients(losses, whole, batch, lr, rng, parts)
         grads, metrics, batch_stats, memory = result
+        grads = shares.scatter(grads)
         batch_stats = losses.frozen.statistics(state.batch_stats, batch_stats)
         updates, opt_state = tx.update(grads, state.opt_state, state.params)
         new_state = TrainState(

@@ -54,7 +54,9 @@ def labels(seed, *shape, classes=3):
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("size", [(16, 97), (13, 97), (5, 33), (8, 11), (33, 12), (16, 16), (3, 40)])
+@pytest.mark.parametrize(
+    "size", [(16, 97), (13, 97), (5, 33), (8, 11), (33, 12), (16, 16), (3, 40)]
+)
 def test_cross_entropy_and_its_gradient(layout, size):
     height, label_height = size
     weights = np.array([1.0, 2.0, 0.5])

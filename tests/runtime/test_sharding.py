@@ -79,6 +79,7 @@ def test_devices_of_a_process_lie_side_by_side():
             self.id, self.process_index = index, process
 
     devices = [Device(index, index % 2) for index in range(4)]
+
     def processes(**layout):
         mesh = sharding.make_mesh(devices, layout)
         return [d.process_index for d in mesh.devices.flat], mesh.devices.shape
@@ -108,7 +109,9 @@ def test_images_of_fewer_rows_than_parts():
 def test_a_batch_for_images_in_parts():
     mesh = mesh_of((-1, 1, 4))
     sharding.check_batch_size(2, mesh, 1)
-    with pytest.raises(UserError, match=r"8 devices \(config.sharding.rows = 4: 2 images at a time"):
+    with pytest.raises(
+        UserError, match=r"8 devices \(config.sharding.rows = 4: 2 images at a time"
+    ):
         sharding.check_batch_size(3, mesh, 1)
 
 
@@ -129,6 +132,16 @@ def test_the_largest_axis_that_fits_is_split(shape, spec):
     assert sharding.split_array(shape, mesh_of((2, 4))).spec == jax.sharding.PartitionSpec(*spec)
 
 
+def test_where_all_devices_cannot_share_an_array_some_do():
+    def split(*shape):
+        return tuple(sharding.split_array(shape, mesh_of((2, 2, 2)), sharding.AXES).spec)
+
+    assert split(3, 3, 16, 32) == (None, None, None, ("data", "fsdp", "rows"))
+    assert split(4, 20) == (None, ("data", "fsdp"))
+    assert split(9, 14) == (None, "data")
+    assert split(9, 15) == ()
+
+
 def test_what_a_device_holds(double):
     def held(layout):
         state = sharding.with_sharding(initial(), mesh_of(layout))
@@ -137,6 +150,9 @@ def test_what_a_device_holds(double):
 
     assert held((2, 4)) < 0.4 * held((8, 1))
     assert held((1, 8)) < 0.25 * held((8, 1))
+    shared = sharding.with_sharding(initial(), mesh_of((2, 2, 2)), "shared")
+    shared = sum(math.prod(x.sharding.shard_shape(x.shape)) for x in jax.tree.leaves(shared))
+    assert shared == held((1, 8))
     state = sharding.shardings_of(initial(), mesh_of((1, 8)))
     assert all(x.is_fully_replicated for x in jax.tree.leaves((state.batch_stats, state.memory)))
 
@@ -145,12 +161,13 @@ def test_what_a_device_holds(double):
 
 
 @functools.cache
-def compiled(layout):
+def compiled(layout, update="each"):
     """Returns the mesh, the compiled step, and the shapes of the state."""
     config, model, schedule, tx = build(groups=4)
     mesh = mesh_of(layout)
-    state = sharding.with_sharding(initial(), mesh)
-    step = sharding.jit_step(make_train_step(model, config, tx, schedule, 1), state, mesh)
+    state = sharding.with_sharding(initial(), mesh, update)
+    shares = sharding.shares_of(state.params)
+    step = sharding.jit_step(make_train_step(model, config, tx, schedule, 1, shares), state, mesh)
     shapes = {
         name: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding)
         for name, x in sharding.place_batch(batch(0), mesh).items()
@@ -158,18 +175,18 @@ def compiled(layout):
     return mesh, step.lower(state, shapes).compile(compiler_options=FAST_COMPILE), state
 
 
-def steps(layout):
-    mesh, step, _ = compiled(layout)
-    state = sharding.place(initial(), mesh)
+def steps(layout, update="each"):
+    mesh, step, shapes = compiled(layout, update)
+    state = sharding.place(initial(), shapes)
     for number in range(2):
         state, metrics = step(state, sharding.place_batch(batch(number), mesh))
     return state, metrics
 
 
-def assert_same_numbers(layout):
+def assert_same_numbers(layout, update="each"):
     """Two steps, in double precision, equal those with the state replicated."""
-    _, _, shapes = compiled(layout)
-    expected, state = steps((8, 1)), steps(layout)
+    _, _, shapes = compiled(layout, update)
+    expected, state = steps((8, 1)), steps(layout, update)
     pairs = zip(jax.tree.leaves(expected), jax.tree.leaves(state), strict=True)
     for a, b in pairs:
         np.testing.assert_allclose(a, b, rtol=1e-9, atol=1e-11)
@@ -181,14 +198,20 @@ def test_split_parameters_give_the_same_numbers(double):
     assert_same_numbers((2, 4))
 
 
-def test_split_images_give_the_same_numbers(double):
-    assert_same_numbers((2, 1, 4))
+def test_split_images_and_a_shared_update_give_the_same_numbers(double):
+    assert_same_numbers((2, 1, 4), "shared")
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("layout", [(4, 2), (1, 8), (4, 1, 2), (1, 1, 8), (2, 2, 2)])
+@pytest.mark.parametrize("layout", [(4, 2), (1, 8), (2, 1, 4), (4, 1, 2), (1, 1, 8), (2, 2, 2)])
 def test_other_layouts_give_the_same_numbers(double, layout):
     assert_same_numbers(layout)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("layout", [(8, 1, 1), (2, 2, 2)])
+def test_a_shared_update_gives_the_same_numbers(double, layout):
+    assert_same_numbers(layout, "shared")
 
 
 def test_the_report_of_memory(double):

@@ -14,8 +14,8 @@ from memseg_jax.training.state import TrainState
 from memseg_jax.training.step import make_train_step
 from tests.small_models import FAST_COMPILE, random_variables, small_config
 
-pytestmark = pytest.mark.usefixtures("double_precision")
-STEPS = 3
+pytestmark = pytest.mark.usefixtures("double_precision", "small_arrays_are_split_too")
+STEPS = 3  # with a shared update
 BATCH = 8
 # Heights of which no part is like another, with eight rows or more on the coarsest map.
 CROPS = {"hrnetv2w48": (228, 32), "vitlarge": (117, 48)}
@@ -24,8 +24,14 @@ BACKBONES = ("resnet50", "resnet101", "resnest101", "hrnetv2w48", "vitlarge")
 LAYOUTS = ({"data": 4, "rows": 2}, {"data": 2, "rows": 4}, {"data": 1, "rows": 8})
 
 
+@pytest.fixture
+def small_arrays_are_split_too(monkeypatch):
+    monkeypatch.setattr(sharding, "_SMALL", 64)
+
+
 @functools.cache
 def setting(backbone, accumulate):
+    """Config, initial state, and a function that makes the step for shares of the parameters."""
     config = small_config()
     config.model.backbone = backbone
     config.model.backbone_width = NARROW.get(backbone, 1 / 16)
@@ -43,25 +49,27 @@ def setting(backbone, accumulate):
     tx = optimizer.sgd(config, schedule)
     variables = jax.tree.map(lambda x: x.astype(np.float64), random_variables(model, 0))
     state = TrainState(step=np.int64(0), opt_state=tx.init(variables["params"]), **variables)
-    return config, state, make_train_step(model, config, tx, schedule, 1)
+    return config, state, functools.partial(make_train_step, model, config, tx, schedule, 1)
 
 
 def run(backbone, layout, accumulate=1):
-    """State and metrics after a few steps."""
-    config, state, step = setting(backbone, accumulate)
+    """What is known after each of a few steps: metrics and state."""
+    config, state, make_step = setting(backbone, accumulate)
     count = 8 if layout else 1
     mesh = sharding.make_mesh(jax.devices()[:count], layout)
-    step = sharding.jit_step(step, state, mesh, config.augment.crop[0])
-    state, metrics, compiled = sharding.place(state, mesh), [], None
+    shapes = sharding.with_sharding(state, mesh, "shared")
+    step = make_step(sharding.shares_of(shapes.params))
+    step = sharding.jit_step(step, shapes, mesh, config.augment.crop[0])
+    state, found, compiled = sharding.place(state, shapes), [], None
     for number in range(STEPS):
         batch = random_batch(BATCH, config.augment.crop, 5, seed=number)
         batch["image"] = batch["image"].astype(np.float64)
         batch["label"][::2, :20] = 255  # images and rows differ in how much is labelled
         batch = sharding.place_batch(batch, mesh)
         compiled = compiled or step.lower(state, batch).compile(compiler_options=FAST_COMPILE)
-        state, values = compiled(state, batch)
-        metrics.append(values)
-    return jax.device_get((state, metrics))
+        state, metrics = compiled(state, batch)
+        found.append(jax.device_get({"metrics": metrics, "state": state}))
+    return found
 
 
 @functools.cache
@@ -71,24 +79,40 @@ def on_one_device(backbone, accumulate=1):
 
 def assert_same(backbone, layout, accumulate=1):
     expected, found = on_one_device(backbone, accumulate), run(backbone, layout, accumulate)
-    assert expected[1][-1]["loss"] != expected[1][0]["loss"]
-    pairs = zip(
-        jax.tree_util.tree_leaves_with_path(expected), jax.tree.leaves(found), strict=True
+    assert expected[2]["metrics"]["loss_memory"] > expected[0]["metrics"]["loss_memory"] == 0
+    # Every step multiplies rounding errors by a thousand, as in the reference (`test_goldens.py`).
+    for number, limit in enumerate((1e-9, 1e-7, 1e-5)):
+        pairs = zip(
+            jax.tree_util.tree_leaves_with_path(expected[number]),
+            jax.tree.leaves(found[number]),
+            strict=True,
+        )
+        for (path, a), b in pairs:
+            worst = np.abs(np.asarray(a) - b).max() / max(np.abs(a).max(), 1e-6)
+            name = jax.tree_util.keystr(path)
+            assert worst < limit, f"after step {number + 1}, {name}: {worst:.1e}"
+
+
+# Every backbone in one layout, all of them in some; the rest is `exhaustive`.
+CHOSEN = {"resnet50": 1, "resnest101": 0, "hrnetv2w48": 2, "vitlarge": 1}
+CASES = [
+    pytest.param(
+        backbone,
+        layout,
+        id=f"{backbone}-{layout['data']}x{layout['rows']}",
+        marks=[] if CHOSEN.get(backbone) == number else pytest.mark.exhaustive,
     )
-    for (path, a), b in pairs:
-        scale = max(np.abs(a).max(), 1e-6)
-        worst = np.abs(np.asarray(a) - b).max() / scale
-        assert worst < 1e-7, f"{jax.tree_util.keystr(path)}: {worst:.1e}"
+    for backbone in BACKBONES
+    for number, layout in enumerate(LAYOUTS)
+]
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("layout", LAYOUTS, ids=str)
-@pytest.mark.parametrize("backbone", BACKBONES)
+@pytest.mark.parametrize(("backbone", "layout"), CASES)
 def test_split_images_give_the_numbers_of_one_device(backbone, layout):
     assert_same(backbone, layout)
 
 
 @pytest.mark.slow
-def test_with_parts_of_the_batch_and_split_parameters(monkeypatch):
-    monkeypatch.setattr(sharding, "_SMALL", 64)
+def test_with_parts_of_the_batch():
     assert_same("resnet50", {"data": 2, "rows": 2, "fsdp": 2}, accumulate=2)
