@@ -163,8 +163,8 @@ ENTRY %main (x: f32[16], y: bf16[8,128]) -> f32[16] {
 
 def test_forms_that_gpus_and_tpus_use():
     assert hlo_text.collectives(TEXT, 8) == [
-        Collective("all-reduce", 8 * 128 * 2, 2, 1),
-        Collective("all-reduce", 16 * 4 + 3, 4, 1),
+        Collective("all-reduce", 8 * 128 * 2, 2, 1, ((0, 1),)),
+        Collective("all-reduce", 16 * 4 + 3, 4, 1, ((0, 1, 2, 3),)),
         Collective("all-gather", 16 * 4, 8, 1),
     ]
 
@@ -193,11 +193,17 @@ def test_traffic_of_elementwise_work_and_of_slices():
 CHIP = Chip(100e12, 50e12, 10e12, 16e9, 1000e9, 50e9, 25e9)
 
 
-def seconds_of(size, topology, group=None, kind="all-reduce"):
+class Device:
+    def __init__(self, *coords):
+        self.coords = coords
+
+
+def seconds_of(size, topology, group=None, kind="all-reduce", partners=None):
     topology = topologies.parse(topology)
-    return plan.collective_seconds(
-        Collective(kind, size, group or topology.chips, 1), topology, CHIP
-    )
+    grid = [Device(*reversed(place)) for place in np.ndindex(topology.shape[::-1])]
+    devices = topologies.Devices(topology, grid)
+    collective = Collective(kind, size, group or topology.chips, 1, partners)
+    return plan.collective_seconds(collective, devices, CHIP)
 
 
 def test_a_large_all_reduce_on_a_torus_sends_the_array_twice_over_all_links():
@@ -209,6 +215,46 @@ def test_a_large_all_reduce_on_a_torus_sends_the_array_twice_over_all_links():
     expected = 2 * 1e9 * 7 / 8 / 100e9 + 2 * (1 + 3) * 1e-6
     assert seconds_of(1e9, "v5e:2x4") == pytest.approx(expected)
     assert seconds_of(1e9, "v5e:1x1") == 0
+
+
+@pytest.mark.parametrize(
+    ("topology", "partners", "links"),
+    [
+        ("v5e:8x8", ((0, 1), (1, 2), (8, 16)), (1, 1)),
+        ("v5e:8x8", ((0, 1), (0, 9), (3, 4)), (2, 2)),
+        ("v5e:8x8", ((0, 7),), (7, 1)),
+        ("v5e:16x16", ((0, 15),), (1, 1)),  # around the ring
+        ("v5e:16x16", ((0, 8),), (8, 1)),
+    ],
+)
+def test_neighbours_wait_for_the_links_between_them(topology, partners, links):
+    count, axes = links
+    kw = {"partners": partners, "kind": "collective-permute"}
+    expected = count * 1e-6 + 1e6 / (axes * 50e9)
+    assert seconds_of(1e6, topology, **kw) == pytest.approx(expected)
+
+
+def test_a_group_in_a_corner_of_the_torus():
+    corner = ((0, 1, 8, 9),)
+    expected = 2 * (1 + 1) * 1e-6 + 2 * 1e6 * 3 / 4 / 100e9
+    assert seconds_of(1e6, "v5e:8x8", group=4, partners=corner) == pytest.approx(expected)
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("replica_groups=[2,4]<=[8]", ((0, 1, 2, 3),)),
+        ("replica_groups=[2,4]<=[4,2]T(1,0)", ((0, 2, 4, 6),)),
+        ("replica_groups=mesh['a'=4,'b'=2] {'a'}", ((0, 2, 4, 6),)),
+        ("replica_groups=mesh['a'=2,'b'=2,'c'=2] {'a','c'}", ((0, 1, 4, 5),)),
+        ("source_target_pairs={{0,1},{1,2}}", ((0, 1), (1, 2))),
+    ],
+)
+def test_who_exchanges_with_whom(text, expected):
+    line = f"ENTRY %main (x: f32[16]) -> f32[16] {{\n  ROOT %y = f32[16] all-reduce(%x), {text}\n}}"
+    if "pairs" in text:
+        line = line.replace("all-reduce", "collective-permute")
+    assert hlo_text.collectives(line, 8)[0].partners == expected
 
 
 def test_an_all_reduce_between_gpus():
@@ -238,7 +284,7 @@ def test_the_slowest_counts_and_small_collectives_are_added(flops, traffic, slow
     chip = CHIPS["TPU v5 lite"]
     assert times["compute"] == pytest.approx(flops / 197e12 / plan.EFFICIENCY)
     assert times["memory"] == pytest.approx(traffic / chip.bandwidth)
-    one = plan.collective_seconds(small, devices.topology, chip)
+    one = plan.collective_seconds(small, devices, chip)
     assert times["small_collectives"] == pytest.approx(100 * one)
     assert times["step"] == pytest.approx(times[slowest] + 100 * one)
 

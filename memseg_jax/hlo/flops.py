@@ -15,8 +15,8 @@ def count_flops(function: Callable, *args: Any) -> int:
     """Floating-point operations of the matrix products and convolutions in `function`.
 
     A multiplication and its addition count as two, positions in the padding count too (both as is
-    usual for "FLOPs of a model"), and elementwise operations do not. Loops count as often as they
-    run; of the branches of a condition the most expensive one counts. A loop of unknown length
+    usual for "FLOPs of a model"), and elementwise operations do not. What is computed on parts of
+    arrays counts for all devices. Loops count as often as they run; of the branches of a condition the most expensive one counts. A loop of unknown length
     counts once.
 
     Args:
@@ -66,6 +66,8 @@ def _count_equation(equation: Any) -> int:
     if name == "cond":
         return max(flops_of_jaxpr(branch.jaxpr) for branch in params["branches"])
     inner = sum(flops_of_jaxpr(part) for value in params.values() for part in _jaxprs(value))
+    if name == "shard_map":  # written for one device
+        return inner * params["mesh"].size
     return inner * (params["length"] if name == "scan" else 1)
 
 

@@ -6,6 +6,8 @@ import math
 import re
 from collections.abc import Iterator
 
+import numpy as np
+
 COLLECTIVES = ("all-reduce", "all-gather", "reduce-scatter", "all-to-all", "collective-permute")
 
 _HEAD = re.compile(r"^(ENTRY )?%?([\w.-]+) .*\{$")
@@ -32,12 +34,15 @@ class Collective:
             reduce-scatter before it.
         group: number of devices that take part together.
         count: how often.
+        partners: which devices exchange with each other, by their numbers in the program: of a
+            collective-permute all pairs, otherwise the first group; None: all of them.
     """
 
     kind: str
     size: int
     group: int
     count: int
+    partners: tuple[tuple[int, ...], ...] | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -92,7 +97,7 @@ def collectives(text: str, devices: int) -> list[Collective]:
         By kind, the largest first.
     """
     program = _parse(text)
-    found: dict[tuple[str, int, int], int] = {}
+    found: dict[tuple, int] = {}
     for _, x, times in _executed(program, next(iter(program)), inside_fusions=True):
         kind = x.opcode.removesuffix("-start")
         if kind not in COLLECTIVES:
@@ -102,10 +107,15 @@ def collectives(text: str, devices: int) -> list[Collective]:
             sizes = sizes[len(sizes) // 2 :]  # the operands come before the results
         elif x.opcode == "collective-permute-start":
             sizes = sizes[:1]
-        group = _group_size(x.rest, devices)
-        key = (kind, sum(sizes) * (group if kind == "reduce-scatter" else 1), group)
+        partners = _partners(x.rest)
+        group = len(partners[0]) if partners and kind != "collective-permute" else devices
+        size = sum(sizes) * (group if kind == "reduce-scatter" else 1)
+        key = (kind, size, group, None if group == devices and len(partners) <= 1 else partners)
         found[key] = found.get(key, 0) + times
-    result = [Collective(*key, count) for key, count in found.items()]
+    result = [
+        Collective(kind, size, group, count, partners)
+        for (kind, size, group, partners), count in found.items()
+    ]
     return sorted(result, key=lambda c: (COLLECTIVES.index(c.kind), -c.size))
 
 
@@ -152,16 +162,27 @@ def _sizes(shapes: str, main_memory: bool = False) -> list[int]:
     return sizes
 
 
-def _group_size(rest: str, devices: int) -> int:
-    """How many devices each group of a collective has."""
+def _partners(rest: str) -> tuple[tuple[int, ...], ...]:
+    """`Collective.partners` of an instruction; empty: all devices, or the text does not say."""
+
+    def numbers(text: str) -> list[int]:
+        return [int(number) for number in re.findall(r"\d+", text)]
+
+    if match := re.search(r"source_target_pairs=\{(\{[\d,{}]*\})\}", rest):
+        return tuple(tuple(numbers(pair)) for pair in match[1].split("},{"))
     if match := re.search(r"replica_groups=\{\{([\d,]+)\}", rest):
-        return match[1].count(",") + 1
-    if match := re.search(r"replica_groups=\[\d+,(\d+)\]<=", rest):
-        return int(match[1])
+        return (tuple(numbers(match[1])),)
+    if match := re.search(r"replica_groups=\[(\d+),(\d+)\]<=\[([\d,]+)\](?:T\(([\d,]+)\))?", rest):
+        order = np.arange(int(match[1]) * int(match[2])).reshape(numbers(match[3]))
+        order = order.transpose(numbers(match[4])) if match[4] else order
+        return (tuple(order.reshape(-1)[: int(match[2])].tolist()),)
     if match := re.search(r"replica_groups=mesh\[([^\]]*)\]\s*\{([^}]*)\}", rest):
-        axes = dict(re.findall(r"('[^']+')=(\d+)", match[1]))
-        return math.prod(int(axes[name]) for name in re.findall(r"'[^']+'", match[2]))
-    return devices
+        names, sizes = zip(*re.findall(r"'([^']+)'=(\d+)", match[1]))
+        chosen = re.findall(r"'([^']+)'", match[2])
+        order = np.arange(math.prod(map(int, sizes))).reshape([int(size) for size in sizes])
+        first = order[tuple(slice(None) if name in chosen else 0 for name in names)]
+        return (tuple(first.reshape(-1).tolist()),)
+    return ()
 
 
 # ---- Walking through ----------------------------------------------------------------------------

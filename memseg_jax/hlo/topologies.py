@@ -15,6 +15,7 @@ import importlib.util
 import math
 import os
 import re
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import jax
@@ -130,6 +131,33 @@ class Devices:
         if self.topology.kind == "h200" and not self.stand_in:
             options["xla_gpu_autotune_level"] = 0  # there is no GPU to time algorithms on
         return options
+
+
+def links_between(
+    topology: Topology, devices: Sequence[jax.Device], groups: Iterable[Sequence[int]]
+) -> list[int]:
+    """How many links along each axis of a TPU slice a message crosses at most.
+
+    Args:
+        topology: the slice.
+        devices: in the order of the program.
+        groups: numbers of devices that exchange with each other.
+    """
+
+    def spread(positions: Sequence[int], size: int, ring: bool) -> int:
+        # The shortest stretch that has all of them; around a ring it leaves out the widest gap.
+        around = sorted(set(positions))
+        if not ring:
+            return around[-1] - around[0]
+        gaps = [(b - a) % size or size for a, b in zip(around, around[1:] + around[:1])]
+        return min(size - max(gaps), size // 2)
+
+    most = [0] * len(topology.shape)
+    for group in groups:
+        axes = zip(*(devices[number].coords for number in group))
+        links = [spread(*axis) for axis in zip(axes, topology.shape, topology.rings)]
+        most = max(most, links, key=sum)
+    return most
 
 
 def parse(text: str) -> Topology:

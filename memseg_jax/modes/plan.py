@@ -29,7 +29,7 @@ from memseg_jax.hlo import hlo_text, topologies
 from memseg_jax.hlo.chips import Chip, arithmetic, peak
 from memseg_jax.hlo.flops import flops_of_jaxpr
 from memseg_jax.hlo.hlo_text import Collective
-from memseg_jax.hlo.topologies import Devices, Topology
+from memseg_jax.hlo.topologies import Devices
 from memseg_jax.inference import blending, check_evaluation
 from memseg_jax.inference.predictor import network_scores
 from memseg_jax.models.segmentor import Segmentor, build_segmentor
@@ -74,6 +74,7 @@ def run(config: ml_collections.ConfigDict, topology: str, workdir: str | None = 
         log.warning("until then: compiled for CPU devices in their place; memory differs")
     devices = topologies.open_devices(asked, stand_in=reason is not None)
     mesh = sharding.make_mesh(devices.devices, config.sharding)
+    devices = dataclasses.replace(devices, devices=list(mesh.devices.flat))
     train = config.train
     sharding.check_batch_size(train.batch_size, mesh, config.replica_groups, train.accumulate)
     config = config.copy_and_resolve_references()
@@ -246,7 +247,9 @@ def _compile(
     result["fits"] = None if devices.memory is None else total <= devices.memory
     result["traffic"] = hlo_text.traffic(text)
     found = hlo_text.collectives(text, count)
-    result["collectives"] = [dataclasses.asdict(c) for c in found]
+    result["collectives"] = [
+        {"kind": c.kind, "size": c.size, "group": c.group, "count": c.count} for c in found
+    ]
     if devices.chip:
         rate = peak(devices.chip, config.model.compute_dtype, config.model.precision)
         result["seconds"] = estimate(result["flops"], result["traffic"], found, devices, rate)
@@ -293,26 +296,34 @@ def estimate(
     }
     for c in collectives:
         name = "small_collectives" if c.size < SMALL else "large_collectives"
-        times[name] += c.count * collective_seconds(c, devices.topology, chip)
+        times[name] += c.count * collective_seconds(c, devices, chip)
     slowest = max(times["compute"], times["memory"], times["large_collectives"])
     return times | {"step": slowest + times["small_collectives"]}
 
 
-def collective_seconds(collective: Collective, topology: Topology, chip: Chip) -> float:
-    """Seconds of one collective over all devices: latency, and bytes over links.
+def collective_seconds(collective: Collective, devices: Devices, chip: Chip) -> float:
+    """Seconds of one collective: latency, and bytes over links.
 
     Rings, as in jax-ml.github.io/scaling-book/sharding: a reduction and a gathering send
     (group - 1) / group of the array each; an all-reduce is both.
 
     Args:
         collective: what is exchanged.
-        topology: how the devices are connected. On a torus all axes are used at the same time.
+        devices: in the order of the program. On a torus all axes are used at the same time by a
+            collective of all devices, and one link of every axis that it goes along by any other.
         chip: its links.
     """
+    topology = devices.topology
     rounds = 2 if collective.kind == "all-reduce" else 1
     group = collective.group
     sent = rounds * collective.size * (group - 1) / group
     if topology.is_tpu:
+        if collective.partners and not devices.stand_in:
+            if collective.kind == "collective-permute":
+                sent = collective.size
+            links = topologies.links_between(topology, devices.devices, collective.partners)
+            axes = sum(count > 0 for count in links)
+            return rounds * sum(links) * HOP + sent / (max(axes, 1) * chip.link)
         axes = [(size, ring) for size, ring in zip(topology.shape, topology.rings) if size > 1]
         hops = sum(size // 2 if ring else size - 1 for size, ring in axes)
         rate = sum(chip.link * (2 if ring else 1) for _, ring in axes)

@@ -1,9 +1,9 @@
 """Where arrays live: one mesh of devices, the batch split over it, the state whole or split.
 
 The mesh has three axes. The images of a batch are split over `data` and `fsdp`, the rows of every
-image and map over `rows`. Parameters and the optimiser's state are split over `fsdp`, or, with
-`config.sharding.weight_update = "shared"`, over all devices: a device then keeps and updates only its
-share of them, and gathers the parameters while it computes a step. What is not split is replicated.
+image and map over `rows`. Parameters and the optimiser's state are split over `fsdp`, or over all
+devices (`config.sharding.weight_update`): a device then keeps and updates only its share of them,
+and gathers the parameters while it computes a step. What is not split is replicated.
 `config.sharding` sets the sizes of all axes; the numbers do not depend on it, rounding aside.
 """
 
@@ -144,8 +144,8 @@ def shardings_of(state: Any, mesh: Mesh, update: str = "each") -> Any:
     Args:
         state: the tree.
         mesh: the devices.
-        update: `config.sharding.weight_update`: "each", and parameters and the optimiser's state are split
-            over `fsdp`; or "shared", and they are split over all devices.
+        update: `config.sharding.weight_update`. "each": parameters and the optimiser's state are
+            split over `fsdp`; "shared": over all devices.
     """
     over = mesh.axis_names if update == "shared" else ("fsdp",)
 
@@ -290,8 +290,12 @@ class Shares(NamedTuple):
         scatter: every device's share of the gradients, from the sums over its images.
     """
 
-    gather: Callable[[Any], Any] = lambda params: params
-    scatter: Callable[[Any], Any] = lambda gradients: gradients
+    gather: Callable[[Any], Any]
+    scatter: Callable[[Any], Any]
+
+
+# Every device has all of the parameters.
+ALL = Shares(lambda params: params, lambda gradients: gradients)
 
 
 def shares_of(params: Any, compute_dtype: Any = None) -> Shares:
@@ -318,15 +322,16 @@ def shares_of(params: Any, compute_dtype: Any = None) -> Shares:
         return jax.tree_util.tree_map_with_path(whole, params, abstract)
 
     def scatter(gradients: Any) -> Any:
-        return jax.tree.map(
-            lambda g, like: jax.lax.with_sharding_constraint(g, like.sharding).astype(like.dtype),
-            gradients,
-            abstract,
-        )
+        def share(g: jax.Array, like: jax.ShapeDtypeStruct) -> jax.Array:
+            # Of the whole sum: the compiler would make the parts in a loop around the devices.
+            g = jax.lax.with_sharding_constraint(g, replicated(like.sharding.mesh))
+            return jax.lax.with_sharding_constraint(g, like.sharding).astype(like.dtype)
+
+        return jax.tree.map(share, gradients, abstract)
 
     abstract = params
     if all(x.sharding.is_fully_replicated for x in jax.tree.leaves(params)):
-        return Shares()
+        return ALL
     return Shares(gather, scatter)
 
 

@@ -25,7 +25,7 @@ from memseg_jax.models.memory import (
     move_memory_groups,
 )
 from memseg_jax.models.segmentor import Segmentor
-from memseg_jax.runtime.sharding import Shares
+from memseg_jax.runtime.sharding import ALL, Shares
 from memseg_jax.training.freezing import Frozen
 from memseg_jax.training.guards import FLAG, keep_finite
 from memseg_jax.training.losses import consistency_loss, cross_entropy, group_weights
@@ -43,7 +43,7 @@ def make_train_step(
     tx: optax.GradientTransformation,
     schedule: Callable[[jax.Array], jax.Array],
     steps_per_epoch: int,
-    shares: Shares = Shares(),
+    shares: Shares = ALL,
 ) -> Callable[[TrainState, Batch], tuple[TrainState, Metrics]]:
     """Returns the step function, to be compiled with `jax.jit`.
 

@@ -42,7 +42,8 @@ FILES = [p for p in CONFIGS.glob("*.py") if p.stem not in ("__init__", "common",
 ARGUMENTS = ("", ":ms_flip", ":2021", ":2025", ":2025,ms_flip")
 # Whether their values are right depends on other fields, too; see test_relations.py.
 RELATED = {
-    "replica_groups", "sharding.data", "sharding.fsdp", "init.backbone", "init.checkpoint",
+    "replica_groups", "sharding.data", "sharding.rows", "sharding.fsdp", "init.backbone",
+    "init.checkpoint",
     "data.name", "data.class_names", "data.palette", "data.label_map", "data.label_colors",
     "data.ignore_colors", "data.unknown_color", "data.label_name", "data.outside_polygons",
     "augment.scale_range", "augment.flip_pairs", "loss.class_weights", "loss.stage2",
@@ -297,12 +298,13 @@ def test_a_field_too_many_is_answered_with_the_nearest():
 def test_missing_fields_are_all_named():
     config = get_config()
     del config.eval["canvases"]
-    del config["sharding"]
+    del config["sharding"]["fsdp"]
+    del config["seed"]
     with pytest.raises(UserError) as caught:
         config_rules.check(config)
     message = str(caught.value)
     assert message.startswith(
-        "config.sharding.data is missing, and so is config.sharding.fsdp, config.eval.canvases; "
+        "config.seed is missing, and so is config.sharding.fsdp, config.eval.canvases; "
     )
     assert "made from an older one lacks" in message
 

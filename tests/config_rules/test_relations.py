@@ -82,6 +82,10 @@ def config_with(**fields):
             r"config.train.batch_size is 8; .* 4 \* 4. The nearest is 16$",
         ),
         (
+            {"sharding__rows": -1},
+            "config.sharding.rows is -1; .* beside config.sharding.data = -1: only one can be",
+        ),
+        (
             {"sharding__fsdp": -1},
             "config.sharding.fsdp is -1; .* only one can be the rest of the devices",
         ),
@@ -174,6 +178,7 @@ def test_what_does_not_fit_is_refused(fields, message):
         {"optimizer__lr": 0.25, "model__memory__enabled": False},
         {"replica_groups": 4, "train__accumulate": 2},
         {"sharding__fsdp": -1, "sharding__data": 2},
+        {"sharding__rows": -1, "sharding__data": 2},
         {"data__name": "shapes", "data__num_train": 1, "data__num_val": 1},
         {"data__label_colors": RGB, "data__ignore_colors": ((0, 0, 0),)},
         {"data__label_colors": ((1, 2, 3), RGB[1:], (0, 0, 0)), "data__unknown_color": "nearest"},

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
+from memseg_jax.hlo.flops import count_flops
 from memseg_jax.models import attention, memory
 from memseg_jax.models.layers import resize_bilinear
 from memseg_jax.runtime import rows, sharding
@@ -160,3 +161,10 @@ def test_a_border_and_its_transpose(border):
         times[seen] += 1
     expected = x * times[above : above + 16, None]
     np.testing.assert_allclose(added, expected, rtol=1e-12)
+
+
+def test_the_arithmetic_of_all_parts_counts():
+    mesh = mesh_of(2, 4)
+    arrays = [normal(seed, 8, 16, 2, 4).reshape(8, 32, 4) for seed in range(3)]
+    whole = count_flops(attention.attend, *arrays)
+    assert count_flops(sharding.traced_by_rows(attention.attend, mesh), *arrays) == whole > 0
