@@ -67,6 +67,12 @@ FLAGS = {  # name -> (default, the modes that read it, help)
     "process_id": (None, TOGETHER, "number of this process, from 0"),
     "root": (None, ("init",), "folder of the data set to write a config for"),
     "topology": (None, ("plan",), "devices to compile for, such as v5e:16x16, h200:8 or cpu:8"),
+    "layout": (
+        None,
+        ("plan",),
+        "search: compile the training step for all layouts of these devices that make sense, and "
+        "say which is the fastest",
+    ),
 }
 
 
@@ -141,7 +147,7 @@ def _run_mode(line: SimpleNamespace, argv: list[str]) -> int:
         module.run(line.config, line.workdir)
         return 0
     if line.mode == "plan":
-        return module.run(line.config, line.topology, line.workdir)
+        return module.run(line.config, line.topology, line.workdir, line.layout)
     arguments = [line.config, workdir]
     if line.mode != "train":
         arguments.append(int(which) if (which := line.checkpoint).isdecimal() else which)

@@ -14,7 +14,7 @@ import pytest
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from memseg_jax.errors import UserError
-from memseg_jax.hlo import hlo_text, topologies
+from memseg_jax.hlo import estimates, hlo_text, planned_programs, topologies
 from memseg_jax.hlo.chips import CHIPS, Chip
 from memseg_jax.hlo.hlo_text import Collective
 from memseg_jax.models.segmentor import build_segmentor
@@ -203,7 +203,7 @@ def seconds_of(size, topology, group=None, kind="all-reduce", partners=None):
     grid = [Device(*reversed(place)) for place in np.ndindex(topology.shape[::-1])]
     devices = topologies.Devices(topology, grid)
     collective = Collective(kind, size, group or topology.chips, 1, partners)
-    return plan.collective_seconds(collective, devices, CHIP)
+    return estimates.collective_seconds(collective, devices, CHIP)
 
 
 def test_a_large_all_reduce_on_a_torus_sends_the_array_twice_over_all_links():
@@ -259,11 +259,11 @@ def test_who_exchanges_with_whom(text, expected):
 
 def test_an_all_reduce_between_gpus():
     inside = 2 * 1e9 * 7 / 8 / 50e9
-    assert seconds_of(1e9, "h200:8") == pytest.approx(inside + plan.GPU_LATENCY)
+    assert seconds_of(1e9, "h200:8") == pytest.approx(inside + estimates.GPU_LATENCY)
     between = 2 * 1e9 / 8 * 3 / 4 / 25e9
-    latency = plan.GPU_LATENCY + plan.NETWORK_LATENCY
+    latency = estimates.GPU_LATENCY + estimates.NETWORK_LATENCY
     assert seconds_of(1e9, "h200:32") == pytest.approx(inside + between + latency)
-    assert seconds_of(1e9, "h200:8", group=1) == pytest.approx(plan.GPU_LATENCY)
+    assert seconds_of(1e9, "h200:8", group=1) == pytest.approx(estimates.GPU_LATENCY)
 
 
 def test_larger_arrays_and_more_devices_take_longer():
@@ -280,11 +280,11 @@ def test_the_slowest_counts_and_small_collectives_are_added(flops, traffic, slow
     devices = topologies.Devices(topologies.parse("v5e:2x2"), jax.devices()[:4], True)
     small = Collective("all-reduce", 1000, 4, 100)
     large = Collective("all-reduce", 10**6, 4, 1)
-    times = plan.estimate(flops, traffic, [small, large], devices, 197e12)
+    times = estimates.estimate(flops, traffic, [small, large], devices, 197e12)
     chip = CHIPS["TPU v5 lite"]
-    assert times["compute"] == pytest.approx(flops / 197e12 / plan.EFFICIENCY)
+    assert times["compute"] == pytest.approx(flops / 197e12 / estimates.EFFICIENCY)
     assert times["memory"] == pytest.approx(traffic / chip.bandwidth)
-    one = plan.collective_seconds(small, devices, chip)
+    one = estimates.collective_seconds(small, devices, chip)
     assert times["small_collectives"] == pytest.approx(100 * one)
     assert times["step"] == pytest.approx(times[slowest] + 100 * one)
 
@@ -294,8 +294,8 @@ def test_what_xla_says_it_needs():
         "RESOURCE_EXHAUSTED: XLA:TPU compile permanent error. Ran out of memory in memory space "
         "hbm. Used 20.50G of 15.75G hbm. Exceeded hbm capacity by 4.75G."
     )
-    assert plan.needed_bytes(message) == 20.5 * 2**30
-    assert plan.needed_bytes("RESOURCE_EXHAUSTED: no figures") is None
+    assert planned_programs.needed_bytes(message) == 20.5 * 2**30
+    assert planned_programs.needed_bytes("RESOURCE_EXHAUSTED: no figures") is None
 
 
 # ---- Configs ------------------------------------------------------------------------------------
@@ -304,16 +304,16 @@ def test_what_xla_says_it_needs():
 def test_the_largest_input_of_the_evaluation():
     config = tiny.get_config()
     config.augment.crop = (40, 56)
-    assert plan.largest_input(config) == (40, 56)  # no limits: only the crop is known
+    assert planned_programs.largest_input(config) == (40, 56)  # no limits: only the crop is known
     config.eval.base_size = (2048, 1024)
-    assert plan.largest_input(config) == (40, 56)  # in windows
+    assert planned_programs.largest_input(config) == (40, 56)  # in windows
     config.eval.mode = "whole"
-    assert plan.largest_input(config) == (1024, 2048)
+    assert planned_programs.largest_input(config) == (1024, 2048)
     config.eval.scales = (0.5, 1.25)
-    assert plan.largest_input(config) == (1280, 2560)
+    assert planned_programs.largest_input(config) == (1280, 2560)
     config.eval.mode = "slide"
     config.eval.window = (30, 20)
-    assert plan.largest_input(config) == (30, 20)
+    assert planned_programs.largest_input(config) == (30, 20)
 
 
 def test_the_length_of_an_epoch():
@@ -422,6 +422,64 @@ def test_a_plan_without_the_compiler(
         "32.83 TFLOP/s",
     ):
         assert what in printed
+
+
+def made_up_plan(config, model, mesh, devices, images):
+    """Four parts of an image are fastest, but do not fit; an update by each device takes longer."""
+    assert [d.id for d in devices.devices] == [d.id for d in mesh.devices.flat]
+    rows = mesh.shape["rows"]
+    each = config.sharding.weight_update == "each"
+    step = {1: 9e-3, 2: 5e-3, 4: 4e-3, 8: 6e-3}[rows] + 5e-4 * each
+    seconds = dict.fromkeys(("compute", "memory", "large_collectives", "small_collectives"), 1e-3)
+    seconds |= {"step": step, "step_by_xla": 2 * step}
+    return {"seconds": seconds, "fits": rows != 4, "flops": 1e9, "memory": {"total": 2e9}}
+
+
+def test_the_search_for_a_layout(no_compilers, quiet_entry, capsys, monkeypatch, tmp_path):
+    monkeypatch.setattr(plan, "plan_training", made_up_plan)
+    arguments = ["--mode", "plan", "--topology", "v5e:2x4", "--layout", "search"]
+    arguments += ["--workdir", tmp_path, "--config.augment.crop=(64,64)"]
+    assert tiny.run(*arguments) == 0
+    printed = capsys.readouterr().out
+    layouts = json.loads((tmp_path / "plan.json").read_text())["layouts"]
+    found = [(*(x["sharding"][name] for name in ("data", "rows", "fsdp")),
+              x["sharding"]["weight_update"]) for x in layouts]  # fmt: skip
+    assert found == [
+        (4, 2, 1, "shared"),
+        (4, 2, 1, "each"),
+        (1, 8, 1, "shared"),
+        (8, 1, 1, "shared"),
+        (2, 4, 1, "shared"),
+    ]
+    assert "2 GB: DOES NOT FIT" in printed
+    best = "--config.sharding.data=4 --config.sharding.rows=2 --config.sharding.fsdp=1"
+    assert f"The fastest: {best} --config.sharding.weight_update=shared" in printed
+    row = next(line for line in printed.splitlines() if line.split()[:2] == ["4", "2"])
+    assert row.split()[4:8] == ["|", "5", "10", "800"]
+
+
+def test_a_search_leaves_out_what_cannot_be(no_compilers, quiet_entry, capsys, monkeypatch):
+    """Six images, which eight devices share in parts; three rows on the coarsest map."""
+    monkeypatch.setattr(plan, "plan_training", made_up_plan)
+    arguments = ["--mode", "plan", "--topology", "v5e:2x4", "--layout", "search"]
+    arguments.append("--config.train.batch_size=6")
+    assert tiny.run(*arguments, "--config.augment.crop=(56,64)") == 1  # only four parts: too much
+    assert "DOES NOT FIT" in capsys.readouterr().out
+    assert tiny.run(*arguments, "--config.augment.crop=(24,64)") == 1
+    assert "8 devices cannot share this batch" in capsys.readouterr().err
+    arguments[5] = "find"
+    assert tiny.run(*arguments) == 1
+    assert "--layout find: expected search" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_a_search_with_this_machines_compiler(no_compilers, three_convolutions, capsys):
+    config = plain_config()
+    assert plan.run(config, "v5e:2x2", layout="search") == 0
+    printed = capsys.readouterr().out
+    assert "The fastest: --config.sharding.data=" in printed
+    rows = {line.split()[1] for line in printed.splitlines() if " shared |" in line}
+    assert rows == {"1", "2", "4"}
 
 
 def test_what_does_not_fit_is_said_with_advice(no_compilers, quiet_entry, capsys, monkeypatch):

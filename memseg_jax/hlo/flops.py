@@ -16,8 +16,8 @@ def count_flops(function: Callable, *args: Any) -> int:
 
     A multiplication and its addition count as two, positions in the padding count too (both as is
     usual for "FLOPs of a model"), and elementwise operations do not. What is computed on parts of
-    arrays counts for all devices. Loops count as often as they run; of the branches of a condition the most expensive one counts. A loop of unknown length
-    counts once.
+    arrays counts for all devices. Loops count as often as they run; of the branches of a condition
+    the most expensive one counts. A loop of unknown length counts once.
 
     Args:
         function: anything that can be traced.

@@ -11,60 +11,55 @@ import importlib
 import json
 import logging
 import math
-import re
-import time
 from collections.abc import Sequence
 from typing import Any
 
 import jax
 import ml_collections
-import numpy as np
 
 from memseg_jax import config_rules
 from memseg_jax.checkpoint import prepare_workdir
 from memseg_jax.data import open_split
-from memseg_jax.data.pipeline import steps_per_epoch
 from memseg_jax.errors import UserError
-from memseg_jax.hlo import hlo_text, topologies
-from memseg_jax.hlo.chips import Chip, arithmetic, peak
-from memseg_jax.hlo.flops import flops_of_jaxpr
-from memseg_jax.hlo.hlo_text import Collective
+from memseg_jax.hlo import topologies
+from memseg_jax.hlo.chips import arithmetic, peak
+from memseg_jax.hlo.estimates import EFFICIENCY, SMALL
+from memseg_jax.hlo.planned_programs import plan_evaluation, plan_training
 from memseg_jax.hlo.topologies import Devices
-from memseg_jax.inference import blending, check_evaluation
-from memseg_jax.inference.predictor import network_scores
+from memseg_jax.inference import check_evaluation
 from memseg_jax.models.segmentor import Segmentor, build_segmentor
 from memseg_jax.runtime import files, sharding
-from memseg_jax.runtime.compilation import program_bytes
 from memseg_jax.runtime.text import format_bytes
-from memseg_jax.training.program import training_program
-from memseg_jax.training.state import abstract_variables
 
 log = logging.getLogger(__name__)
 
 FILE = "plan.json"
-# Assumptions of the estimates.
-EFFICIENCY = 0.5  # share of the peak that products and convolutions reach while they run
-SMALL = 2**16  # bytes; smaller collectives cost their latency, and the program waits for each
-HOP = 1e-6  # seconds from one TPU to the next
-GPU_LATENCY = 20e-6  # seconds that the smallest collective takes between GPUs of one host
-NETWORK_LATENCY = 20e-6  # seconds more between hosts
 _GPU_SHARE = 0.75  # of its memory that JAX takes on a GPU unless it is told otherwise
 
 
-def run(config: ml_collections.ConfigDict, topology: str, workdir: str | None = None) -> int:
+def run(
+    config: ml_collections.ConfigDict,
+    topology: str,
+    workdir: str | None = None,
+    layout: str | None = None,
+) -> int:
     """Compiles the programs of `config` for `topology`, and prints what they need.
 
     Args:
         config: the whole config.
         topology: such as "v5e:16x16"; see `topologies`.
         workdir: folder that gets `plan.json`; None: nothing is written.
+        layout: "search": compiles the training step for the layouts that make sense, instead of
+            that of `config.sharding`, and says which is the fastest; see `search_layouts`.
 
     Returns:
-        0 if both programs fit into the memory of every device, else 1.
+        0 if both programs fit into the memory of every device, or one of the layouts; else 1.
 
     Raises:
         UserError: config or topology are wrong, or do not fit each other.
     """
+    if layout not in (None, "search"):
+        raise UserError(f"--layout {layout}: expected search, or nothing for config.sharding")
     config_rules.check(config)
     jax.config.update("jax_platforms", "cpu")  # accelerators of this machine are left alone
     asked = topologies.parse(topology)
@@ -73,6 +68,8 @@ def run(config: ml_collections.ConfigDict, topology: str, workdir: str | None = 
         log.warning("%s", reason)
         log.warning("until then: compiled for CPU devices in their place; memory differs")
     devices = topologies.open_devices(asked, stand_in=reason is not None)
+    if layout:
+        return _run_search(config, devices, workdir)
     mesh = sharding.make_mesh(devices.devices, config.sharding)
     devices = dataclasses.replace(devices, devices=list(mesh.devices.flat))
     train = config.train
@@ -83,22 +80,10 @@ def run(config: ml_collections.ConfigDict, topology: str, workdir: str | None = 
     check_evaluation(config.eval, model, config.augment.flip_pairs)
     folder = prepare_workdir(workdir) if workdir else None
     images = epoch_images(config.data)
-    result = {
-        "topology": asked.name,
-        "devices": len(devices.devices),
-        "device": devices.devices[0].device_kind,
-        "compiled_for_stand_ins": devices.stand_in,
-        "jax": jax.__version__,
-        "backbone": config.model.backbone,
-        "compute_dtype": config.model.compute_dtype,
-        "precision": config.model.precision,
-        "batch_size": train.batch_size,
-        "accumulate": train.accumulate,
-        "remat": config.model.remat,
-        "crop": list(config.augment.crop),
+    result = _facts(config, devices) | {
         "epoch_images": images,
-        "training": _plan_training(config, model, mesh, devices, images),
-        "evaluation": _plan_evaluation(config, model, devices),
+        "training": plan_training(config, model, mesh, devices, images),
+        "evaluation": plan_evaluation(config, model, devices),
     }
     print(format_plan(result, devices), flush=True)
     if folder:
@@ -113,6 +98,142 @@ def run(config: ml_collections.ConfigDict, topology: str, workdir: str | None = 
     return 1
 
 
+def _facts(config: ml_collections.ConfigDict, devices: Devices) -> dict[str, Any]:
+    """What a plan is of."""
+    return {
+        "topology": devices.topology.name,
+        "devices": len(devices.devices),
+        "device": devices.devices[0].device_kind,
+        "compiled_for_stand_ins": devices.stand_in,
+        "jax": jax.__version__,
+        "backbone": config.model.backbone,
+        "compute_dtype": config.model.compute_dtype,
+        "precision": config.model.precision,
+        "batch_size": config.train.batch_size,
+        "accumulate": config.train.accumulate,
+        "remat": config.model.remat,
+        "crop": list(config.augment.crop),
+    }
+
+
+# ---- Which layout -------------------------------------------------------------------------------
+
+
+def _run_search(config: ml_collections.ConfigDict, devices: Devices, workdir: str | None) -> int:
+    config = config.copy_and_resolve_references()
+    model = build_segmentor(config)
+    folder = prepare_workdir(workdir) if workdir else None
+    images = epoch_images(config.data)
+    layouts = search_layouts(config, model, devices, images)
+    result = _facts(config, devices) | {"epoch_images": images, "layouts": layouts}
+    print(format_search(result, devices), flush=True)
+    if folder:
+        files.write_text(folder / FILE, json.dumps(result, indent=2) + "\n")
+        log.info("wrote %s", folder / FILE)
+    return 0 if layouts[0]["fits"] is not False else 1
+
+
+def search_layouts(
+    config: ml_collections.ConfigDict, model: Segmentor, devices: Devices, images: int | None
+) -> list[dict[str, Any]]:
+    """Plans of the training step for the layouts of `config.sharding` that make sense.
+
+    First images in all numbers of parts, with a shared update. Then, for the fastest of these, an
+    update by each device, and one that the devices of a host share (`fsdp`).
+
+    Args:
+        config: the whole config.
+        model: the segmentor of the config.
+        devices: what to compile for.
+        images: number of training images; None: not known.
+
+    Returns:
+        Plans with the layout under "sharding": those that fit first, the fastest first.
+
+    Raises:
+        UserError: the devices cannot share this batch in any layout.
+    """
+    count, train = len(devices.devices), config.train
+    own = count // len({device.process_index for device in devices.devices})
+    found: list[dict[str, Any]] = []
+    reasons = []
+
+    def add(**layout: Any) -> None:
+        tried = config.copy_and_resolve_references()
+        tried.sharding.update(layout)
+        try:
+            mesh = sharding.make_mesh(devices.devices, layout)
+            sharding.check_batch_size(
+                train.batch_size, mesh, config.replica_groups, train.accumulate
+            )
+            sharding.check_rows(config.augment.crop[0], model.coarsest_stride, mesh)
+        except UserError as error:
+            reasons.append(str(error))
+            return
+        log.info("layout %s", layout)
+        ordered = dataclasses.replace(devices, devices=list(mesh.devices.flat))
+        plan = plan_training(tried, model, mesh, ordered, images)
+        found.append({"sharding": layout} | plan)
+
+    def rank(plan: dict[str, Any]) -> tuple:
+        return (plan["fits"] is False, slowest(plan) or plan["flops"])
+
+    for rows in (n for n in range(1, count + 1) if count % n == 0):
+        add(data=count // rows, rows=rows, fsdp=1, weight_update="shared")
+    if not found:
+        raise UserError(f"{count} devices cannot share this batch. {reasons[0]}")
+    best = min(found, key=rank)["sharding"]
+    if count > 1:
+        add(**best | {"weight_update": "each"})
+    if 1 < own < count and best["data"] % own == 0:
+        add(**best | {"data": best["data"] // own, "fsdp": own, "weight_update": "each"})
+    return sorted(found, key=rank)
+
+
+def slowest(plan: dict[str, Any]) -> float | None:
+    """The longer of the two estimates of a step, in seconds; None: there is none."""
+    seconds = plan["seconds"] or {}
+    return max(
+        (seconds[name] for name in ("step", "step_by_xla") if seconds.get(name)), default=None
+    )
+
+
+def format_search(result: dict[str, Any], devices: Devices) -> str:
+    """The layouts as a table, and the flags of the fastest."""
+    lines = [
+        f"{result['topology']}: {result['devices']} devices, batches of {result['batch_size']}; "
+        "times in ms, the fastest that fits first",
+        "",
+        f"{'data':>5} {'rows':>5} {'fsdp':>5} {'update':>7} | {'step':>8} {'by XLA':>8} "
+        f"{'images/s':>9} | {'arithmetic':>10} {'memory':>8} {'large':>8} {'small':>8} | a device",
+    ]
+
+    def number(seconds: dict[str, float] | None, name: str) -> str:
+        value = (seconds or {}).get(name)
+        return "" if value is None else f"{1e3 * value:.3g}"
+
+    for plan in result["layouts"]:
+        layout, seconds, total = plan["sharding"], plan["seconds"], plan["memory"]["total"]
+        step = slowest(plan)
+        rate = f"{result['batch_size'] / step:,.0f}" if step else ""
+        memory = (format_bytes(total) if total else "too much") + (
+            ": DOES NOT FIT" if plan["fits"] is False else ""
+        )
+        lines.append(
+            f"{layout['data']:>5} {layout['rows']:>5} {layout['fsdp']:>5} "
+            f"{layout['weight_update']:>7} | {number(seconds, 'step'):>8} "
+            f"{number(seconds, 'step_by_xla'):>8} {rate:>9} | {number(seconds, 'compute'):>10} "
+            f"{number(seconds, 'memory'):>8} {number(seconds, 'large_collectives'):>8} "
+            f"{number(seconds, 'small_collectives'):>8} | {memory}"
+        )
+    best = result["layouts"][0]["sharding"]
+    flags = " ".join(f"--config.sharding.{name}={value}" for name, value in best.items())
+    lines += ["", f"The fastest: {flags}"]
+    if devices.chip:
+        lines += ["", *_assumptions(devices, result)]
+    return "\n".join(lines)
+
+
 def epoch_images(data: ml_collections.ConfigDict) -> int | None:
     """Number of training images: of the data if they are there, else of the official data set."""
     data = data.copy_and_resolve_references()
@@ -124,218 +245,7 @@ def epoch_images(data: ml_collections.ConfigDict) -> int | None:
         return getattr(module, "SPLIT_SIZES", {}).get(data.train_split)
 
 
-def largest_input(config: ml_collections.ConfigDict) -> tuple[int, int]:
-    """Height and width of the largest input that the evaluation gives to the network.
-
-    Where images keep their own size, or their own ratio of sides within the limits of
-    `config.eval.base_size`, that is not known before they are read: then it is what the limits
-    allow, or, without limits, the size of a training crop.
-    """
-    evaluation = config.eval
-    if evaluation.mode == "slide":
-        return tuple(evaluation.window)
-    if not evaluation.base_size:
-        return tuple(config.augment.crop)
-    long, short = evaluation.base_size
-    largest = max(evaluation.scales)
-    size = math.floor(short * largest), math.floor(long * largest)
-    if evaluation.mode == "auto" and blending.is_large(size, config.augment.crop):
-        return tuple(config.augment.crop)
-    return size
-
-
-# ---- The programs -------------------------------------------------------------------------------
-
-
-def _plan_training(
-    config: ml_collections.ConfigDict,
-    model: Segmentor,
-    mesh: jax.sharding.Mesh,
-    devices: Devices,
-    images: int | None,
-) -> dict[str, Any]:
-    batch_size = config.train.batch_size
-    # If the data are not known, any epoch length will do: the program is the same.
-    epoch_steps = steps_per_epoch(images or 1000 * batch_size, batch_size, config.replica_groups)
-    program = training_program(config, model, mesh, epoch_steps)
-    result = _compile(
-        program.step, (program.state, program.batch), "the training step", config, devices
-    )
-    result["state_bytes"] = sharding.bytes_per_device(program.state)
-    result["images"] = batch_size
-    if seconds := result["seconds"]:
-        result["images_per_second"] = batch_size / seconds["step"]
-        result["epoch_hours"] = seconds["step"] * epoch_steps / 3600 if images else None
-    return result
-
-
-def _plan_evaluation(
-    config: ml_collections.ConfigDict, model: Segmentor, devices: Devices
-) -> dict[str, Any]:
-    """Every process evaluates on its own devices; what holds for the first holds for all."""
-    own = topologies.first_host(devices)
-    mesh = sharding.make_mesh(own)
-    abstract = abstract_variables(model)
-    variables = jax.tree.map(
-        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding.replicated(mesh)),
-        abstract,
-    )
-    size = largest_input(config)
-    batch_size = config.eval.batch_size * len(own)
-    images = jax.ShapeDtypeStruct(
-        (batch_size, *size, 3), np.float32, sharding=sharding.split_batch(mesh)
-    )
-
-    def forward(variables: Any, images: jax.Array) -> jax.Array:
-        return network_scores(model, variables, images, None, softmax=False)
-
-    what = f"the forward pass for {size[0]}x{size[1]}"
-    arguments = (variables, images)
-    result = _compile(jax.jit(forward), arguments, what, config, devices, alone=len(own))
-    return result | {"images": batch_size, "input": list(size)}
-
-
-def _compile(
-    function: Any,
-    arguments: tuple,
-    what: str,
-    config: ml_collections.ConfigDict,
-    devices: Devices,
-    alone: int | None = None,
-) -> dict[str, Any]:
-    """Compiles one program, and says what it needs.
-
-    Args:
-        function: jitted.
-        arguments: shapes with shardings.
-        what: completes "compiling ...".
-        config: the whole config.
-        devices: what to compile for.
-        alone: number of the devices that take part; None: all.
-
-    Returns:
-        Memory in bytes per device, FLOP per device, collectives, and estimated seconds.
-    """
-    count = alone or len(devices.devices)
-    log.info("compiling %s for %d x %s ...", what, count, devices.devices[0].device_kind)
-    start = time.monotonic()
-    traced = function.trace(*arguments)
-    result = {
-        "flops": flops_of_jaxpr(traced.jaxpr.jaxpr) / count,
-        "memory": None,
-        "limit": devices.memory,
-        "fits": None,
-        "traffic": None,
-        "collectives": None,
-        "seconds": None,
-    }
-    try:
-        compiled = traced.lower().compile(compiler_options=devices.compiler_options)
-    except jax.errors.JaxRuntimeError as error:
-        if "RESOURCE_EXHAUSTED" not in str(error):
-            raise
-        log.info("%s does not fit", what)
-        return result | {"memory": {"total": needed_bytes(str(error))}, "fits": False}
-    log.info("compiled %s in %.0f s", what, time.monotonic() - start)
-    sizes, text = compiled.memory_analysis(), compiled.as_text()
-    total = program_bytes(compiled)
-    result["memory"] = {
-        "arguments": sizes.argument_size_in_bytes,
-        "temporary": sizes.temp_size_in_bytes,
-        "total": total,
-    }
-    result["fits"] = None if devices.memory is None else total <= devices.memory
-    result["traffic"] = hlo_text.traffic(text)
-    found = hlo_text.collectives(text, count)
-    result["collectives"] = [
-        {"kind": c.kind, "size": c.size, "group": c.group, "count": c.count} for c in found
-    ]
-    if devices.chip:
-        rate = peak(devices.chip, config.model.compute_dtype, config.model.precision)
-        result["seconds"] = estimate(result["flops"], result["traffic"], found, devices, rate)
-    return result
-
-
-def needed_bytes(message: str) -> float | None:
-    """What XLA says in its message that a program would need; None if it does not say."""
-    match = re.search(r"Used ([\d.]+)([KMG]) of [\d.]+[KMG] hbm", message)
-    return float(match[1]) * 1024 ** (1 + "KMG".index(match[2])) if match else None
-
-
-# ---- Estimates ----------------------------------------------------------------------------------
-
-
-def estimate(
-    flops: float,
-    traffic: float,
-    collectives: Sequence[Collective],
-    devices: Devices,
-    rate: float,
-) -> dict[str, float]:
-    """Seconds that the parts of a program take, and the program as a whole.
-
-    Arithmetic, memory traffic and large collectives (gradients) go on at the same time, so that
-    the slowest of them counts. Small collectives (sums of batch normalisations) are waited for.
-
-    Args:
-        flops: of one device.
-        traffic: bytes between one device and its memory.
-        collectives: of one device.
-        devices: what runs it; its chip must be known.
-        rate: the peak of its arithmetic, FLOP/s.
-
-    Returns:
-        "compute", "memory", "large_collectives", "small_collectives", and "step".
-    """
-    chip = devices.chip
-    times = {
-        "compute": flops / (rate * EFFICIENCY),
-        "memory": traffic / chip.bandwidth,
-        "large_collectives": 0.0,
-        "small_collectives": 0.0,
-    }
-    for c in collectives:
-        name = "small_collectives" if c.size < SMALL else "large_collectives"
-        times[name] += c.count * collective_seconds(c, devices, chip)
-    slowest = max(times["compute"], times["memory"], times["large_collectives"])
-    return times | {"step": slowest + times["small_collectives"]}
-
-
-def collective_seconds(collective: Collective, devices: Devices, chip: Chip) -> float:
-    """Seconds of one collective: latency, and bytes over links.
-
-    Rings, as in jax-ml.github.io/scaling-book/sharding: a reduction and a gathering send
-    (group - 1) / group of the array each; an all-reduce is both.
-
-    Args:
-        collective: what is exchanged.
-        devices: in the order of the program. On a torus all axes are used at the same time by a
-            collective of all devices, and one link of every axis that it goes along by any other.
-        chip: its links.
-    """
-    topology = devices.topology
-    rounds = 2 if collective.kind == "all-reduce" else 1
-    group = collective.group
-    sent = rounds * collective.size * (group - 1) / group
-    if topology.is_tpu:
-        if collective.partners and not devices.stand_in:
-            if collective.kind == "collective-permute":
-                sent = collective.size
-            links = topologies.links_between(topology, devices.devices, collective.partners)
-            axes = sum(count > 0 for count in links)
-            return rounds * sum(links) * HOP + sent / (max(axes, 1) * chip.link)
-        axes = [(size, ring) for size, ring in zip(topology.shape, topology.rings) if size > 1]
-        hops = sum(size // 2 if ring else size - 1 for size, ring in axes)
-        rate = sum(chip.link * (2 if ring else 1) for _, ring in axes)
-        return rounds * hops * HOP + (sent / rate if rate else 0.0)
-    inside = min(group, topologies.GPUS_A_HOST)
-    hosts = max(group // inside, 1)
-    # First inside every host, then every GPU with its counterparts on other hosts for its share.
-    seconds = GPU_LATENCY + rounds * collective.size * (inside - 1) / inside / chip.link
-    if hosts > 1:
-        shared = rounds * collective.size / inside * (hosts - 1) / hosts
-        seconds += NETWORK_LATENCY + shared / chip.network
-    return seconds
+# ---- Advice --------------------------------------------------------------------------------------
 
 
 def advice(config: ml_collections.ConfigDict, devices: int, training: dict[str, Any]) -> list[str]:
@@ -437,6 +347,12 @@ def _describe(part: dict[str, Any]) -> list[str]:
             f"collectives {1e3 * seconds['large_collectives']:.3g}, "
             f"plus small collectives {1e3 * seconds['small_collectives']:.3g}"
         )
+    if by_xla := part["xla"]:
+        lines.append(
+            f"  by XLA       {1e3 * seconds['step_by_xla']:.3g} ms: its own "
+            f"{1e3 * by_xla['seconds']:.3g} with {size(by_xla['bytes'])} of reads and writes, "
+            "plus the same small collectives"
+        )
     return lines
 
 
@@ -460,6 +376,7 @@ def _assumptions(devices: Devices, result: dict[str, Any]) -> list[str]:
         f"{EFFICIENCY:.0%} are reached; {chip.bandwidth / 1e9:g} GB/s of memory, "
         f"{chip.link / 1e9:g} GB/s per link, by the maker; and {latency}.",
         f"Collectives under {SMALL // 1024} KiB are small: the program waits for each of them.",
+        "XLA counts reads and writes of all instructions, also of what stays on the chip.",
     ]
     if not devices.topology.is_tpu:
         lines.append(
