@@ -320,12 +320,19 @@ def kill_two_and_go_on(alone, workdir, *arguments, homes=None, **options):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("fsdp", [1, 4])
-def test_two_processes_are_killed_and_go_on_as_two_and_as_one(alone, tmp_path, fsdp):
-    workdir = tmp_path / "run"
-    # Two devices of each process: parameters lie on both, and on both processes.
-    options = {"devices": 2} if fsdp > 1 else {}
-    kill_two_and_go_on(alone, workdir, f"--config.sharding.fsdp={fsdp}", **options)
+@pytest.mark.parametrize(
+    ("devices", "layout"),
+    [
+        pytest.param(1, {}, id="images"),
+        # Two devices of each process: parameters lie on both, and on both processes.
+        pytest.param(2, {"fsdp": 4}, id="parameters"),
+        # Each process has one half of every image.
+        pytest.param(1, {"rows": 2, "weight_update": "shared"}, id="rows"),
+    ],
+)
+def test_two_processes_are_killed_and_go_on_as_two_and_as_one(alone, tmp_path, devices, layout):
+    flags = [f"--config.sharding.{name}={value}" for name, value in layout.items()]
+    kill_two_and_go_on(alone, tmp_path / "run", *flags, devices=devices)
 
 
 @pytest.mark.slow
