@@ -104,6 +104,9 @@ def get_config() -> ml_collections.ConfigDict:
     evaluate.stride = (341, 341)
     evaluate.softmax_before_resize = False
     evaluate.batch_size = 1  # images (whole) or windows (slide) per forward pass and device
+    # Devices of a process that share each of them, by its rows: for images that are too large for
+    # one device, or one that has to be quick. Must divide their number.
+    evaluate.rows = 1
     # Images of many sizes: the first `exact_sizes` sizes get a compiled program each, all others
     # are padded, with the padding masked out in every layer: to the smallest of `canvases` that
     # holds them, or else to 1, 2, 3, 4, 6, 8, 12, ... times `size_multiple`.

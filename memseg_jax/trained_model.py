@@ -130,9 +130,10 @@ class TrainedModel:
         self.palette = visualize.resolve_palette(meta["palette"], len(self.class_names))
         self._workdir = workdir
         images.allow_megapixels(settings.eval.max_megapixels)
-        mesh = sharding.make_mesh(jax.local_devices())
+        mesh = sharding.local_mesh(settings.eval.rows)
         self._variables = jax.device_put(variables, sharding.replicated(mesh))
-        self._in_order_at_a_time = _BATCHES_IN_ORDER * settings.eval.batch_size * mesh.size
+        batch = settings.eval.batch_size * sharding.batch_pieces(mesh)
+        self._in_order_at_a_time = _BATCHES_IN_ORDER * batch
         self._predictor = Predictor(
             build_segmentor(config),
             settings.eval,

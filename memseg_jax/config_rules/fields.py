@@ -110,6 +110,7 @@ RULES = {
     "eval.stride": _SIZE,
     "eval.softmax_before_resize": Switch(),
     "eval.batch_size": _BATCH,
+    "eval.rows": Whole(1, 2**16),
     "eval.exact_sizes": _COUNT_OR_NONE,
     "eval.canvases": Several(_SIZE, 0, 1000, "sizes", ((512, 512), (512, 704))),
     "eval.size_multiple": _SIDE,

@@ -67,21 +67,22 @@ def plan_evaluation(
 ) -> dict[str, Any]:
     """Every process evaluates on its own devices; what holds for the first holds for all."""
     own = topologies.first_host(devices)
-    mesh = sharding.make_mesh(own)
+    mesh = sharding.make_mesh(own, {"data": -1, "rows": config.eval.rows})
     abstract = abstract_variables(model)
     variables = jax.tree.map(
         lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding.replicated(mesh)),
         abstract,
     )
     size = largest_input(config)
-    batch_size = config.eval.batch_size * len(own)
+    batch_size = config.eval.batch_size * sharding.batch_pieces(mesh)
     images = jax.ShapeDtypeStruct(
-        (batch_size, *size, 3), np.float32, sharding=sharding.split_batch(mesh)
+        (batch_size, *size, 3), np.float32, sharding=sharding.split_images(mesh)
     )
 
     def forward(variables: Any, images: jax.Array) -> jax.Array:
         return network_scores(model, variables, images, None, softmax=False)
 
+    forward = sharding.traced_by_rows(forward, mesh)
     what = f"the forward pass for {size[0]}x{size[1]}"
     arguments = (variables, images)
     result = _compile(jax.jit(forward), arguments, what, config, devices, alone=len(own))

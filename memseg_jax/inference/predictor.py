@@ -13,7 +13,7 @@ import dataclasses
 import functools
 import itertools
 import math
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import jax
@@ -29,9 +29,8 @@ from memseg_jax.inference.score_maps import Resize
 from memseg_jax.inference.sizes import Size
 from memseg_jax.models.layers import ValidSize
 from memseg_jax.models.segmentor import Segmentor
-from memseg_jax.runtime import bars
+from memseg_jax.runtime import bars, rows, sharding
 from memseg_jax.runtime.compilation import Programs
-from memseg_jax.runtime.sharding import replicated, split_batch
 
 Array = jax.Array
 
@@ -94,7 +93,8 @@ class Predictor:
     Args:
         model: the segmentor.
         evaluation: `config.eval`.
-        mesh: devices of this process; a batch is split over them.
+        mesh: devices of this process; a batch is split over them, and so are the rows of its images
+            if the mesh says so.
         flip_pairs: `config.augment.flip_pairs`, the classes that mirroring swaps.
         confidence: whether the probability of the predicted class is asked for.
         crop: `config.augment.crop`, which mode "auto" needs.
@@ -120,7 +120,7 @@ class Predictor:
         self._evaluation = evaluation
         self._mesh = mesh
         self._crop = tuple(crop) if evaluation.mode == "auto" else None
-        self._batch = evaluation.batch_size * mesh.size
+        self._batch = evaluation.batch_size * sharding.batch_pieces(mesh)
         self._sizes = sizes.size_policy(evaluation, model.coarsest_stride)
         self._run = Programs()
         self._passes = len(evaluation.scales) * (2 if evaluation.flip else 1)
@@ -131,12 +131,13 @@ class Predictor:
             self._mirrored_classes = passes.mirrored_classes(flip_pairs, model.num_classes)
         slide = evaluation.mode == "slide"
         softmax = evaluation.softmax_before_resize
-        self._network = jax.jit(
-            functools.partial(network_scores, model, softmax=False)
-            if slide
-            else functools.partial(_flat_scores, model, softmax=softmax)
-        )
-        self._blended_network = jax.jit(functools.partial(network_scores, model, softmax=softmax))
+
+        def network(function: Callable, softmax: bool) -> Callable:
+            function = functools.partial(function, model, softmax=softmax)
+            return jax.jit(sharding.traced_by_rows(function, mesh))
+
+        self._network = network(network_scores, False) if slide else network(_flat_scores, softmax)
+        self._blended_network = network(network_scores, softmax)
         self._window_scores = jax.jit(functools.partial(score_maps.window_scores, softmax=softmax))
         self._accumulate = jax.jit(windows.accumulate, donate_argnums=0)
         self._add_resized = jax.jit(score_maps.add_resized, donate_argnums=0)
@@ -188,7 +189,7 @@ class Predictor:
 
     def _segment(self, variables: dict[str, Any], items: Iterable[_Item]) -> Iterator[Prediction]:
         """The devices compute one batch while the results of the one before are used."""
-        variables = jax.device_put(variables, replicated(self._mesh))
+        variables = jax.device_put(variables, sharding.replicated(self._mesh))
         before = None
         for large, run in itertools.groupby(items, self._is_large):
             if large:
@@ -306,7 +307,7 @@ class Predictor:
 
     def _place(self, array: np.ndarray) -> Array:
         """Splits the first axis of a full batch over the devices."""
-        return jax.device_put(array, split_batch(self._mesh))
+        return jax.device_put(array, sharding.split_images(self._mesh))
 
     def _forward(
         self, variables: Any, group: list[_Item], padded: Size, exact: bool, network: Any = None
@@ -379,10 +380,10 @@ class Predictor:
         """Some rows of a result, of the blended scores of all passes."""
         total = None
         for part, (scores, plan) in zip(parts, scored):
-            rows, columns, classes = scores.shape
-            positions = score_maps.capacity(rows * columns, score_maps.POSITIONS, 4)
+            height, width, classes = scores.shape
+            positions = score_maps.capacity(height * width, score_maps.POSITIONS, 4)
             flat = np.zeros((1, positions, classes), np.float32)
-            flat[0, : rows * columns] = scores.reshape(-1, classes)
+            flat[0, : height * width] = scores.reshape(-1, classes)
             flat = self._on_one_device(flat)
             if not self._averages:
                 return self._labels([part], flat, [plan]).fetch()
@@ -470,8 +471,12 @@ def network_scores(
     *,
     softmax: bool,
 ) -> Array:
-    """Class scores at the network's stride, float32 [batch, h, w, classes]."""
+    """Class scores at the network's stride, float32 [batch, h, w, classes].
+
+    Where the rows of images are split over devices, each of these has all scores in the end.
+    """
+    images = rows.split(images)
     rest = {"params": variables["params"], "batch_stats": variables["batch_stats"]}
     with jax.default_matmul_precision(model.precision):
         logits = model.apply(rest, images, variables["memory"], valid_size=valid_size)["logits"]
-    return jax.nn.softmax(logits, axis=-1) if softmax else logits
+    return rows.whole(jax.nn.softmax(logits, axis=-1) if softmax else logits)

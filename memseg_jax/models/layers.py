@@ -355,8 +355,10 @@ def resize_valid(x: Array, sizes: Sequence[Array], size: tuple[int, int]) -> Arr
             matrix = step if matrix is None else jnp.matmul(step, matrix, precision="highest")
             columns = size[axis]
         matrices.append(matrix.astype(dtype))
+    x = rows.whole(x)
     y = jnp.einsum("bhwc,bWw->bhWc", x.astype(dtype), matrices[1], precision="highest")
-    return jnp.einsum("bhWc,bHh->bHWc", y, matrices[0], precision="highest").astype(x.dtype)
+    y = jnp.einsum("bhWc,bHh->bHWc", y, matrices[0], precision="highest")
+    return rows.split(y).astype(x.dtype)
 
 
 def record(module: nn.Module, name: str, value: Array) -> None:

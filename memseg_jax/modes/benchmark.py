@@ -241,11 +241,12 @@ def _measure_evaluation(
         image = rng.integers(0, 256, (*config.augment.crop, 3), np.uint8)
     else:
         image = source[0]["image"]
-    mesh = sharding.make_mesh(jax.local_devices())
+    mesh = sharding.local_mesh(config.eval.rows)
     variables = sharding.on_own_devices(variables, mesh)
     pairs, crop = config.augment.flip_pairs, config.augment.crop
     predictor = Predictor(model, config.eval, mesh, pairs, crop=crop)
-    count = config.eval.batch_size * mesh.size if config.eval.mode != "slide" else 1
+    count = config.eval.batch_size * sharding.batch_pieces(mesh)
+    count = 1 if config.eval.mode == "slide" else count
     times = []
     start = None
     while start is None or len(times) < _LEAST or time.perf_counter() - start < _SECONDS:

@@ -77,19 +77,44 @@ def make_mesh(
     return Mesh(np.array(devices).reshape([sizes[name] for name in AXES]), AXES)
 
 
+def local_mesh(height: int = 1) -> Mesh:
+    """The devices of this process, on which it segments images that the others do not see.
+
+    Args:
+        height: `config.eval.rows`, over how many of them each image is split.
+
+    Raises:
+        UserError: they cannot be arranged so.
+    """
+    count = len(jax.local_devices())
+    if count % height:
+        fitting = ", ".join(str(n) for n in range(1, count + 1) if count % n == 0)
+        raise UserError(
+            f"config.eval.rows is {height}, which the {count} device(s) of a process cannot be "
+            f"arranged for; use {fitting}"
+        )
+    return make_mesh(jax.local_devices(), {"data": count // height, "rows": height})
+
+
 def replicated(mesh: Mesh) -> NamedSharding:
     """Every device holds the whole array."""
     return NamedSharding(mesh, PartitionSpec())
 
 
 def split_batch(mesh: Mesh) -> NamedSharding:
-    """Every device holds an equal part of the first axis, or of some of its images' rows.
+    """Every device holds an equal part of the images, or of the rows of some of them.
 
-    For arrays [batch, height, ...] whose height is a multiple of the mesh's `rows`; arrays of one
-    axis where that is 1.
+    For arrays [batch, height, ...] whose height is a multiple of the mesh's `rows`; of any height
+    where that is 1.
     """
-    split_rows = () if mesh.shape[rows.AXIS] == 1 else (rows.AXIS,)
-    return NamedSharding(mesh, PartitionSpec(rows.IMAGES, *split_rows))
+    return (
+        split_images(mesh) if mesh.shape.get(rows.AXIS, 1) == 1 else NamedSharding(mesh, rows.MAPS)
+    )
+
+
+def split_images(mesh: Mesh) -> NamedSharding:
+    """Every device holds an equal part of the first axis, all rows of its images."""
+    return NamedSharding(mesh, PartitionSpec(tuple(x for x in rows.IMAGES if x in mesh.shape)))
 
 
 def split_devices(mesh: Mesh) -> NamedSharding:
@@ -99,7 +124,7 @@ def split_devices(mesh: Mesh) -> NamedSharding:
 
 def batch_pieces(mesh: Mesh) -> int:
     """Into how many pieces the images of a batch are split."""
-    return mesh.size // mesh.shape[rows.AXIS]
+    return mesh.size // mesh.shape.get(rows.AXIS, 1)
 
 
 def piece_of_process(mesh: Mesh) -> tuple[int, int]:
@@ -108,7 +133,7 @@ def piece_of_process(mesh: Mesh) -> tuple[int, int]:
     Processes whose devices have rows of the same images read the same piece.
     """
     processes = jax.process_count()
-    sharing = max(mesh.shape[rows.AXIS] * processes // mesh.size, 1)
+    sharing = max(mesh.shape.get(rows.AXIS, 1) * processes // mesh.size, 1)
     return jax.process_index() // sharing, processes // sharing
 
 
@@ -126,7 +151,7 @@ def split_array(
         The largest axis that they divide is split over them, or, where they divide none, over the
         first of them that do. Small arrays are replicated.
     """
-    over = tuple(name for name in over if mesh.shape[name] > 1)
+    over = tuple(name for name in over if mesh.shape.get(name, 1) > 1)
     while over and math.prod(shape) >= _SMALL:
         parts = math.prod(mesh.shape[name] for name in over)
         fitting = [axis for axis, size in enumerate(shape) if size % parts == 0]
@@ -170,7 +195,7 @@ def check_batch_size(batch_size: int, mesh: Mesh, groups: int, accumulate: int =
         UserError: batch_size is not a multiple of the pieces that the mesh splits it into, or of
             the replica groups, times `accumulate`.
     """
-    pieces, height = batch_pieces(mesh), mesh.shape[rows.AXIS]
+    pieces, height = batch_pieces(mesh), mesh.shape.get(rows.AXIS, 1)
     devices = "one device" if mesh.size == 1 else f"{mesh.size} devices"
     if height > 1:
         devices += f" (config.sharding.rows = {height}: {pieces} images at a time)"
@@ -205,7 +230,7 @@ def check_rows(height: int, stride: int, mesh: Mesh) -> None:
     Raises:
         UserError: some devices would have nothing of that map.
     """
-    count, most = mesh.shape[rows.AXIS], -(-height // stride)
+    count, most = mesh.shape.get(rows.AXIS, 1), -(-height // stride)
     if count > most:
         raise UserError(
             f"config.sharding.rows is {count}, but images of {height} rows have {most} rows on the "
@@ -243,7 +268,7 @@ def place_batch(batch: dict[str, np.ndarray], mesh: Mesh) -> dict[str, jax.Array
 
 def padded_height(height: int, mesh: Mesh) -> int:
     """The next height that can be split over the mesh's `rows`."""
-    return height + -height % mesh.shape[rows.AXIS]
+    return height + -height % mesh.shape.get(rows.AXIS, 1)
 
 
 def _pad_rows(x: np.ndarray, mesh: Mesh) -> np.ndarray:
@@ -353,12 +378,14 @@ def jit_step(step: Callable, state: Any, mesh: Mesh, height: int | None = None) 
         return step(state, batch | images)
 
     out = (jax.tree.map(lambda x: x.sharding, state), replicated(mesh))
-    function = step if mesh.shape[rows.AXIS] == 1 else traced_by_rows(cut, mesh)
+    function = step if mesh.shape.get(rows.AXIS, 1) == 1 else traced_by_rows(cut, mesh)
     return jax.jit(function, donate_argnums=0, out_shardings=out)
 
 
 def traced_by_rows(function: Callable, mesh: Mesh) -> Callable:
     """`function`, to be jitted, whose models know while they are traced how rows are split."""
+    if mesh.shape.get(rows.AXIS, 1) == 1:
+        return function
 
     def traced(*args: Any) -> Any:
         with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):

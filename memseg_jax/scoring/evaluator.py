@@ -11,7 +11,6 @@ import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
-import jax
 import ml_collections
 import numpy as np
 
@@ -70,7 +69,7 @@ class Evaluator:
         self._threads = config.data.threads
         self._names = tuple(config.data.class_names)
         self._palette = visualize.resolve_palette(palette_of(config.data), len(self._names))
-        self._mesh = sharding.make_mesh(jax.local_devices())
+        self._mesh = sharding.local_mesh(config.eval.rows)
         pairs, crop = config.augment.flip_pairs, config.augment.crop
         self._predictor = Predictor(model, config.eval, self._mesh, pairs, crop=crop)
 

@@ -14,9 +14,12 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from configs import ade20k_hrnet, ade20k_resnet50, cocostuff10k_resnet50, common
 from memseg_jax.data.transforms import resized_size
 from memseg_jax.inference import score_maps, sizes, windows
-from memseg_jax.models.layers import bilinear_matrix
+from memseg_jax.inference.predictor import network_scores
+from memseg_jax.models.layers import ValidSize, bilinear_matrix
+from memseg_jax.models.segmentor import build_segmentor
+from memseg_jax.runtime import sharding
 from tests.compiled_program import collectives, largest_array
-from tests.small_models import FAST_COMPILE
+from tests.small_models import FAST_COMPILE, fast_jit, random_variables, small_config
 
 sides = st.integers(1, 40)
 size_pairs = st.tuples(sides, sides)
@@ -223,3 +226,36 @@ def test_the_sum_of_passes_is_the_only_array_at_full_size():
         .compile(compiler_options=FAST_COMPILE)
     )
     assert program.memory_analysis().temp_size_in_bytes < 512 * 512 * 150 * 4 * 1.1
+
+
+# ---- Rows of an image on several devices --------------------------------------------------------
+
+
+@pytest.mark.parametrize("backbone", ["resnet18", "vitbase"])
+def test_padded_images_split_by_rows_give_the_scores_of_one_device(backbone):
+    """A whole network, with the masks of images of two sizes on a canvas that no part divides."""
+    config = small_config()
+    config.model.backbone = backbone
+    config.model.auxiliary = backbone != "vitbase"
+    model = build_segmentor(config)
+    variables = random_variables(model, 0)
+    padded = (80, 64)
+    images = np.random.default_rng(0).standard_normal((2, *padded, 3)).astype(np.float32)
+    valid = np.array([[80, 64], [41, 33]], np.int32)
+
+    def scores(mesh):
+        def forward(variables, images, valid):
+            sizes = ValidSize(valid, padded)
+            return network_scores(model, variables, images, sizes, softmax=False)
+
+        forward = fast_jit(sharding.traced_by_rows(forward, mesh))
+        split = sharding.split_images(mesh)
+        placed = (jax.device_put(x, split) for x in (images, valid))
+        return np.asarray(forward(jax.device_put(variables, sharding.replicated(mesh)), *placed))
+
+    one = scores(sharding.make_mesh(jax.devices()[:1]))
+    several = scores(sharding.make_mesh(layout={"data": 2, "rows": 4}))
+    stride = model.output_stride
+    for index, (height, width) in enumerate(-(-valid // stride)):
+        found, expected = (x[index, :height, :width] for x in (several, one))
+        np.testing.assert_allclose(found, expected, rtol=1e-3, atol=1e-4 * np.abs(expected).max())

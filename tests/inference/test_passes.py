@@ -6,7 +6,6 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from jax.sharding import Mesh
 
 from configs import common
 from memseg_jax import inference
@@ -14,6 +13,7 @@ from memseg_jax.errors import UserError
 from memseg_jax.inference.passes import mirrored_classes, passes, scaled
 from memseg_jax.inference.windows import cover_counts, windows_of
 from memseg_jax.models.layers import bilinear_matrix
+from memseg_jax.runtime import sharding
 
 pytestmark = pytest.mark.usefixtures("compilations")
 SLIDE = {"mode": "slide", "window": (32, 48), "stride": (20, 28)}
@@ -42,19 +42,19 @@ class Toy:
         return {"logits": x @ variables["params"]}
 
 
-def make_predictor(model, pairs=(), devices=1, **fields):
+def make_predictor(model, pairs=(), devices=1, rows=1, **fields):
     """A predictor and weights for it."""
     evaluation = common.get_config().eval
     evaluation.update({"mode": "whole", "exact_sizes": 0, "size_multiple": 64} | fields)
     weights = 0.7 * np.random.default_rng(5).standard_normal((3, model.num_classes))
     variables = {"params": weights.astype(np.float32), "batch_stats": {}, "memory": np.zeros(1)}
-    mesh = Mesh(np.array(jax.devices()[:devices]), ("data",))
+    mesh = sharding.make_mesh(jax.devices()[:devices], {"rows": rows})
     return inference.Predictor(model, evaluation, mesh, pairs, confidence=True), variables
 
 
-def predict(images, model=None, pairs=(), devices=1, **fields):
+def predict(images, model=None, pairs=(), devices=1, rows=1, **fields):
     """{number: (labels, probability of class 1)} of images that are normalised already."""
-    predictor, variables = make_predictor(model or Toy(), pairs, devices, **fields)
+    predictor, variables = make_predictor(model or Toy(), pairs, devices, rows, **fields)
     found = {}
     for prediction in predictor.segment(
         variables, ((n, x, (50, 70)) for n, x in enumerate(images))
@@ -128,7 +128,11 @@ def test_flip_changes_nothing_for_a_symmetric_network(images):
 def test_batches_devices_and_padding_change_nothing(images, mode):
     kw = mode | {"scales": (0.5, 1.25), "flip": True, "softmax_before_resize": True}
     expected = predict(images, exact_sizes=99, **kw)
-    for other in ({"batch_size": 3}, {"devices": 8, "size_multiple": 32}):
+    for other in (
+        {"batch_size": 3},
+        {"devices": 8, "size_multiple": 32},
+        {"devices": 8, "rows": 4, "exact_sizes": 2},
+    ):
         assert_same(predict(images, **kw, **other), expected)
 
 
