@@ -9,6 +9,7 @@ import numpy as np
 
 from configs import common
 from converters import names
+from memseg_jax.models import hrnet
 from memseg_jax.models.backbone import Backbone
 from memseg_jax.models.layers import ConvNorm
 from memseg_jax.models.segmentor import Segmentor
@@ -30,6 +31,12 @@ def small_config():
     config.model.aspp_dilations = (1, 2, 3)
     config.model.memory.attention_dim = 8
     return config
+
+
+def shallow_hrnet(monkeypatch):
+    """Lets HRNets have one module a stage and one block a branch; the others repeat them."""
+    monkeypatch.setattr(hrnet, "MODULES", dict.fromkeys(hrnet.MODULES, 1))
+    monkeypatch.setattr(hrnet, "BLOCKS", 1)
 
 
 class ThreeConvolutions(Backbone):

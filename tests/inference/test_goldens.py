@@ -22,8 +22,15 @@ from tests.reference_models import reference_config, rule_variables
 
 # Twelve passes take about a minute, and minutes with windows; probabilities of single windows and
 # mirrored pairs of logits are what remains quick.
+SLOW = re.compile("flip|single_logits")
+# Passes over whole images are in CI with logits, and probabilities with windows.
+EXHAUSTIVE = re.compile("whole_ms_flip_probs")
 CASES = [
-    pytest.param(name, marks=[pytest.mark.slow] if re.search("flip|single_logits", name) else [])
+    pytest.param(
+        name,
+        marks=[pytest.mark.slow] * bool(SLOW.search(name))
+        + [pytest.mark.exhaustive] * bool(EXHAUSTIVE.search(name)),
+    )
     for name in golden_files("inference")
 ]
 

@@ -11,7 +11,7 @@ from converters import names
 from memseg_jax.models import hrnet
 from memseg_jax.models.layers import BATCH_NORM_EPSILON, ValidSize, resize_bilinear
 from tests.reference_models import checksum, reference_list
-from tests.small_models import fast_jit, random_tree
+from tests.small_models import fast_jit, random_tree, shallow_hrnet
 
 
 def abstract(model, inputs, **options):
@@ -104,8 +104,10 @@ def test_only_the_published_stem_has_no_first_relu():
 
 
 @pytest.mark.slow
-def test_every_parameter_gets_a_gradient_and_every_statistic_moves():
-    model, variables = small_backbone("hrnetv2w48")
+def test_every_parameter_gets_a_gradient_and_every_statistic_moves(monkeypatch):
+    shallow_hrnet(monkeypatch)  # the golden steps have the gradients of the whole network
+    model = hrnet.build("hrnetv2w48", 1 / 48)
+    variables = random_tree(abstract_backbone("hrnetv2w48", 1 / 48), 0)
 
     def loss(params):
         rest = {"batch_stats": variables["batch_stats"]}
@@ -126,6 +128,7 @@ def test_every_parameter_gets_a_gradient_and_every_statistic_moves():
 
 
 @pytest.mark.slow
+@pytest.mark.exhaustive  # in CI: test_segmentor.py, with one block of each kind
 def test_padding_changes_no_number_of_the_whole_backbone():
     model, variables = small_backbone("hrnetv2w48_relu")
     forward = fast_jit(functools.partial(model.apply, train=False))

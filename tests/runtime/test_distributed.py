@@ -320,7 +320,11 @@ def kill_two_and_go_on(alone, workdir, *arguments, homes=None, **options):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("fsdp", [1, 4])
+@pytest.mark.parametrize(
+    "fsdp",
+    # In CI, parameters that are whole in each process: the next test.
+    [pytest.param(1, marks=pytest.mark.exhaustive), 4],
+)
 def test_two_processes_are_killed_and_go_on_as_two_and_as_one(alone, tmp_path, fsdp):
     workdir = tmp_path / "run"
     # Two devices of each process: parameters lie on both, and on both processes.
