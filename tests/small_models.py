@@ -16,8 +16,13 @@ from memseg_jax.models.segmentor import Segmentor
 from memseg_jax.training.state import abstract_variables
 
 # Optimising the machine code takes most of the compile time and gains nothing at these sizes. Of
-# what is left, the newer of XLA's two generators of fused loops takes half.
-FAST_COMPILE = {"xla_backend_optimization_level": 0, "xla_cpu_use_fusion_emitters": False}
+# what is left, the newer of XLA's two generators of fused loops takes half, and dividing a program
+# among threads, which other tests keep busy, a sixth.
+FAST_COMPILE = {
+    "xla_backend_optimization_level": 0,
+    "xla_cpu_use_fusion_emitters": False,
+    "xla_cpu_parallel_codegen_split_count": 1,
+}
 
 
 def small_config():

@@ -25,7 +25,9 @@ def abstract_backbone(variant, width=1.0):
     return abstract(hrnet.build(variant, width), jax.ShapeDtypeStruct((1, 64, 64, 3), np.float32))
 
 
-@pytest.mark.parametrize("variant", hrnet.VARIANTS)
+@pytest.mark.parametrize(
+    "variant", ["hrnetv2w48", pytest.param("hrnetv2w48_relu", marks=pytest.mark.slow)]
+)
 def test_the_tensors_are_those_of_the_reference(variant):
     variables = abstract_backbone(variant)
     lines = reference_list(variables)
@@ -41,11 +43,9 @@ def test_the_tensors_are_those_of_the_reference(variant):
     assert checksum(lines) == 0x77772C87
 
 
-@pytest.mark.parametrize(
-    "size",
-    [(97, 129), *(pytest.param(size, marks=pytest.mark.slow) for size in [(64, 64), (33, 50)])],
-)
-def test_one_map_at_stride_four(size):
+@pytest.mark.parametrize("size", [(97, 129), (64, 64), (33, 50)])
+def test_one_map_at_stride_four(size, monkeypatch):
+    shallow_hrnet(monkeypatch)
     model = hrnet.build("hrnetv2w48")
     images = jax.ShapeDtypeStruct((2, *size, 3), jnp.float32)
     variables = abstract(model, images)
