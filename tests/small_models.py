@@ -9,14 +9,20 @@ import numpy as np
 
 from configs import common
 from converters import names
+from memseg_jax.models import hrnet
 from memseg_jax.models.backbone import Backbone
 from memseg_jax.models.layers import ConvNorm
 from memseg_jax.models.segmentor import Segmentor
 from memseg_jax.training.state import abstract_variables
 
 # Optimising the machine code takes most of the compile time and gains nothing at these sizes. Of
-# what is left, the newer of XLA's two generators of fused loops takes half.
-FAST_COMPILE = {"xla_backend_optimization_level": 0, "xla_cpu_use_fusion_emitters": False}
+# what is left, the newer of XLA's two generators of fused loops takes half, and dividing a program
+# among threads, which other tests keep busy, a sixth.
+FAST_COMPILE = {
+    "xla_backend_optimization_level": 0,
+    "xla_cpu_use_fusion_emitters": False,
+    "xla_cpu_parallel_codegen_split_count": 1,
+}
 
 
 def small_config():
@@ -30,6 +36,12 @@ def small_config():
     config.model.aspp_dilations = (1, 2, 3)
     config.model.memory.attention_dim = 8
     return config
+
+
+def shallow_hrnet(monkeypatch):
+    """Lets HRNets have one module a stage and one block a branch; the others repeat them."""
+    monkeypatch.setattr(hrnet, "MODULES", dict.fromkeys(hrnet.MODULES, 1))
+    monkeypatch.setattr(hrnet, "BLOCKS", 1)
 
 
 class ThreeConvolutions(Backbone):

@@ -265,11 +265,11 @@ def test_saving(run, tmp_path):
 
 @pytest.mark.slow
 def test_scaling(run):
-    sweeps = ("--batches=1,2", "--crops=32", "--classes=3,4")
+    sweeps = ("--batches=1,2", "--crops=32", "--classes=3")
     ((found,), _) = run("scaling", f"--config={CONFIG}", *sweeps)
     points = [(row["batch"], row["crop"], row["classes"]) for row in found["results"]]
-    assert points == [(1, 32, 3), (2, 32, 3), (1, 32, 4)]
-    check(found["results"], ["step"] * 3)
+    assert points == [(1, 32, 3), (2, 32, 3)]
+    check(found["results"], ["step"] * 2)
 
 
 @pytest.mark.parametrize(

@@ -173,7 +173,10 @@ def kill_and_go_on(workdir, *arguments):
     "changes",
     [
         (),
-        pytest.param(("--config.data.workers=2",), marks=pytest.mark.slow),
+        # In CI, workers when killed twice, and when stopped (test_stopping.py).
+        pytest.param(
+            ("--config.data.workers=2",), marks=[pytest.mark.slow, pytest.mark.exhaustive]
+        ),
         pytest.param(
             ("--config.data.threads=0", "--config.data.prefetch=1"), marks=pytest.mark.slow
         ),

@@ -112,8 +112,6 @@ def _sums(x: jax.Array) -> jax.Array:
     size = x.dtype.itemsize
     kind = {1: jnp.uint8, 2: jnp.uint16}.get(size, jnp.uint32)
     words = jax.lax.bitcast_convert_type(x, kind).astype(jnp.uint32)
-    if size == 4:
-        words = words[..., None]
     if size >= 4:  # the lower half of a word comes first
         words = jnp.stack([words & jnp.uint32(0xFFFF), words >> jnp.uint32(16)], axis=-1)
     position = jnp.zeros(words.shape, jnp.uint32)

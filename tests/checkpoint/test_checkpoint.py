@@ -4,6 +4,7 @@ import json
 import os
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from hypothesis import given
@@ -47,7 +48,7 @@ def test_round_trip_is_bit_exact(place):
     )
 
 
-@pytest.mark.parametrize("memory", [None, {}])
+@pytest.mark.parametrize("memory", [None, {}, jnp.zeros((0, 1, 8))], ids=["none", "{}", "empty"])
 def test_round_trip_without_memory(place, memory):
     state = make_state(1).replace(memory=memory)
     save_one(place, 1, state=state)

@@ -39,6 +39,7 @@ def test_same_config_is_accepted_after_json():
 def test_other_config_is_refused_by_field():
     meta = json.loads(json.dumps(make_meta(5)))
     config = common.get_config()
+    config.seed = 1
     config.train.batch_size = 8
     config.augment.crop = (64, 64)
     config.optimizer.multipliers = ml_collections.ConfigDict({"backbone": (0.1, 0.1)})
@@ -46,11 +47,29 @@ def test_other_config_is_refused_by_field():
         checkpoint.check_same_run(meta, config, "beef")
     message = str(caught.value)
     assert "at step 5" in message
+    assert "seed: 0 in the checkpoint, 1 now" in message
     assert "train.batch_size: 16 in the checkpoint, 8 now" in message
     assert "augment.crop: [512, 512] in the checkpoint, [64, 64] now" in message
     assert "optimizer.multipliers.backbone: not set in the checkpoint, [0.1, 0.1] now" in message
     assert "fingerprint f00d in the checkpoint, beef now" in message
     assert "--workdir" in message
+
+
+@pytest.mark.parametrize("names", [("road", "sky"), ("sky", "road")])
+def test_classes_in_another_order_are_refused(names):
+    meta = {"class_names": list(names)}
+    records.check_class_names(meta, names)
+    records.check_class_names(meta, (*names, "tree"))  # the shapes of the arrays say more
+    with pytest.raises(UserError, match="scores would be given to the wrong classes"):
+        records.check_class_names(meta, names[::-1])
+
+
+def test_a_seal_knows_values_and_no_order():
+    meta = {"step": 3, "config": {"a": 1, "b": 2}}
+    other_order = {"config": {"b": 2, "a": 1}, "step": 3}
+    assert records.sealed(meta) == records.sealed(other_order)
+    assert records.sealed(records.sealed(meta)) == records.sealed(meta)
+    assert records.sealed(meta) != records.sealed(meta | {"step": 4})
 
 
 def test_checkpoints_from_before_there_was_a_precision():

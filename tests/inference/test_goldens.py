@@ -16,14 +16,23 @@ from memseg_jax.inference.passes import mirrored_classes, scaled
 from memseg_jax.inference.score_maps import resized
 from memseg_jax.inference.windows import cover_counts, windows_of
 from memseg_jax.models.segmentor import build_segmentor
+from memseg_jax.runtime import compilation
 from memseg_jax.runtime.sharding import make_mesh
+from tests import tiny
 from tests.goldens import golden_files, load, rule_image, take_slice
 from tests.reference_models import reference_config, rule_variables
 
 # Twelve passes take about a minute, and minutes with windows; probabilities of single windows and
 # mirrored pairs of logits are what remains quick.
+SLOW = re.compile("flip|single_logits")
+# Passes over whole images are in CI with logits, and probabilities with windows.
+EXHAUSTIVE = re.compile("whole_ms_flip_probs")
 CASES = [
-    pytest.param(name, marks=[pytest.mark.slow] if re.search("flip|single_logits", name) else [])
+    pytest.param(
+        name,
+        marks=[pytest.mark.slow] * bool(SLOW.search(name))
+        + [pytest.mark.exhaustive] * bool(EXHAUSTIVE.search(name)),
+    )
     for name in golden_files("inference")
 ]
 
@@ -103,6 +112,8 @@ def test_inference_equals_the_reference(name, monkeypatch):
     mesh = make_mesh(make_mesh().devices.flat[:1])
     predictor = Predictor(model, config, mesh, pairs, confidence=True)
     recorder = Recorder(monkeypatch)
+    if not slide or config.softmax_before_resize:  # the others check programs as users run them
+        monkeypatch.setattr(compilation, "compile_with_notice", tiny.compile_quickly)
 
     height, width = golden["input_hw"].tolist()
     output = tuple(golden["original_hw"].tolist())

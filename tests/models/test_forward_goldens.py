@@ -12,6 +12,14 @@ from tests.goldens import assert_forward, golden_files, load, pixels, rule_image
 from tests.reference_models import reference_config, rule_variables
 from tests.small_models import FAST_COMPILE
 
+# In CI, the same model at an odd size; and of HRNets without the first ReLU, the comparison of a
+# converted model with PyTorch (test_published_rows.py), whose model has the golden numbers, too.
+EXHAUSTIVE = {
+    "forward/resnest101os8_cocostuff10k__2x3x64x96.npz",
+    "forward/resnet50os8_lip__2x3x64x96.npz",
+    "forward/hrnetv2w48_cityscapes__2x3x64x96.npz",
+}
+
 
 def cases():
     """All golden files; that with the smallest images of every kind of backbone is quick.
@@ -29,7 +37,8 @@ def cases():
         hardly = backbone in seen if backbone.startswith("hr") else not slow
         seen.add(backbone)
         options = FAST_COMPILE if hardly else {}
-        yield pytest.param(name, options, marks=[pytest.mark.slow] if slow else [], id=name)
+        marks = [pytest.mark.slow] * slow + [pytest.mark.exhaustive] * (name in EXHAUSTIVE)
+        yield pytest.param(name, options, marks=marks, id=name)
 
 
 @functools.lru_cache(maxsize=1)

@@ -9,14 +9,13 @@ import pytest
 
 from converters import names
 from memseg_jax.errors import UserError
-from memseg_jax.models import hrnet
 from memseg_jax.models.layers import ValidSize
 from memseg_jax.models.segmentor import Segmentor, build_backbone, build_segmentor
 from memseg_jax.models.vit import ViT
 from memseg_jax.training.state import abstract_variables
 from tests.models.test_resnest import short_backbone
 from tests.reference_models import reference_config
-from tests.small_models import fast_jit, random_variables, small_config
+from tests.small_models import fast_jit, random_variables, shallow_hrnet, small_config
 
 
 def size_of(tree):
@@ -46,10 +45,6 @@ def rest_of(variables):
 # ---- numbers of parameters -------------------------------------------------------------------
 
 
-def slow(*case):
-    return pytest.param(*case, marks=pytest.mark.slow)
-
-
 @functools.cache
 def published(model, enabled=True):
     config = reference_config(model)
@@ -60,17 +55,9 @@ def published(model, enabled=True):
 @pytest.mark.parametrize(
     ("model", "parameters", "memory"),
     [
+        # test_configs.py has the parameters of all others.
         ("resnet50os8_ade20k", 91_410_722, 76_800),
-        slow("resnet101os8_ade20k", 110_402_850, 76_800),
-        slow("resnet50os8_cityscapes", 91_209_113, 9_728),
-        slow("resnet50os8_cocostuff10k", 91_459_970, 93_184),
-        slow("resnet50os8_lip", 91_210_652, 10_240),
-        slow("resnest101os8_ade20k", 114_109_474, 76_800),
-        slow("resnest101os8_cocostuff10k", 114_158_722, 93_184),
-        slow("hrnetv2w48_ade20k", 102_574_444, 76_800),
-        slow("hrnetv2w48_lip", 107_108_104, 10_240),
         ("vitlarge_ade20k", 368_790_254, 76_800),
-        slow("vitlarge_cocostuff10k_2021", 368_684_942, 93_184),
     ],
 )
 def test_trainable_parameters_of_the_published_models(model, parameters, memory):
@@ -327,8 +314,7 @@ def test_padding_changes_no_number_of_the_baseline():
 @pytest.mark.slow
 @pytest.mark.parametrize("downsample", [1, 2])
 def test_padding_changes_no_number_of_hrnet(downsample, monkeypatch):
-    monkeypatch.setattr(hrnet, "MODULES", {2: 1, 3: 1, 4: 1})
-    monkeypatch.setattr(hrnet, "BLOCKS", 1)
+    shallow_hrnet(monkeypatch)
     config = small_config()
     config.model.backbone = "hrnetv2w48" if downsample == 1 else "hrnetv2w48_relu"
     config.model.backbone_width = 1 / 24

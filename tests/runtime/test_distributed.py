@@ -323,7 +323,8 @@ def kill_two_and_go_on(alone, workdir, *arguments, homes=None, **options):
 @pytest.mark.parametrize(
     ("devices", "layout"),
     [
-        pytest.param(1, {}, id="images"),
+        # In CI, parameters that are whole in each process: the next test.
+        pytest.param(1, {}, id="images", marks=pytest.mark.exhaustive),
         # Two devices of each process: parameters lie on both, and on both processes.
         pytest.param(2, {"fsdp": 4}, id="parameters"),
         # Each process has one half of every image.

@@ -103,7 +103,11 @@ def test_three_steps_equal_the_reference(name, double_precision):
 @pytest.mark.golden
 @pytest.mark.slow
 @pytest.mark.large
-@pytest.mark.parametrize("platform", ["gpu", "tpu"])
+@pytest.mark.parametrize(
+    "platform",
+    # In CI, a GPU's forms in a small training step: test_platform_forms.py.
+    [pytest.param("gpu", marks=pytest.mark.exhaustive), "tpu"],
+)
 def test_a_step_with_the_convolutions_of(platform, forms_of, double_precision):
     """Their sums are in another order, here computed on the CPU."""
     forms = forms_of(platform)

@@ -23,7 +23,7 @@ from memseg_jax.training.program import training_program
 from memseg_jax.training.state import abstract_variables
 from tests import tiny
 from tests.compiled_program import equations
-from tests.small_models import ThreeConvolutions
+from tests.small_models import ThreeConvolutions, shallow_hrnet
 
 SIDE = 264  # more positions at the network's stride than attention takes at once
 # Tracing the last three takes half a minute.
@@ -31,9 +31,14 @@ BACKBONES = [
     "resnet18",
     pytest.param("vitlarge", marks=pytest.mark.slow),
     pytest.param("resnest101", marks=pytest.mark.slow),
-    pytest.param("hrnetv2w48", marks=pytest.mark.slow),
+    pytest.param("hrnetv2w48", marks=pytest.mark.slow),  # shallow, and still the longest
 ]
 WIDTHS = {"resnet18": 1 / 8, "resnest101": 1 / 16, "hrnetv2w48": 1 / 12, "vitlarge": 1 / 16}
+
+
+@pytest.fixture(autouse=True)
+def _shallow(monkeypatch):
+    shallow_hrnet(monkeypatch)
 
 
 def config_of(precision="highest", backbone="resnet18"):

@@ -15,7 +15,7 @@ from memseg_jax.training.state import abstract_state, init_state, init_variables
 from memseg_jax.training.step import make_train_step
 from tests import tiny
 from tests.compiled_program import equations
-from tests.small_models import fast_jit
+from tests.small_models import fast_jit, shallow_hrnet
 
 BATCH = 12  # more than SUMMED, so that a sum over the batch counts as long
 SUMMED = 9  # a 3x3 window: so many values may be summed in bfloat16
@@ -126,8 +126,9 @@ def test_a_short_training_learns():
         pytest.param("vitlarge", 0.0625, marks=pytest.mark.slow),
     ],
 )
-def test_no_long_sum_is_in_bfloat16(backbone, width):
+def test_no_long_sum_is_in_bfloat16(backbone, width, monkeypatch):
     """Sums over positions, such as a bias's gradient: adding to 256, bfloat16 loses a 1."""
+    shallow_hrnet(monkeypatch)
     model, tx, step = build("bfloat16", backbone=backbone, width=width)
     found = []
     for equation in equations(jax.make_jaxpr(step)(abstract_state(model, tx), batch())):
