@@ -153,8 +153,8 @@ def batch_moments(x: Array, near: Array, in_one_pass: bool) -> tuple[Array, Arra
     Where the positions are split over devices, every pass ends with a message that all of them wait
     for. Two passes (the mean, then the squares around it) are exact. One pass takes the squares
     around a value that is known beforehand: one message, and `x` is read once less, but the
-    variance loses digits with the square of the distance between that value and the mean. Its error
-    is about 1e-7 * (1 + (distance / standard deviation)**2), relative, in float32.
+    variance loses digits with the square of the distance between that value and the mean. Its
+    relative error is about 3e-7 * (1 + (distance / standard deviation)**2) in float32.
 
     Args:
         x: [groups, images, height, width, channels], at least float32.
@@ -187,8 +187,8 @@ class BatchNorm(nn.Module):
     Under `jit` the batch is the global batch, so the statistics are those of all devices.
 
     Statistics are computed in at least float32. If `x` is that wide, too, they take two passes. A
-    narrower `x` (bfloat16) takes one pass around the running mean (`batch_moments`): what `x` itself
-    lost when it was rounded to 8 bits changes the variance by more than one pass does.
+    narrower `x` (bfloat16) takes one pass around the running mean (`batch_moments`): what `x` lost
+    itself, when it was rounded to 8 bits, changes the variance by more than one pass does.
 
     Attributes:
         dtype: compute type.

@@ -58,7 +58,9 @@ def run(config: ml_collections.ConfigDict, workdir: str | None = None) -> dict[s
     config_rules.check(config)
     mesh = sharding.make_mesh(layout=config.sharding)
     train = config.train
-    sharding.check_batch_size(train.batch_size, mesh, config.replica_groups, train.accumulate)
+    sharding.check_batch_size(
+        train.batch_size, mesh, config.replica_groups, train.accumulate, config.model.norm_group
+    )
     config = config.copy_and_resolve_references()
     # The consistency loss belongs to the step in all epochs but the first.
     config.loss.consistency_from_epoch = 1

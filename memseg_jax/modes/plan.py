@@ -75,7 +75,9 @@ def run(config: ml_collections.ConfigDict, topology: str, workdir: str | None = 
     devices = topologies.open_devices(asked, stand_in=reason is not None)
     mesh = sharding.make_mesh(devices.devices, config.sharding)
     train = config.train
-    sharding.check_batch_size(train.batch_size, mesh, config.replica_groups, train.accumulate)
+    sharding.check_batch_size(
+        train.batch_size, mesh, config.replica_groups, train.accumulate, config.model.norm_group
+    )
     config = config.copy_and_resolve_references()
     model = build_segmentor(config)
     check_evaluation(config.eval, model, config.augment.flip_pairs)

@@ -77,7 +77,9 @@ def _run(
     # ---- Data and folder ------------------------------------------------------------------------
     mesh = sharding.make_mesh(layout=config.sharding)
     train, batch_size = config.train, config.train.batch_size
-    sharding.check_batch_size(batch_size, mesh, config.replica_groups, train.accumulate)
+    sharding.check_batch_size(
+        batch_size, mesh, config.replica_groups, train.accumulate, config.model.norm_group
+    )
     class_names = tuple(config.data.class_names)
     palette = visualize.resolve_palette(palette_of(config.data), len(class_names))
     train_source = open_split(config.data, config.data.train_split)

@@ -94,7 +94,9 @@ def shardings_of(state: Any, mesh: Mesh) -> Any:
     return jax.tree_util.tree_map_with_path(of_leaf, state)
 
 
-def check_batch_size(batch_size: int, mesh: Mesh, groups: int, accumulate: int = 1) -> None:
+def check_batch_size(
+    batch_size: int, mesh: Mesh, groups: int, accumulate: int = 1, norm_group: int = 0
+) -> None:
     """Refuses a batch that cannot be split evenly.
 
     Args:
@@ -103,10 +105,12 @@ def check_batch_size(batch_size: int, mesh: Mesh, groups: int, accumulate: int =
         groups: replica groups.
         accumulate: parts of the batch that are computed one after the other; every part has
             equally many images of every device and of every replica group.
+        norm_group: images in a group of `config.model.norm_group`, a divisor of those of a part;
+            0: all of them.
 
     Raises:
         UserError: batch_size is not a multiple of the devices or of the replica groups, times
-            `accumulate`.
+            `accumulate`; or some device would have parts of groups beside whole ones.
     """
     for count, what in ((mesh.size, "devices"), (groups, "config.replica_groups")):
         if batch_size % count:
@@ -116,6 +120,7 @@ def check_batch_size(batch_size: int, mesh: Mesh, groups: int, accumulate: int =
             )
     least = math.lcm(mesh.size, groups)
     if batch_size % (least * accumulate) == 0:
+        _check_norm_group(norm_group, batch_size // accumulate, mesh.size)
         return
     devices = "one device" if mesh.size == 1 else f"{mesh.size} devices"
     fitting = [n for n in range(1, batch_size + 1) if batch_size % (least * n) == 0]
@@ -127,6 +132,22 @@ def check_batch_size(batch_size: int, mesh: Mesh, groups: int, accumulate: int =
         f"parts cannot be equal, with {devices} and config.replica_groups = {groups} sharing every "
         f"part evenly; {advice}"
     )
+
+
+def _check_norm_group(group: int, images: int, devices: int) -> None:
+    """Refuses groups of images that would have to be moved between devices."""
+
+    def fits(group: int) -> bool:
+        return group % own == 0 or own % group == 0
+
+    own = images // devices
+    if group and not fits(group):
+        fitting = [str(n) for n in range(2, images + 1) if images % n == 0 and fits(n)]
+        raise UserError(
+            f"config.model.norm_group is {group}, but each of {devices} devices computes {own} "
+            "images at a time; expected whole devices in a group, or whole groups on a device: 0, "
+            f"{', '.join(fitting)}"
+        )
 
 
 def _multiples(number: int, count: int) -> str:
