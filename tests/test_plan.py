@@ -1,11 +1,13 @@
 """Mode plan: topologies, what is read from compiled programs, the estimates, and the report."""
 
+import dataclasses
 import importlib.metadata
 import importlib.util
 import json
 import os
 import subprocess
 import sys
+import types
 
 import jax
 import jax.numpy as jnp
@@ -169,6 +171,25 @@ def test_forms_that_gpus_and_tpus_use():
     ]
 
 
+@pytest.mark.parametrize(
+    ("groups", "size", "spread"),
+    [
+        ("{{0,1},{2,3},{4,5},{6,7}}", 2, 1),
+        ("{{0,4},{1,5},{2,6},{3,7}}", 2, 4),
+        ("[2,4]<=[8]", 4, 1),
+        ("[4,2]<=[2,4]T(1,0)", 2, 4),
+        ("[2,4]<=[2,2,2]T(1,0,2)", 4, 2),  # 0, 1, 4, 5
+        ("mesh['a'=2,'b'=4] {'a'}", 2, 4),
+        ("mesh['a'=2,'b'=4] {'a','b'}", 8, 1),
+        ("mesh['a'=4,'b'=2] {'a'}", 4, 2),
+        ("{}", 8, 1),
+    ],
+)
+def test_which_devices_exchange_something(groups, size, spread):
+    text = TEXT.replace("mesh['a'=2,'b'=4] {'b'}", groups)
+    assert Collective("all-reduce", 16 * 4 + 3, size, 1, spread) in hlo_text.collectives(text, 8)
+
+
 def test_traffic_of_the_text():
     # all-reduce: x twice and the results; all-gather: x and the tuple; fusion: y alone, as its
     # result is on the chip; negate: one array in, one out.
@@ -209,6 +230,25 @@ def test_a_large_all_reduce_on_a_torus_sends_the_array_twice_over_all_links():
     expected = 2 * 1e9 * 7 / 8 / 100e9 + 2 * (1 + 3) * 1e-6
     assert seconds_of(1e9, "v5e:2x4") == pytest.approx(expected)
     assert seconds_of(1e9, "v5e:1x1") == 0
+
+
+def test_a_group_waits_for_the_links_between_its_own_devices():
+    # Hosts have 2x2 chips and follow each other along the first axis, as in JAX.
+    chips = [
+        types.SimpleNamespace(process_index=2 * (y // 2) + x // 2, id=4 * y + x, coords=(x, y, 0))
+        for y in range(4)
+        for x in range(4)
+    ]
+    devices = topologies.Devices(topologies.parse("v5e:4x4"), chips)
+    assert [devices.box(count) for count in (1, 2, 4, 8, 16)] == [
+        (1, 1), (2, 1), (2, 2), (4, 2), (4, 4)
+    ]  # fmt: skip
+    assert dataclasses.replace(devices, stand_in=True).box(4) == (4, 4)
+    group = Collective("all-reduce", 0, 4, 1)
+    everyone = Collective("all-reduce", 0, 4, 1, spread=4)
+    for collective, hops in [(group, 1 + 1), (everyone, 3 + 3)]:
+        times = plan.estimate(0, 0, [collective], devices, 1e12)
+        assert times["small_collectives"] == pytest.approx(2 * hops * plan.HOP)
 
 
 def test_an_all_reduce_between_gpus():

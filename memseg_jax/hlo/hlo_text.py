@@ -2,9 +2,10 @@
 
 import dataclasses
 import functools
+import itertools
 import math
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 COLLECTIVES = ("all-reduce", "all-gather", "reduce-scatter", "all-to-all", "collective-permute")
 
@@ -32,12 +33,15 @@ class Collective:
             reduce-scatter before it.
         group: number of devices that take part together.
         count: how often.
+        spread: distance between neighbours of a group, in the order of the devices; 1: they are
+            consecutive.
     """
 
     kind: str
     size: int
     group: int
     count: int
+    spread: int = 1
 
 
 @dataclasses.dataclass(frozen=True)
@@ -92,7 +96,7 @@ def collectives(text: str, devices: int) -> list[Collective]:
         By kind, the largest first.
     """
     program = _parse(text)
-    found: dict[tuple[str, int, int], int] = {}
+    found: dict[tuple[str, int, int, int], int] = {}
     for _, x, times in _executed(program, next(iter(program)), inside_fusions=True):
         kind = x.opcode.removesuffix("-start")
         if kind not in COLLECTIVES:
@@ -102,10 +106,15 @@ def collectives(text: str, devices: int) -> list[Collective]:
             sizes = sizes[len(sizes) // 2 :]  # the operands come before the results
         elif x.opcode == "collective-permute-start":
             sizes = sizes[:1]
-        group = _group_size(x.rest, devices)
-        key = (kind, sum(sizes) * (group if kind == "reduce-scatter" else 1), group)
+        members = _first_group(x.rest, devices)
+        group = len(members)
+        spread = -(-(max(members) - min(members)) // max(group - 1, 1)) or 1
+        key = (kind, sum(sizes) * (group if kind == "reduce-scatter" else 1), group, spread)
         found[key] = found.get(key, 0) + times
-    result = [Collective(*key, count) for key, count in found.items()]
+    result = [
+        Collective(kind, size, group, count, spread)
+        for (kind, size, group, spread), count in found.items()
+    ]
     return sorted(result, key=lambda c: (COLLECTIVES.index(c.kind), -c.size))
 
 
@@ -152,16 +161,33 @@ def _sizes(shapes: str, main_memory: bool = False) -> list[int]:
     return sizes
 
 
-def _group_size(rest: str, devices: int) -> int:
-    """How many devices each group of a collective has."""
+def _first_group(rest: str, devices: int) -> list[int]:
+    """The devices of the first group of a collective."""
     if match := re.search(r"replica_groups=\{\{([\d,]+)\}", rest):
-        return match[1].count(",") + 1
-    if match := re.search(r"replica_groups=\[\d+,(\d+)\]<=", rest):
-        return int(match[1])
+        return [int(number) for number in match[1].split(",")]
+    if match := re.search(r"replica_groups=\[\d+,(\d+)\]<=\[([\d,]+)\](?:T\(([\d,]+)\))?", rest):
+        sizes = [int(size) for size in match[2].split(",")]
+        order = [int(axis) for axis in match[3].split(",")] if match[3] else range(len(sizes))
+        return _numbers(sizes, order)[: int(match[1])]
     if match := re.search(r"replica_groups=mesh\[([^\]]*)\]\s*\{([^}]*)\}", rest):
-        axes = dict(re.findall(r"('[^']+')=(\d+)", match[1]))
-        return math.prod(int(axes[name]) for name in re.findall(r"'[^']+'", match[2]))
-    return devices
+        axes = {name: int(size) for name, size in re.findall(r"('[^']+')=(\d+)", match[1])}
+        inside = re.findall(r"'[^']+'", match[2])
+        outside = [name for name in axes if name not in inside]
+        order = [list(axes).index(name) for name in (*outside, *inside)]
+        return _numbers(list(axes.values()), order)[: math.prod(axes[name] for name in inside)]
+    return list(range(devices))
+
+
+def _numbers(sizes: Sequence[int], order: Sequence[int]) -> list[int]:
+    """The numbers of the devices of a grid, walked through along its axes in another order.
+
+    Args:
+        sizes: of the axes of the grid, in which the numbers count up; the last counts fastest.
+        order: the axes in the order of the walk; the last one changes fastest.
+    """
+    strides = [math.prod(sizes[axis + 1 :]) for axis in range(len(sizes))]
+    steps = [range(0, sizes[axis] * strides[axis], strides[axis]) for axis in order]
+    return [sum(step) for step in itertools.product(*steps)]
 
 
 # ---- Walking through ----------------------------------------------------------------------------

@@ -119,6 +119,24 @@ class Devices:
         """Bytes of every device; None: not known."""
         return self.chip.memory if self.chip else None
 
+    def box(self, count: int) -> tuple[int, ...]:
+        """Sides of the smallest box of chips around the first devices, in the order of a mesh.
+
+        Args:
+            count: number of devices.
+
+        Returns:
+            Like the shape of the topology, which it is where positions are not known.
+        """
+        shape = self.topology.shape
+        if not self.topology.is_tpu or self.stand_in:
+            return shape
+        first = sorted(self.devices, key=lambda d: (d.process_index, d.id))[:count]
+        return tuple(
+            max(places) - min(places) + 1
+            for places, _ in zip(zip(*(d.coords for d in first)), shape)
+        )
+
     @property
     def compiler_options(self) -> dict[str, Any]:
         """For `compile`: what a plan asks for does not depend on how good the machine code is."""

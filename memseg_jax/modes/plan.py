@@ -294,13 +294,16 @@ def estimate(
     }
     for c in collectives:
         name = "small_collectives" if c.size < SMALL else "large_collectives"
-        times[name] += c.count * collective_seconds(c, devices.topology, chip)
+        box = devices.box((c.group - 1) * c.spread + 1)
+        times[name] += c.count * collective_seconds(c, devices.topology, chip, box)
     slowest = max(times["compute"], times["memory"], times["large_collectives"])
     return times | {"step": slowest + times["small_collectives"]}
 
 
-def collective_seconds(collective: Collective, topology: Topology, chip: Chip) -> float:
-    """Seconds of one collective over all devices: latency, and bytes over links.
+def collective_seconds(
+    collective: Collective, topology: Topology, chip: Chip, box: tuple[int, ...] | None = None
+) -> float:
+    """Seconds of one collective: latency, and bytes over links.
 
     Rings, as in jax-ml.github.io/scaling-book/sharding: a reduction and a gathering send
     (group - 1) / group of the array each; an all-reduce is both.
@@ -309,12 +312,14 @@ def collective_seconds(collective: Collective, topology: Topology, chip: Chip) -
         collective: what is exchanged.
         topology: how the devices are connected. On a torus all axes are used at the same time.
         chip: its links.
+        box: sides of the part of a torus that a group lies in; None: all of it.
     """
     rounds = 2 if collective.kind == "all-reduce" else 1
     group = collective.group
     sent = rounds * collective.size * (group - 1) / group
     if topology.is_tpu:
-        axes = [(size, ring) for size, ring in zip(topology.shape, topology.rings) if size > 1]
+        sides = zip(box or topology.shape, topology.shape, topology.rings)
+        axes = [(side, ring and side == size) for side, size, ring in sides if side > 1]
         hops = sum(size // 2 if ring else size - 1 for size, ring in axes)
         rate = sum(chip.link * (2 if ring else 1) for _, ring in axes)
         return rounds * hops * HOP + (sent / rate if rate else 0.0)
