@@ -128,6 +128,9 @@ def get_config() -> ml_collections.ConfigDict:
     model.aspp_dilations = (1, 12, 24, 36)
     model.dropout = 0.1
     model.activation = "relu"  # of the head; or "leaky_relu" (slope 0.01)
+    # Images over which batch normalisation takes its statistics in training: consecutive ones of a
+    # batch (of each of its train.accumulate parts). 0: all of them. The published models have 16.
+    model.norm_group = 0
     model.auxiliary = True
     model.compute_dtype = "float32"  # or "bfloat16"; parameters and statistics stay float32
     # Convolutions and matrix products of float32: "highest" computes in full precision. "high" and

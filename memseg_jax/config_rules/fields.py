@@ -124,6 +124,8 @@ RULES = {
     "model.aspp_dilations": Several(Whole(1, 2**12), 1, 100, "dilations", (1, 12, 24, 36)),
     "model.dropout": Number(0, 1, below=True),
     "model.activation": Choice(("relu", "leaky_relu")),
+    # Of one image, the branch of global means would always be normalised to its bias.
+    "model.norm_group": Whole(2, 2**16, also=(0,)),
     "model.auxiliary": Switch(),
     "model.compute_dtype": Choice(("float32", "bfloat16")),
     "model.precision": Choice(("default", "high", "highest")),

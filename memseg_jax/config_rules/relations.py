@@ -133,6 +133,20 @@ def _equal_parts(config: Any) -> Iterator[UserError]:
         )
 
 
+def _groups_of_equal_size(config: Any) -> Iterator[UserError]:
+    group, parts = config.model.norm_group, config.train.accumulate
+    images = config.train.batch_size // parts
+    if group and images % group:
+        fitting = [str(n) for n in range(2, images + 1) if images % n == 0]
+        yield refusal(
+            "config.model.norm_group",
+            group,
+            f"0 or a divisor of the {images} images that are computed together "
+            "(config.train.batch_size / config.train.accumulate)",
+            f"There are {', '.join(fitting)}" if fitting else "",
+        )
+
+
 def _evaluations_to_stop_by(config: Any) -> Iterator[UserError]:
     train = config.train
     if train.early_stop and not train.eval_every:
@@ -279,6 +293,7 @@ RELATIONS = (
     _windows_without_gaps,
     _share_of_a_row,
     _equal_parts,
+    _groups_of_equal_size,
     _evaluations_to_stop_by,
     _one_axis_is_the_rest,
     _generated_images,

@@ -148,12 +148,48 @@ class Conv(nn.Module):
         return y
 
 
+def batch_moments(x: Array, near: Array, in_one_pass: bool) -> tuple[Array, Array]:
+    """Mean and biased variance of every group of images.
+
+    Where the positions are split over devices, every pass ends with a message that all of them wait
+    for. Two passes (the mean, then the squares around it) are exact. One pass takes the squares
+    around a value that is known beforehand: one message, and `x` is read once less, but the
+    variance loses digits with the square of the distance between that value and the mean. Its
+    relative error is about 3e-7 * (1 + (distance / standard deviation)**2) in float32.
+
+    Args:
+        x: [groups, images, height, width, channels], at least float32.
+        near: [channels], the best guess of the means that needs no message. No gradient flows
+            into it.
+        in_one_pass: whether to take one pass.
+
+    Returns:
+        Two arrays [groups, 1, 1, 1, channels].
+    """
+
+    def mean_of(x: Array) -> Array:
+        return jnp.mean(x, axis=(1, 2, 3), keepdims=True)
+
+    if in_one_pass:
+        near = lax.stop_gradient(near)
+        off = x - near
+        distance, square = mean_of(off), mean_of(jnp.square(off))
+        return near + distance, jnp.maximum(square - jnp.square(distance), 0)
+    mean = mean_of(x)
+    # Squares are least around the mean: to the variance's gradient its own movement adds nothing,
+    # except for another sum over all positions.
+    return mean, mean_of(jnp.square(x - lax.stop_gradient(mean)))
+
+
 class BatchNorm(nn.Module):
     """Batch normalisation as PyTorch's SyncBatchNorm does it.
 
     Normalises with the biased batch variance; the running variance receives the unbiased one.
     Under `jit` the batch is the global batch, so the statistics are those of all devices.
-    Statistics are computed in float32, in two passes (a one-pass variance loses digits).
+
+    Statistics are computed in at least float32. If `x` is that wide, too, they take two passes. A
+    narrower `x` (bfloat16) takes one pass around the running mean (`batch_moments`): what `x` lost
+    itself, when it was rounded to 8 bits, changes the variance by more than one pass does.
 
     Attributes:
         dtype: compute type.
@@ -165,27 +201,35 @@ class BatchNorm(nn.Module):
     updates: int = 1
 
     @nn.compact
-    def __call__(self, x: Array, *, train: bool) -> Array:
-        """Normalises [batch, height, width, channels] over all axes but the last."""
+    def __call__(self, x: Array, *, train: bool, groups: int = 1) -> Array:
+        """Normalises [batch, height, width, channels] over all axes but the last.
+
+        Args:
+            x: what is normalised.
+            train: with statistics of `x` instead of the running ones, which move.
+            groups: in training, number of groups of consecutive images, each of which is normalised
+                with statistics of its own. The running statistics receive their means.
+        """
         channels = x.shape[-1]
         scale = self.param("scale", nn.initializers.ones, (channels,))
         bias = self.param("bias", nn.initializers.zeros, (channels,))
         running_mean = self.variable("batch_stats", "mean", jnp.zeros, (channels,))
         running_var = self.variable("batch_stats", "var", jnp.ones, (channels,))
-        x32 = x.astype(jnp.promote_types(x.dtype, jnp.float32))
+        wide = x.astype(jnp.promote_types(x.dtype, jnp.float32))
         if train:
-            count = x.size // channels
-            mean = jnp.mean(x32, axis=(0, 1, 2))
-            var = jnp.mean(jnp.square(x32 - mean), axis=(0, 1, 2))
+            wide = wide.reshape(groups, -1, *x.shape[1:])
+            mean, var = batch_moments(wide, running_mean.value, in_one_pass=wide.dtype != x.dtype)
             if not self.is_initializing():
+                count = x.size // (groups * channels)
                 keep = BATCH_NORM_MOMENTUM**self.updates
                 unbiased = var * (count / max(count - 1, 1))
-                running_mean.value = keep * running_mean.value + (1 - keep) * mean
-                running_var.value = keep * running_var.value + (1 - keep) * unbiased
+                for running, new in ((running_mean, mean), (running_var, unbiased)):
+                    average = jnp.mean(new, axis=(0, 1, 2, 3))
+                    running.value = keep * running.value + (1 - keep) * average
         else:
             mean, var = running_mean.value, running_var.value
-        y = (x32 - mean) * (scale * lax.rsqrt(var + BATCH_NORM_EPSILON)) + bias
-        return y.astype(self.dtype)
+        y = (wide - mean) * (scale * lax.rsqrt(var + BATCH_NORM_EPSILON)) + bias
+        return y.reshape(x.shape).astype(self.dtype)
 
 
 class Linear(nn.Module):

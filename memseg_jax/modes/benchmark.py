@@ -27,7 +27,7 @@ from memseg_jax.hlo.chips import arithmetic, nominal_peak
 from memseg_jax.hlo.flops import network_flops
 from memseg_jax.inference import Predictor, check_evaluation
 from memseg_jax.models.segmentor import Segmentor, build_segmentor
-from memseg_jax.runtime import compilation, distributed, files, sharding
+from memseg_jax.runtime import compilation, distributed, files, sharding, sharding_rules
 from memseg_jax.runtime.text import format_bytes
 from memseg_jax.training.agreement import check_processes_agree
 from memseg_jax.training.program import random_batch, training_program
@@ -57,13 +57,11 @@ def run(config: ml_collections.ConfigDict, workdir: str | None = None) -> dict[s
     """
     config_rules.check(config)
     mesh = sharding.make_mesh(layout=config.sharding)
-    train = config.train
-    sharding.check_batch_size(train.batch_size, mesh, config.replica_groups, train.accumulate)
     config = config.copy_and_resolve_references()
     # The consistency loss belongs to the step in all epochs but the first.
     config.loss.consistency_from_epoch = 1
     model = build_segmentor(config)
-    sharding.check_rows(config.augment.crop[0], model.coarsest_stride, mesh)
+    sharding_rules.check(config, mesh, model.coarsest_stride)
     check_evaluation(config.eval, model, config.augment.flip_pairs)
     folder = prepare_workdir(workdir) if workdir else None  # now: a wrong config leaves no folder
     sources = [_open(config, split) for split in (config.data.train_split, config.data.eval_split)]

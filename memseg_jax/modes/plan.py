@@ -28,7 +28,7 @@ from memseg_jax.hlo.planned_programs import plan_evaluation, plan_training
 from memseg_jax.hlo.topologies import Devices
 from memseg_jax.inference import check_evaluation
 from memseg_jax.models.segmentor import Segmentor, build_segmentor
-from memseg_jax.runtime import files, sharding
+from memseg_jax.runtime import files, sharding, sharding_rules
 from memseg_jax.runtime.text import format_bytes
 
 log = logging.getLogger(__name__)
@@ -72,11 +72,9 @@ def run(
         return _run_search(config, devices, workdir)
     mesh = sharding.make_mesh(devices.devices, config.sharding)
     devices = dataclasses.replace(devices, devices=list(mesh.devices.flat))
-    train = config.train
-    sharding.check_batch_size(train.batch_size, mesh, config.replica_groups, train.accumulate)
     config = config.copy_and_resolve_references()
     model = build_segmentor(config)
-    sharding.check_rows(config.augment.crop[0], model.coarsest_stride, mesh)
+    sharding_rules.check(config, mesh, model.coarsest_stride)
     check_evaluation(config.eval, model, config.augment.flip_pairs)
     folder = prepare_workdir(workdir) if workdir else None
     images = epoch_images(config.data)
@@ -153,7 +151,7 @@ def search_layouts(
     Raises:
         UserError: the devices cannot share this batch in any layout.
     """
-    count, train = len(devices.devices), config.train
+    count = len(devices.devices)
     own = count // len({device.process_index for device in devices.devices})
     found: list[dict[str, Any]] = []
     reasons = []
@@ -163,10 +161,7 @@ def search_layouts(
         tried.sharding.update(layout)
         try:
             mesh = sharding.make_mesh(devices.devices, layout)
-            sharding.check_batch_size(
-                train.batch_size, mesh, config.replica_groups, train.accumulate
-            )
-            sharding.check_rows(config.augment.crop[0], model.coarsest_stride, mesh)
+            sharding_rules.check(tried, mesh, model.coarsest_stride)
         except UserError as error:
             reasons.append(str(error))
             return

@@ -18,7 +18,7 @@ from memseg_jax.data.classes import palette_of
 from memseg_jax.data.pipeline import check_batch, steps_per_epoch, train_batches
 from memseg_jax.errors import UserError
 from memseg_jax.models.segmentor import build_segmentor
-from memseg_jax.runtime import compilation, distributed, files, sharding
+from memseg_jax.runtime import compilation, distributed, files, sharding, sharding_rules
 from memseg_jax.runtime.log_file import LogFile, say
 from memseg_jax.runtime.stopping import StopRequests
 from memseg_jax.runtime.text import format_duration
@@ -77,14 +77,13 @@ def _run(
     # ---- Data and folder ------------------------------------------------------------------------
     mesh = sharding.make_mesh(layout=config.sharding)
     train, batch_size = config.train, config.train.batch_size
-    sharding.check_batch_size(batch_size, mesh, config.replica_groups, train.accumulate)
     class_names = tuple(config.data.class_names)
     palette = visualize.resolve_palette(palette_of(config.data), len(class_names))
     train_source = open_split(config.data, config.data.train_split)
     fingerprint = train_source.fingerprint()
     eval_source = open_split(config.data, config.data.eval_split)
     model = build_segmentor(config)
-    sharding.check_rows(config.augment.crop[0], model.coarsest_stride, mesh)
+    sharding_rules.check(config, mesh, model.coarsest_stride)
     optimizer.check_names(config, abstract_variables(model)["params"])
     evaluator = Evaluator(config, model, eval_source)
     folder = checkpoint.prepare_workdir(workdir)  # not before: a wrong config leaves no folder

@@ -181,69 +181,6 @@ def shardings_of(state: Any, mesh: Mesh, update: str = "each") -> Any:
     return jax.tree_util.tree_map_with_path(of_leaf, state)
 
 
-def check_batch_size(batch_size: int, mesh: Mesh, groups: int, accumulate: int = 1) -> None:
-    """Refuses a batch that cannot be split evenly.
-
-    Args:
-        batch_size: images in the global batch.
-        mesh: the devices.
-        groups: replica groups.
-        accumulate: parts of the batch that are computed one after the other; every part has
-            equally many images of every device and of every replica group.
-
-    Raises:
-        UserError: batch_size is not a multiple of the pieces that the mesh splits it into, or of
-            the replica groups, times `accumulate`.
-    """
-    pieces, height = batch_pieces(mesh), mesh.shape.get(rows.AXIS, 1)
-    devices = "one device" if mesh.size == 1 else f"{mesh.size} devices"
-    if height > 1:
-        devices += f" (config.sharding.rows = {height}: {pieces} images at a time)"
-    for count, what in ((pieces, devices), (groups, f"{groups} config.replica_groups")):
-        if batch_size % count:
-            raise UserError(
-                f"config.train.batch_size is {batch_size}, which {what} cannot share "
-                f"evenly; use {_multiples(batch_size, count)}"
-            )
-    least = math.lcm(pieces, groups)
-    if batch_size % (least * accumulate) == 0:
-        return
-    fitting = [n for n in range(1, batch_size + 1) if batch_size % (least * n) == 0]
-    advice = f"use a batch of {_multiples(batch_size, least * accumulate)}"
-    if fitting:
-        advice += f", or config.train.accumulate = {', '.join(map(str, fitting))}"
-    raise UserError(
-        f"config.train.batch_size is {batch_size}: its config.train.accumulate = {accumulate} "
-        f"parts cannot be equal, with {devices} and config.replica_groups = {groups} sharing every "
-        f"part evenly; {advice}"
-    )
-
-
-def check_rows(height: int, stride: int, mesh: Mesh) -> None:
-    """Refuses to split images into more parts than their coarsest map has rows.
-
-    Args:
-        height: of the images, in pixels.
-        stride: of the network's coarsest map.
-        mesh: the devices.
-
-    Raises:
-        UserError: some devices would have nothing of that map.
-    """
-    count, most = mesh.shape.get(rows.AXIS, 1), -(-height // stride)
-    if count > most:
-        raise UserError(
-            f"config.sharding.rows is {count}, but images of {height} rows have {most} rows on the "
-            f"coarsest map of this network (one for every {stride}); use at most {most}"
-        )
-
-
-def _multiples(number: int, count: int) -> str:
-    """The multiples of `count` on both sides of `number`, for a message."""
-    below = max(number // count, 1) * count
-    return " or ".join(map(str, sorted({below, (number // count + 1) * count})))
-
-
 def place_batch(batch: dict[str, np.ndarray], mesh: Mesh) -> dict[str, jax.Array]:
     """Makes the global batch from this process's piece of it, split over the devices.
 

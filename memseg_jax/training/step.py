@@ -29,6 +29,7 @@ from memseg_jax.runtime.sharding import ALL, Shares
 from memseg_jax.training.freezing import Frozen
 from memseg_jax.training.guards import FLAG, keep_finite
 from memseg_jax.training.losses import consistency_loss, cross_entropy, group_weights
+from memseg_jax.training.norm_groups import normalised_in_groups
 from memseg_jax.training.state import TrainState
 
 Batch = dict[str, jax.Array]
@@ -129,10 +130,20 @@ class Losses:
         return Frozen.of(self.config)
 
     def apply(
-        self, method: Callable, params: Any, batch_stats: Any, rng: jax.Array, *args: Any
+        self,
+        method: Callable,
+        params: Any,
+        batch_stats: Any,
+        rng: jax.Array,
+        *args: Any,
+        of_images: bool = True,
     ) -> tuple[Any, Any]:
-        """Runs one part of the model in training; returns its result and the new statistics."""
-        with self.frozen.applied():
+        """Runs one part of the model in training; returns its result and the new statistics.
+
+        With `of_images`, `config.model.norm_group` says over how many of them a normalisation goes.
+        """
+        group = self.config.model.norm_group if of_images else 0
+        with self.frozen.applied(), normalised_in_groups(group):
             out, mutated = self.model.apply(
                 {"params": self.frozen.without_gradients(params), "batch_stats": batch_stats},
                 *args,
@@ -213,7 +224,7 @@ class Losses:
         ) -> tuple[jax.Array, Any]:
             flat = rows.reshape(-1, rows.shape[-1])
             logits, batch_stats = self.apply(
-                Segmentor.classify_rows, params, batch_stats, rng, flat
+                Segmentor.classify_rows, params, batch_stats, rng, flat, of_images=False
             )
             return consistency_loss(logits.reshape(*rows.shape[:-1], -1)), batch_stats
 

@@ -48,7 +48,7 @@ RELATED = {
     "data.ignore_colors", "data.unknown_color", "data.label_name", "data.outside_polygons",
     "augment.scale_range", "augment.flip_pairs", "loss.class_weights", "loss.stage2",
     "model.memory.momentum", "model.memory.base_lr", "optimizer.lr", "optimizer.min_lr",
-    "train.batch_size", "train.accumulate", "train.early_stop",
+    "train.batch_size", "train.accumulate", "train.early_stop", "model.norm_group",
 }  # fmt: skip
 
 

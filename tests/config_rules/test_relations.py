@@ -82,6 +82,10 @@ def config_with(**fields):
             r"config.train.batch_size is 8; .* 4 \* 4. The nearest is 16$",
         ),
         (
+            {"model__norm_group": 3, "train__accumulate": 2},
+            r"config.model.norm_group is 3; expected 0 or a divisor of the 4 images .* 2, 4$",
+        ),
+        (
             {"sharding__rows": -1},
             "config.sharding.rows is -1; .* beside config.sharding.data = -1: only one can be",
         ),
@@ -177,6 +181,7 @@ def test_what_does_not_fit_is_refused(fields, message):
         {"optimizer__lr": 0.25, "model__memory__base_lr": 0.0},
         {"optimizer__lr": 0.25, "model__memory__enabled": False},
         {"replica_groups": 4, "train__accumulate": 2},
+        {"model__norm_group": 4, "train__accumulate": 2},
         {"sharding__fsdp": -1, "sharding__data": 2},
         {"sharding__rows": -1, "sharding__data": 2},
         {"data__name": "shapes", "data__num_train": 1, "data__num_val": 1},

@@ -1,4 +1,4 @@
-"""Layers against independent formulas: resize, convolution, normalisation, pooling, padding."""
+"""Layers against independent formulas: resize, convolution, dropout, pooling, padding."""
 
 import itertools
 import math
@@ -14,7 +14,6 @@ from hypothesis import strategies as st
 from memseg_jax.models.aspp import ASPP
 from memseg_jax.models.attention import SelfAttention
 from memseg_jax.models.layers import (
-    BatchNorm,
     Classifier,
     Conv,
     ConvNorm,
@@ -201,75 +200,7 @@ def test_activations():
         activation("swish")
 
 
-# ---- normalisation and dropout ---------------------------------------------------------------
-
-
-def normalise(x, train=True, stats=None, params=None, dtype=jnp.float32):
-    channels = x.shape[-1]
-    zeros, ones = np.zeros(channels, np.float32), np.ones(channels, np.float32)
-    variables = {
-        "params": params or {"scale": ones, "bias": zeros},
-        "batch_stats": stats or {"mean": zeros, "var": ones},
-    }
-    y, mutated = BatchNorm(dtype).apply(variables, x, train=train, mutable=["batch_stats"])
-    return y, mutated["batch_stats"]
-
-
-def test_batch_norm_in_training():
-    rng = np.random.default_rng(0)
-    x = (rng.standard_normal((2, 3, 4, 5)) * 3 + 2).astype(np.float32)
-    params = {"scale": np.arange(1, 6, dtype=np.float32), "bias": np.ones(5, np.float32)}
-    stats = {"mean": np.full(5, 7, np.float32), "var": np.full(5, 4, np.float32)}
-    y, after = normalise(x, stats=stats, params=params)
-    flat = x.reshape(-1, 5).astype(np.float64)
-    mean, var = flat.mean(0), flat.var(0)
-    expected = (x - mean) / np.sqrt(var + 1e-5) * params["scale"] + 1
-    np.testing.assert_allclose(y, expected, atol=1e-5)
-    np.testing.assert_allclose(after["mean"], 0.9 * 7 + 0.1 * mean, rtol=1e-6)
-    unbiased = flat.var(0, ddof=1)
-    np.testing.assert_allclose(after["var"], 0.9 * 4 + 0.1 * unbiased, rtol=1e-6)
-
-
-def test_batch_norm_in_evaluation_uses_and_keeps_the_running_values():
-    x = np.random.default_rng(0).standard_normal((2, 3, 3, 2)).astype(np.float32)
-    stats = {"mean": np.array([1, -1], np.float32), "var": np.array([4, 0.25], np.float32)}
-    y, after = normalise(x, train=False, stats=stats)
-    np.testing.assert_allclose(y, (x - stats["mean"]) / np.sqrt(stats["var"] + 1e-5), atol=1e-6)
-    for name, value in stats.items():
-        np.testing.assert_array_equal(after[name], value)
-
-
-def test_batch_norm_keeps_digits_at_a_large_mean():
-    x = (1000 + np.random.default_rng(0).standard_normal((4, 16, 16, 3))).astype(np.float32)
-    y, after = normalise(x)
-    flat = x.reshape(-1, 3).astype(np.float64)
-    expected = (x - flat.mean(0)) / np.sqrt(flat.var(0) + 1e-5)
-    np.testing.assert_allclose(y, expected, atol=5e-4)
-    np.testing.assert_allclose((after["var"] - 0.9) / 0.1, flat.var(0, ddof=1), rtol=1e-4)
-
-
-def test_batch_norm_statistics_are_float32_for_bfloat16_input():
-    # In bfloat16 sums over 2048 values near 8 stop growing; in float32 they are exact enough.
-    x = jnp.asarray(np.random.default_rng(0).uniform(7, 9, (2, 32, 32, 2)), jnp.bfloat16)
-    y, after = normalise(x, dtype=jnp.bfloat16)
-    assert y.dtype == jnp.bfloat16
-    flat = np.asarray(x, np.float64).reshape(-1, 2)
-    assert after["mean"].dtype == after["var"].dtype == jnp.float32
-    np.testing.assert_allclose(after["mean"], 0.1 * flat.mean(0), rtol=1e-5)
-    np.testing.assert_allclose((after["var"] - 0.9) / 0.1, flat.var(0, ddof=1), rtol=1e-4)
-
-
-def test_batch_norm_of_a_single_value_is_its_bias():
-    y, after = normalise(np.full((1, 1, 1, 2), 5, np.float32))
-    np.testing.assert_array_equal(y, np.zeros((1, 1, 1, 2)))
-    assert np.isfinite(after["var"]).all()
-
-
-def test_initialising_in_training_mode_leaves_the_statistics_neutral():
-    x = jnp.full((2, 3, 3, 2), 7.0)
-    variables = BatchNorm().init(jax.random.key(0), x, train=True)
-    np.testing.assert_array_equal(variables["batch_stats"]["mean"], [0, 0])
-    np.testing.assert_array_equal(variables["batch_stats"]["var"], [1, 1])
+# ---- dropout ----------------------------------------------------------------------------------
 
 
 def test_dropout_removes_whole_channels_of_a_sample():

@@ -10,7 +10,7 @@ import pytest
 
 from memseg_jax import checkpoint
 from memseg_jax.errors import UserError
-from memseg_jax.runtime import compilation, sharding
+from memseg_jax.runtime import compilation, sharding, sharding_rules
 from memseg_jax.training.step import make_train_step
 from tests import tiny
 from tests.small_models import FAST_COMPILE
@@ -101,18 +101,18 @@ def test_images_that_processes_cannot_share():
 
 def test_images_of_fewer_rows_than_parts():
     mesh = mesh_of((1, 1, 8))
-    sharding.check_rows(250, 32, mesh)
+    sharding_rules.check_rows(250, 32, mesh)
     with pytest.raises(UserError, match=r"rows is 8, but images of 224 rows have 7 .* at most 7"):
-        sharding.check_rows(224, 32, mesh)
+        sharding_rules.check_rows(224, 32, mesh)
 
 
 def test_a_batch_for_images_in_parts():
     mesh = mesh_of((-1, 1, 4))
-    sharding.check_batch_size(2, mesh, 1)
+    sharding_rules.check_batch_size(2, mesh, 1)
     with pytest.raises(
         UserError, match=r"8 devices \(config.sharding.rows = 4: 2 images at a time"
     ):
-        sharding.check_batch_size(3, mesh, 1)
+        sharding_rules.check_batch_size(3, mesh, 1)
 
 
 @pytest.mark.parametrize(

@@ -16,7 +16,7 @@ import pytest
 
 from memseg_jax.errors import UserError
 from memseg_jax.models.segmentor import build_segmentor
-from memseg_jax.runtime import sharding
+from memseg_jax.runtime import sharding, sharding_rules
 from memseg_jax.training import optimizer
 from memseg_jax.training.state import abstract_state, init_state, init_variables
 from memseg_jax.training.step import make_train_step
@@ -231,10 +231,10 @@ def test_memory_falls_with_the_number_of_parts():
 def test_parts_that_are_not_equal_are_refused(batch_size, devices, groups, accumulate, answer):
     mesh = sharding.make_mesh(jax.devices()[:devices])
     with pytest.raises(UserError, match=answer):
-        sharding.check_batch_size(batch_size, mesh, groups, accumulate)
+        sharding_rules.check_batch_size(batch_size, mesh, groups, accumulate)
 
 
 @pytest.mark.parametrize(("devices", "groups", "accumulate"), [(1, 1, 16), (4, 2, 4), (2, 8, 2)])
 def test_equal_parts_are_accepted(devices, groups, accumulate):
     mesh = sharding.make_mesh(jax.devices()[:devices])
-    sharding.check_batch_size(16, mesh, groups, accumulate)
+    sharding_rules.check_batch_size(16, mesh, groups, accumulate)
