@@ -39,6 +39,7 @@ from memseg_jax.models.convolution_forms import (
     convolve_positions,
 )
 from memseg_jax.models.winograd import convolve_by_tiles
+from memseg_jax.runtime import rows
 
 PLATFORMS = ("cpu", "gpu", "tpu")
 # GPU: folding copies both maps once, but computes on padding and makes small maps (of 3 and fewer
@@ -101,6 +102,15 @@ def convolve(
         [batch, ceil(height / stride), ceil(width / stride), out channels].
     """
     kernel = _drop_unreachable_taps(kernel, x.shape[1:3], dilation)
+
+    def of_equal_parts(x: Array) -> Array:
+        return _convolve_in_form(x, kernel, ConvParams(stride, dilation, groups))
+
+    return rows.in_equal_parts(of_equal_parts, x, stride=stride)
+
+
+def _convolve_in_form(x: Array, kernel: Array, conv_params: ConvParams) -> Array:
+    stride, dilation, groups = dataclasses.astuple(conv_params)
     conv_params = ConvParams(stride, dilation if max(kernel.shape[:2]) > 1 else 1, groups)
     if conv_params.dilation == groups == 1:
         chosen = [
@@ -114,12 +124,12 @@ def convolve(
 
 def _drop_unreachable_taps(kernel: Array, size: tuple[int, int], dilation: int) -> Array:
     """Cuts off the taps that only ever see padding, equally many on opposite sides."""
-    rows, columns = (
+    above, beside = (
         max(k // 2 - (side - 1) // dilation, 0) for k, side in zip(kernel.shape[:2], size)
     )
-    if rows == columns == 0:
+    if above == beside == 0:
         return kernel
-    return kernel[rows : kernel.shape[0] - rows, columns : kernel.shape[1] - columns]
+    return kernel[above : kernel.shape[0] - above, beside : kernel.shape[1] - beside]
 
 
 # ---- The choice --------------------------------------------------------------------------------

@@ -16,6 +16,7 @@ import numpy as np
 from flax import struct
 from jax import lax
 
+from memseg_jax.models.batch_norm import normalise_batch
 from memseg_jax.models.convolution import convolve
 from memseg_jax.runtime import rows
 
@@ -148,39 +149,6 @@ class Conv(nn.Module):
         return y
 
 
-def batch_moments(x: Array, near: Array, in_one_pass: bool) -> tuple[Array, Array]:
-    """Mean and biased variance of every group of images.
-
-    Where the positions are split over devices, every pass ends with a message that all of them wait
-    for. Two passes (the mean, then the squares around it) are exact. One pass takes the squares
-    around a value that is known beforehand: one message, and `x` is read once less, but the
-    variance loses digits with the square of the distance between that value and the mean. Its
-    relative error is about 3e-7 * (1 + (distance / standard deviation)**2) in float32.
-
-    Args:
-        x: [groups, images, height, width, channels], at least float32.
-        near: [channels], the best guess of the means that needs no message. No gradient flows
-            into it.
-        in_one_pass: whether to take one pass.
-
-    Returns:
-        Two arrays [groups, 1, 1, 1, channels].
-    """
-
-    def mean_of(x: Array) -> Array:
-        return jnp.mean(x, axis=(1, 2, 3), keepdims=True)
-
-    if in_one_pass:
-        near = lax.stop_gradient(near)
-        off = x - near
-        distance, square = mean_of(off), mean_of(jnp.square(off))
-        return near + distance, jnp.maximum(square - jnp.square(distance), 0)
-    mean = mean_of(x)
-    # Squares are least around the mean: to the variance's gradient its own movement adds nothing,
-    # except for another sum over all positions.
-    return mean, mean_of(jnp.square(x - lax.stop_gradient(mean)))
-
-
 class BatchNorm(nn.Module):
     """Batch normalisation as PyTorch's SyncBatchNorm does it.
 
@@ -188,8 +156,8 @@ class BatchNorm(nn.Module):
     Under `jit` the batch is the global batch, so the statistics are those of all devices.
 
     Statistics are computed in at least float32. If `x` is that wide, too, they take two passes. A
-    narrower `x` (bfloat16) takes one pass around the running mean (`batch_moments`): what `x` lost
-    itself, when it was rounded to 8 bits, changes the variance by more than one pass does.
+    narrower `x` (bfloat16) takes one pass around the running mean (see `batch_moments`): what `x`
+    lost itself, when it was rounded to 8 bits, changes the variance by more than one pass does.
 
     Attributes:
         dtype: compute type.
@@ -215,21 +183,22 @@ class BatchNorm(nn.Module):
         bias = self.param("bias", nn.initializers.zeros, (channels,))
         running_mean = self.variable("batch_stats", "mean", jnp.zeros, (channels,))
         running_var = self.variable("batch_stats", "var", jnp.ones, (channels,))
-        wide = x.astype(jnp.promote_types(x.dtype, jnp.float32))
-        if train:
-            wide = wide.reshape(groups, -1, *x.shape[1:])
-            mean, var = batch_moments(wide, running_mean.value, in_one_pass=wide.dtype != x.dtype)
-            if not self.is_initializing():
-                count = x.size // (groups * channels)
-                keep = BATCH_NORM_MOMENTUM**self.updates
-                unbiased = var * (count / max(count - 1, 1))
-                for running, new in ((running_mean, mean), (running_var, unbiased)):
-                    average = jnp.mean(new, axis=(0, 1, 2, 3))
-                    running.value = keep * running.value + (1 - keep) * average
-        else:
-            mean, var = running_mean.value, running_var.value
-        y = (wide - mean) * (scale * lax.rsqrt(var + BATCH_NORM_EPSILON)) + bias
-        return y.reshape(x.shape).astype(self.dtype)
+        if not train:
+            wide = x.astype(jnp.promote_types(x.dtype, jnp.float32))
+            factor = scale * lax.rsqrt(running_var.value + BATCH_NORM_EPSILON)
+            return ((wide - running_mean.value) * factor + bias).astype(self.dtype)
+        grouped = x.reshape(groups, -1, *x.shape[1:])
+        y, mean, var = normalise_batch(
+            grouped, scale, bias, running_mean.value, BATCH_NORM_EPSILON, self.dtype
+        )
+        if not self.is_initializing():
+            count = x.size // (groups * channels)
+            keep = BATCH_NORM_MOMENTUM**self.updates
+            unbiased = var * (count / max(count - 1, 1))
+            for running, new in ((running_mean, mean), (running_var, unbiased)):
+                average = jnp.mean(new, axis=(0, 1, 2, 3))
+                running.value = keep * running.value + (1 - keep) * average
+        return y.reshape(x.shape)
 
 
 class Linear(nn.Module):
@@ -295,7 +264,11 @@ class Classifier(nn.Module):
 
 def max_pool(x: Array) -> Array:
     """3x3 maximum at stride 2, padded by one with -inf on every side."""
-    return nn.max_pool(x, (3, 3), strides=(2, 2), padding=((1, 1), (1, 1)))
+
+    def pool(x: Array) -> Array:
+        return nn.max_pool(x, (3, 3), strides=(2, 2), padding=((1, 1), (1, 1)))
+
+    return rows.in_equal_parts(pool, x, fill=-jnp.inf, stride=2)
 
 
 def bilinear_matrix(source: int, target: int, scale: float | None = None) -> np.ndarray:

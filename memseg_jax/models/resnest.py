@@ -16,6 +16,7 @@ from memseg_jax.models.layers import (
     spatial_mean,
 )
 from memseg_jax.models.resnet import ResNet
+from memseg_jax.runtime import rows
 
 RADIX = 2  # splits that a split-attention convolution chooses from
 REDUCTION = 4  # channels of all splits per channel inside of the attention
@@ -32,8 +33,11 @@ def average_pool(x: Array, stride: int, valid_size: ValidSize | None = None) -> 
     Returns:
         [batch, ceil(height / stride), ceil(width / stride), channels].
     """
-    mean = nn.avg_pool(x, (3, 3), (stride, stride), ((1, 1), (1, 1)))
-    return mask_padding(mean, valid_size)
+
+    def pool(x: Array) -> Array:
+        return nn.avg_pool(x, (3, 3), (stride, stride), ((1, 1), (1, 1)))
+
+    return mask_padding(rows.in_equal_parts(pool, x, stride=stride), valid_size)
 
 
 def average_pool_valid(x: Array, stride: int, valid_size: ValidSize | None = None) -> Array:
@@ -50,9 +54,13 @@ def average_pool_valid(x: Array, stride: int, valid_size: ValidSize | None = Non
     if stride == 1:
         return x
     valid = jnp.ones((1, *x.shape[1:3], 1), bool) if valid_size is None else valid_size.mask(x)
-    window = ((stride, stride), (stride, stride), ((0, stride - 1), (0, stride - 1)))
-    share = nn.avg_pool(valid.astype(x.dtype), *window)
-    return nn.avg_pool(x, *window) / jnp.where(share > 0, share, 1)
+
+    def pool(x: Array) -> Array:
+        window = ((stride, stride), (stride, stride), ((0, stride - 1), (0, stride - 1)))
+        return nn.avg_pool(x, *window)
+
+    share, mean = (rows.in_equal_parts(pool, a, stride=stride) for a in (valid.astype(x.dtype), x))
+    return mean / jnp.where(share > 0, share, 1)
 
 
 class SplitAttention(nn.Module):

@@ -48,11 +48,35 @@ def by_rows(function: Callable, in_specs: Any, out_specs: Any) -> Callable:
     return jax.shard_map(function, in_specs=in_specs, out_specs=out_specs, check_vma=False)
 
 
-def pad(x: Array, axis: int = 1, fill: float = 0) -> Array:
-    """Adds `fill` at the end of an axis, so that it can be split into equal parts."""
-    margins = [(0, 0)] * x.ndim
-    margins[axis] = (0, -x.shape[axis] % parts())
-    return jnp.pad(x, margins, constant_values=fill) if margins[axis][1] else x
+def pad(x: Array, fill: float = 0, stride: int = 1) -> Array:
+    """Adds rows of `fill` at the bottom of `x` [batch, rows, ...].
+
+    Args:
+        x: the maps.
+        fill: value of the rows.
+        stride: every part gets a multiple of this.
+    """
+    margin = -x.shape[1] % (parts() * stride) if parts() > 1 else 0
+    margins = [(0, 0), (0, margin), *[(0, 0)] * (x.ndim - 2)]
+    return jnp.pad(x, margins, constant_values=fill) if margin else x
+
+
+def in_equal_parts(
+    function: Callable[[Array], Array], x: Array, fill: float = 0, stride: int = 1
+) -> Array:
+    """`function(x)` of a function that sees a window of rows around each row of its result.
+
+    Where the parts do not divide the rows, XLA's partitioner (jaxlib 0.10.2) makes wrong filter
+    gradients of some convolutions with a stride. So the parts are made equal before, with rows that
+    are what the function has around the map anyway.
+
+    Args:
+        function: [batch, rows, ...] -> [batch, ceil(rows / stride), ...].
+        x: its argument.
+        fill: what it takes for rows outside of the map.
+        stride: rows of `x` per row of the result.
+    """
+    return function(pad(x, fill, stride))[:, : -(-x.shape[1] // stride)]
 
 
 def with_border(x: Array, above: int, below: int) -> Array:

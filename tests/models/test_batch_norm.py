@@ -11,7 +11,8 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from memseg_jax.hlo import hlo_text
 from memseg_jax.models import rematerialise
-from memseg_jax.models.layers import BatchNorm, ConvNorm, batch_moments
+from memseg_jax.models.batch_norm import batch_moments, normalise_batch
+from memseg_jax.models.layers import BatchNorm, ConvNorm
 from memseg_jax.training.norm_groups import normalised_in_groups
 from tests.small_models import FAST_COMPILE, fast_jit
 
@@ -134,20 +135,41 @@ def test_a_variance_is_never_negative():
     assert var.max() < 1e-6 * (x.max() + 50) ** 2
 
 
-@pytest.mark.parametrize("in_one_pass", [False, True])
-def test_gradients_are_those_of_finite_differences(in_one_pass, double_precision):
+@pytest.mark.parametrize("groups", [1, 2])
+def test_gradients_are_those_of_finite_differences(groups, double_precision):
     rng = np.random.default_rng(0)
-    x, direction, weight = rng.standard_normal((3, 2, 2, 2, 3, 2))
+    shape = (groups, 2, 2, 3, 2)
+    x, direction, weight = rng.standard_normal((3, *shape))
+    scale, bias, along_scale, along_bias = rng.standard_normal((4, 2))
 
-    def loss(x):
-        mean, var = batch_moments(x, jnp.full(2, 0.7), in_one_pass)
-        return jnp.sum(weight * (x - mean) * jax.lax.rsqrt(var + 1e-5)) + jnp.sum(var * mean)
+    def loss(x, scale, bias):
+        y, _, _ = normalise_batch(x, scale, bias, jnp.full(2, 0.7), 1e-5, jnp.float64)
+        return jnp.sum(weight * jnp.sin(y))
 
-    function, step = fast_jit(jax.value_and_grad(loss)), 1e-5 * direction
-    difference = function(x + step)[0] - function(x - step)[0]
-    expected = np.sum(function(x)[1] * 2 * step)
-    assert abs(expected) > 1e-5
-    np.testing.assert_allclose(difference, expected, rtol=1e-7)
+    function = fast_jit(jax.value_and_grad(loss, argnums=(0, 1, 2)))
+    point, step = (x, scale, bias), [1e-5 * d for d in (direction, along_scale, along_bias)]
+    difference = (
+        function(*map(np.add, point, step))[0] - function(*map(np.subtract, point, step))[0]
+    )
+    gradients = function(*point)[1]
+    expected = [np.sum(gradient * 2 * d) for gradient, d in zip(gradients, step)]
+    assert min(map(abs, expected)) > 1e-7
+    np.testing.assert_allclose(difference, sum(expected), rtol=1e-7)
+
+
+def test_the_backward_pass_keeps_no_wide_copy():
+    """Of bfloat16 it keeps what it was given, and statistics."""
+    x = jax.ShapeDtypeStruct((1, 4, 16, 16, 8), jnp.bfloat16)
+    channels = jax.ShapeDtypeStruct((8,), jnp.float32)
+
+    def saved(x, scale, bias, near):
+        return jax.vjp(
+            lambda *args: normalise_batch(*args, near, 1e-5, jnp.bfloat16)[0], x, scale, bias
+        )[1]
+
+    kept = jax.tree.leaves(jax.eval_shape(saved, x, channels, channels, channels))
+    assert sorted(leaf.size for leaf in kept)[-2:] == [8, x.size]
+    assert next(leaf.dtype for leaf in kept if leaf.size == x.size) == jnp.bfloat16
 
 
 # ---- Groups of images ---------------------------------------------------------------------------

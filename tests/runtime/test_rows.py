@@ -10,7 +10,9 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from memseg_jax.hlo.flops import count_flops
 from memseg_jax.models import attention, memory
-from memseg_jax.models.layers import resize_bilinear
+from memseg_jax.models.convolution import convolve
+from memseg_jax.models.layers import max_pool, resize_bilinear
+from memseg_jax.models.resnest import average_pool, average_pool_valid
 from memseg_jax.runtime import rows, sharding
 from memseg_jax.training import losses
 from tests.small_models import fast_jit
@@ -134,6 +136,54 @@ def test_resizing(layout, size):
         return jax.value_and_grad(total, has_aux=True)(x)
 
     assert_same(function, layout, normal(0, 8, size[0], 5, 3))
+
+
+@pytest.mark.parametrize("layout", [(2, 4), (1, 8)])
+@pytest.mark.parametrize(
+    ("height", "options"),
+    [
+        (114, {"stride": 2}),  # where XLA's own partitioning makes a wrong filter gradient
+        (57, {"stride": 2}),
+        (57, {}),
+        (29, {"dilation": 2}),
+        (29, {"dilation": 12}),
+        (13, {"groups": 2}),
+        (8, {"stride": 2}),
+        (16, {}),
+    ],
+)
+def test_convolutions_and_their_gradients(layout, height, options):
+    kernel = normal(1, 3, 3, 4 // options.get("groups", 1), 6)
+
+    def function(x):
+        def total(x, kernel):
+            y = convolve(x, kernel, **options)
+            return jnp.sum(jnp.sin(y)), y
+
+        return jax.value_and_grad(total, (0, 1), has_aux=True)(x, jnp.asarray(kernel))
+
+    assert_same(function, layout, normal(0, 8, height, 5, 4))
+
+
+@pytest.mark.parametrize("layout", [(2, 4), (1, 8)])
+@pytest.mark.parametrize("height", [57, 58, 13, 16])
+@pytest.mark.parametrize(
+    "pool",
+    [
+        max_pool,
+        functools.partial(average_pool, stride=2),
+        functools.partial(average_pool_valid, stride=2),
+    ],
+)
+def test_pools_and_their_gradients(layout, height, pool):
+    def function(x):
+        def total(x):
+            y = pool(x)
+            return jnp.sum(jnp.sin(y)), y
+
+        return jax.value_and_grad(total, has_aux=True)(x)
+
+    assert_same(function, layout, normal(0, 8, height, 5, 4))
 
 
 @pytest.mark.parametrize("border", [(0, 0), (1, 0), (0, 1), (2, 3), (5, 4)])
