@@ -194,7 +194,7 @@ def place_batch(batch: dict[str, np.ndarray], mesh: Mesh) -> dict[str, jax.Array
     """
     placed = {}
     for name, value in batch.items():
-        sharding, shape = split_devices(mesh), (mesh.size,)
+        sharding, shape = split_devices(mesh), (len(value) * jax.process_count(),)
         if name != "stop":
             sharding = split_batch(mesh)
             value = _pad_rows(value, mesh)
