@@ -29,7 +29,7 @@ from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 
-CHECKPOINT = ("checkpoint/test_checkpoint.py", "checkpoint/test_faults.py")
+CHECKPOINT = ("checkpoint/test_checkpoint.py", "checkpoint/test_faults.py", "test_verify.py")
 TESTS = {
     "models/memory.py": ("models/test_memory.py", "models/test_memory_goldens.py"),
     "training/losses.py": ("training/test_losses.py",),
@@ -42,7 +42,7 @@ TESTS = {
     "checkpoint/checksums.py": ("checkpoint/test_checksums.py",),
     "checkpoint/meta.py": ("checkpoint/test_meta.py", "checkpoint/test_checkpoint.py"),
     "checkpoint/lock.py": ("checkpoint/test_lock.py",),
-    "checkpoint/arrays.py": CHECKPOINT,
+    "checkpoint/arrays.py": ("checkpoint/test_arrays.py", *CHECKPOINT),
     "checkpoint/manager.py": CHECKPOINT,
     "checkpoint/scores.py": CHECKPOINT,
     "checkpoint/steps.py": CHECKPOINT,
