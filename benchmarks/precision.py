@@ -19,7 +19,7 @@ import jax.numpy as jnp
 
 from benchmarks import measure
 from benchmarks.shapes import Shape
-from converters import command_line
+from memseg_jax import command_line
 from memseg_jax.errors import UserError
 from memseg_jax.hlo import topologies
 from memseg_jax.hlo.chips import TPU_PASSES
