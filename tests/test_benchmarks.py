@@ -183,20 +183,6 @@ def test_training_step(run):
 
 
 @pytest.mark.slow
-def test_normalisation(run):
-    config = (f"--config={CONFIG}", f"--config.data.root={data_root()}")
-    (result,), printed = run("normalisation", *config, "--steps=3")
-    names = ["bfloat16, two passes", "bfloat16, one pass", "float32, two passes"]
-    check(result["results"], names)
-    assert list(result["losses"]) == names
-    assert np.shape(list(result["losses"].values())) == (3, 3)
-    two, one, wide = np.array(list(result["losses"].values()))
-    assert np.abs(two - wide).max() > 0  # the types are different
-    assert np.abs(two - one).max() < 0.1
-    assert f"| 3-3 | {two[2]:.4f} | {one[2]:.4f} | {wide[2]:.4f} |" in printed
-
-
-@pytest.mark.slow
 def test_evaluation_forward(run):
     ((network, maps), _) = run("evaluation_forward", *MODEL)
     check(network["results"], ["JAX", "PyTorch"])
