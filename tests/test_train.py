@@ -39,7 +39,7 @@ def rows(workdir, column="loss"):
 def state_shapes():
     """The training state of the tiny config."""
     config = tiny.get_config()
-    tx = optimizer.sgd(config, optimizer.schedule_from_config(config, STEPS))
+    tx = optimizer.from_config(config, optimizer.schedule_from_config(config, STEPS))
     return abstract_state(build_segmentor(config), tx)
 
 

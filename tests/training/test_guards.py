@@ -124,7 +124,7 @@ def real_step(policy, accumulate):
     config.train.accumulate = accumulate
     model = small_model(config)
     schedule = optimizer.schedule_from_config(config, 16)
-    tx = optimizer.sgd(config, schedule)
+    tx = optimizer.from_config(config, schedule)
     return fast_jit(make_train_step(model, config, tx, schedule, 1), donate_argnums=0)
 
 
@@ -132,7 +132,7 @@ def real_step(policy, accumulate):
 def a_state():
     config = tiny.get_config()
     model = small_model(config)
-    tx = optimizer.sgd(config, optimizer.schedule_from_config(config, 16))
+    tx = optimizer.from_config(config, optimizer.schedule_from_config(config, 16))
     rng = np.random.default_rng(0)
     shapes = abstract_state(model, tx)
     filled = jax.tree.map(

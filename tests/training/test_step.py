@@ -50,7 +50,7 @@ def build(groups=1, dropout=0.0, memory=True):
         backbone=ThreeConvolutions(jnp.float64), dtype=jnp.float64
     )
     schedule = optimizer.schedule_from_config(config, STEPS + 1)
-    return config, model, schedule, optimizer.sgd(config, schedule)
+    return config, model, schedule, optimizer.from_config(config, schedule)
 
 
 @functools.cache
