@@ -285,6 +285,13 @@ def test_another_data_set_is_refused(finished, capsys, tmp_path):
     assert "the list of training images: fingerprint" in error
 
 
+def test_a_warmup_that_the_run_would_not_outlast_leaves_no_folder(capsys, tmp_path):
+    flags = (f"--config.data.root={tiny.data_root()}", "--workdir", tmp_path / "run")
+    assert tiny.run(*flags, f"--config.optimizer.warmup_steps={STEPS}") == 1
+    assert f"expected fewer than the run has steps, {STEPS} (" in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()
+
+
 # ---- The loop, without a real step --------------------------------------------------------------
 
 

@@ -198,7 +198,8 @@ def test_the_training_in_pytorch_freezes_nothing():
 
 
 @pytest.mark.parametrize(
-    ("field", "value"), [("name", "adamw"), ("name", "lars"), ("warmup_steps", 5), ("base_batch", 4)]
+    ("field", "value"),
+    [("name", "adamw"), ("name", "lars"), ("warmup_steps", 5), ("base_batch", 4)],
 )
 def test_the_training_in_pytorch_is_the_published_one(field, value):
     config = training_config()

@@ -410,11 +410,16 @@ def state_of(tx, step, updates):
 
 
 RATE = optax.linear_schedule(0.1, 0.0, 100)
-OPTIMISERS = {
-    "adamw": optax.adamw(RATE),
-    "sgd": optax.sgd(RATE, momentum=0.9),
-    "finite": optax.apply_if_finite(optax.adamw(RATE), 3),
-}
+
+
+def ours(name):
+    config = tiny.get_config()
+    config.optimizer.name = name
+    return optimizer.from_config(config, RATE)
+
+
+OPTIMISERS = {name: ours(name) for name in ("sgd", "adamw", "lars")}
+OPTIMISERS["finite"] = optax.apply_if_finite(optax.adamw(RATE), 3)
 
 
 @pytest.mark.parametrize("name", OPTIMISERS)
