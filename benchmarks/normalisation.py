@@ -23,7 +23,7 @@ from benchmarks import measure
 from memseg_jax import command_line
 from memseg_jax.data import open_split
 from memseg_jax.data.pipeline import train_batches
-from memseg_jax.models import layers
+from memseg_jax.models import batch_norm
 from memseg_jax.models.segmentor import build_segmentor
 from memseg_jax.runtime import sharding
 from memseg_jax.training.program import training_program
@@ -66,8 +66,8 @@ def _in_passes(passes: int) -> Iterator[None]:
     def moments(x: Any, near: Any, in_one_pass: bool) -> tuple[Any, Any]:
         return in_passes(x, near, passes == 1)
 
-    in_passes = layers.batch_moments
-    with mock.patch.object(layers, "batch_moments", moments):
+    in_passes = batch_norm.batch_moments
+    with mock.patch.object(batch_norm, "batch_moments", moments):
         yield
 
 
@@ -77,7 +77,9 @@ def _train(
     """The losses of all steps, and one step more to take the time of."""
     mesh, model = sharding.make_mesh(jax.devices()[:1]), build_segmentor(config)
     program = training_program(config, model, mesh, steps)
-    state = sharding.place(init_state(init_variables(model, config.seed), program.tx), mesh)
+    state = sharding.place(
+        init_state(init_variables(model, config.seed), program.tx), program.state
+    )
     step, held = measure.compiled(program.step, program.state, program.batch)
     losses = []
     stop = np.zeros(1, np.int32)

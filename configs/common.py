@@ -163,10 +163,18 @@ def get_config() -> ml_collections.ConfigDict:
     loss.class_weights = config_dict.FieldReference((), field_type=object)
 
     config.optimizer = optimizer = ml_collections.ConfigDict()
+    # "sgd"; "adamw": decay beside Adam's means; "lars": SGD whose steps are in proportion to the
+    # norms of the parameters, for batches of thousands.
+    optimizer.name = "sgd"
     optimizer.lr = 0.01
-    optimizer.min_lr = 1e-4
-    optimizer.power = 0.9
-    optimizer.momentum = 0.9
+    optimizer.min_lr = 1e-4  # at the end of the run
+    optimizer.power = 0.9  # lr(step) = (lr - min_lr) * (1 - step / steps)^power + min_lr
+    optimizer.warmup_steps = 0  # the first ones, in which lr(step) rises linearly to this curve
+    optimizer.warmup_start = 1e-6  # from this share of it
+    # Above 0: the batch that lr, min_lr and model.memory.base_lr are for. All three are multiplied
+    # by train.batch_size / base_batch. 0: they are as given, whatever the batch.
+    optimizer.base_batch = 0
+    optimizer.momentum = 0.9  # for "adamw", Adam's first decay; its second is 0.999
     optimizer.weight_decay = 5e-4
     # Module -> (learning-rate factor, weight-decay factor), e.g. {"backbone": (0.1, 0.1)}. Also
     # patterns as in train.freeze; of several that fit a parameter, the longest counts.

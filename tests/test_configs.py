@@ -86,7 +86,7 @@ def test_config_describes_a_model(name):
     config = load(name)
     model = build_segmentor(config)
     check_evaluation(config.eval, model)
-    optimizer.sgd(config, optimizer.schedule_from_config(config, 10))
+    optimizer.from_config(config, optimizer.schedule_from_config(config, 10))
     assert config.train.batch_size % config.replica_groups == 0
     assert len(config.data.palette) in (0, len(config.data.class_names))
     assert len(config.augment.crop) == 2

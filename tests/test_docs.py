@@ -15,7 +15,7 @@ from memseg_jax.hlo import topologies
 ROOT = Path(__file__).resolve().parents[1]
 LAUNCH = ROOT / "docs" / "launch"
 SCRIPTS = sorted(LAUNCH.glob("*.sh"))
-PAGES = [ROOT / "docs" / "launch.md", ROOT / "docs" / "scaling.md"]
+PAGES = [ROOT / "docs" / f"{name}.md" for name in ("launch", "scaling", "large_batches")]
 TEXTS = [*PAGES, *sorted(LAUNCH.iterdir())]
 
 

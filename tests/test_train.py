@@ -39,7 +39,7 @@ def rows(workdir, column="loss"):
 def state_shapes():
     """The training state of the tiny config."""
     config = tiny.get_config()
-    tx = optimizer.sgd(config, optimizer.schedule_from_config(config, STEPS))
+    tx = optimizer.from_config(config, optimizer.schedule_from_config(config, STEPS))
     return abstract_state(build_segmentor(config), tx)
 
 
@@ -286,6 +286,13 @@ def test_another_data_set_is_refused(finished, capsys, tmp_path):
         config.data.root = str(root)
         assert open_split(config.data, "train").fingerprint() in error
     assert "the list of training images: fingerprint" in error
+
+
+def test_a_warmup_that_the_run_would_not_outlast_leaves_no_folder(capsys, tmp_path):
+    flags = (f"--config.data.root={tiny.data_root()}", "--workdir", tmp_path / "run")
+    assert tiny.run(*flags, f"--config.optimizer.warmup_steps={STEPS}") == 1
+    assert f"expected fewer than the run has steps, {STEPS} (" in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()
 
 
 # ---- The loop, without a real step --------------------------------------------------------------

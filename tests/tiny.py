@@ -135,7 +135,7 @@ def save_random_model(
     """Writes a checkpoint whose model predicts all classes but `never`, in no sensible way."""
     config = config or get_config()
     model = segmentor.build_segmentor(config)
-    tx = optimizer.sgd(config, optimizer.schedule_from_config(config, 1))
+    tx = optimizer.from_config(config, optimizer.schedule_from_config(config, 1))
     state = init_state(random_variables(model, 3), tx)
     if never is not None:
         state.params["decoder_stage2"]["classifier"]["conv"]["bias"][never] = -1e4

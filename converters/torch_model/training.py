@@ -91,9 +91,16 @@ def build_optimizer(model: Segmentor, config: ml_collections.ConfigDict) -> torc
 
     Raises:
         UserError: the multipliers name a module that the model lacks, or parts of one;
-            or some parameters are to be frozen, which this training cannot do.
+            or some parameters are to be frozen, or the optimiser is another than SGD or has a
+            warm-up or a scaled learning rate, none of which this training can do.
     """
     o = config.optimizer
+    for field, only in (("name", "sgd"), ("warmup_steps", 0), ("base_batch", 0)):
+        if o[field] != only:
+            raise UserError(
+                f"config.optimizer.{field} is {o[field]!r}; expected {only!r}: the training in "
+                "PyTorch is that of the published models"
+            )
     if config.train.freeze:
         raise UserError(
             f"config.train.freeze is {config.train.freeze}; expected (): the training in PyTorch "

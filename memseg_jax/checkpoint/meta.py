@@ -55,6 +55,10 @@ _EARLIER = {
     "data.label_name": "",
     "data.val_share": 0.0,
     "train.freeze": [],
+    "optimizer.name": "sgd",
+    "optimizer.warmup_steps": 0,
+    "optimizer.warmup_start": 1e-6,
+    "optimizer.base_batch": 0,
 }
 _PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy")
 

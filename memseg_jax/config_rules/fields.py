@@ -149,9 +149,13 @@ RULES = {
             Choice(("balanced",)),
         )
     ),
+    "optimizer.name": Choice(("sgd", "adamw", "lars")),
     "optimizer.lr": Number(0, 1000, above=True, such_as=0.01),
     "optimizer.min_lr": Number(0, 1000),
     "optimizer.power": Number(0, 100),
+    "optimizer.warmup_steps": _COUNT_OR_NONE,
+    "optimizer.warmup_start": _SHARE,
+    "optimizer.base_batch": Whole(0, 2**16),
     "optimizer.momentum": Number(0, 1, below=True, such_as=0.9),
     "optimizer.weight_decay": _SHARE,
     "optimizer.multipliers": Table(

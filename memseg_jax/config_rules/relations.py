@@ -116,6 +116,20 @@ def _share_of_a_row(config: Any) -> Iterator[UserError]:
         )
 
 
+def _memory_that_moves(config: Any) -> Iterator[UserError]:
+    memory, optimizer = config.model.memory, config.optimizer
+    # Adam's learning rates are hundreds of times below SGD's, for which base_lr is made.
+    if optimizer.name == "adamw" and memory.enabled and memory.base_lr > 10 * optimizer.lr:
+        yield refusal(
+            "config.model.memory.base_lr",
+            memory.base_lr,
+            f"at most {10 * optimizer.lr:g} at config.optimizer.lr = {optimizer.lr:g}, or 0 for a "
+            "fixed share: an update replaces momentum / base_lr * lr of a memory row, which would "
+            f"never be above {memory.momentum / memory.base_lr * optimizer.lr:g}",
+            f"The usual base_lr is lr: {optimizer.lr:g}",
+        )
+
+
 def _equal_parts(config: Any) -> Iterator[UserError]:
     batch_size, groups, parts = (
         config.train.batch_size,
@@ -292,6 +306,7 @@ RELATIONS = (
     _ordered,
     _windows_without_gaps,
     _share_of_a_row,
+    _memory_that_moves,
     _equal_parts,
     _groups_of_equal_size,
     _evaluations_to_stop_by,

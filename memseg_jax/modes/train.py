@@ -85,13 +85,14 @@ def _run(
     model = build_segmentor(config)
     sharding_rules.check(config, mesh, model.coarsest_stride)
     optimizer.check_names(config, abstract_variables(model)["params"])
+    epoch_steps = steps_per_epoch(len(train_source), batch_size, config.replica_groups)
+    total_steps = train.epochs * epoch_steps
+    optimizer.check_warmup(config, total_steps)
     evaluator = Evaluator(config, model, eval_source)
     folder = checkpoint.prepare_workdir(workdir)  # not before: a wrong config leaves no folder
     check_processes_agree(config, fingerprint, folder)
     lock = stack.enter_context(RunLock(folder, config.checkpoint.lock_minutes))
     stack.enter_context(LogFile(folder))
-    epoch_steps = steps_per_epoch(len(train_source), batch_size, config.replica_groups)
-    total_steps = train.epochs * epoch_steps
     log.info(
         "%d training images, %d evaluation images, %d classes; %d epochs of %d steps",
         len(train_source),
@@ -100,6 +101,15 @@ def _run(
         train.epochs,
         epoch_steps,
     )
+    if config.optimizer.base_batch:
+        scale = optimizer.linear_scale(config)
+        log.info(
+            "all learning rates times %g (batch %d, config.optimizer.base_batch %d): %g at most",
+            scale,
+            batch_size,
+            config.optimizer.base_batch,
+            scale * config.optimizer.lr,
+        )
 
     # ---- Optimiser and state --------------------------------------------------------------------
     watchdog.beat("counting the pixels of every class")

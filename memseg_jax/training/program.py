@@ -58,7 +58,7 @@ def training_program(
     """
     config = with_class_weights(config, class_weights)
     schedule = optimizer.schedule_from_config(config, config.train.epochs * epoch_steps)
-    tx = optimizer.sgd(config, schedule)
+    tx = optimizer.from_config(config, schedule)
     state = sharding.with_sharding(abstract_state(model, tx), mesh, config.sharding.weight_update)
     shares = sharding.shares_of(state.params, model.dtype)
     step = make_train_step(model, config, tx, schedule, epoch_steps, shares)

@@ -2,7 +2,7 @@
 
 The order inside matters: the forward pass reads the memory of the previous step; then the memory is
 updated from the features and the labels; then come the losses (the consistency loss sees the
-updated memory), the gradients, and SGD.
+updated memory), the gradients, and the optimiser.
 
 `Losses` has the pieces. They are put together twice: `whole_batch` is the step as one would write
 it down; `accumulate_gradients` gives the same losses and gradients from one part of the batch after
@@ -30,6 +30,7 @@ from memseg_jax.training.freezing import Frozen
 from memseg_jax.training.guards import FLAG, keep_finite
 from memseg_jax.training.losses import consistency_loss, cross_entropy, group_weights
 from memseg_jax.training.norm_groups import normalised_in_groups
+from memseg_jax.training.optimizer import linear_scale
 from memseg_jax.training.state import TrainState
 
 Batch = dict[str, jax.Array]
@@ -51,7 +52,7 @@ def make_train_step(
     Args:
         model: the segmentor.
         config: the whole config.
-        tx: the optimiser, from `optimizer.sgd`.
+        tx: the optimiser, from `optimizer.from_config`.
         schedule: learning rate by step; the memory's momentum follows it.
         steps_per_epoch: the consistency loss starts with an epoch.
         shares: of the parameters, where devices hold parts of them.
@@ -169,7 +170,8 @@ class Losses:
     ) -> tuple[jax.Array, jax.Array]:
         """Returns the new memory, and every replica group's own."""
         m = self.config.model.memory
-        return move_memory_groups(memory, sums, memory_momentum(lr, m.momentum, m.base_lr))
+        base_lr = m.base_lr * linear_scale(self.config)
+        return move_memory_groups(memory, sums, memory_momentum(lr, m.momentum, base_lr))
 
     def of_images(
         self,

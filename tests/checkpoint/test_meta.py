@@ -82,6 +82,17 @@ def test_checkpoints_from_before_there_was_a_precision():
     assert records.config_differences(meta["config"], config) == []
 
 
+def test_checkpoints_from_before_there_was_a_choice_of_optimisers():
+    config = common.get_config()
+    meta = make_meta(5, config)
+    for name in ("name", "warmup_steps", "warmup_start", "base_batch"):
+        del meta["config"]["optimizer"][name]
+    assert records.config_differences(meta["config"], config) == []
+    config.optimizer.name = "adamw"
+    (line,) = records.config_differences(meta["config"], config)
+    assert line == 'optimizer.name: "sgd" in the checkpoint, "adamw" now'
+
+
 def test_harmless_fields_exist():
     config = common.get_config()
     for field in records.HARMLESS_FIELDS:

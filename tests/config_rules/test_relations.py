@@ -69,6 +69,11 @@ def config_with(**fields):
             r"0.25, .* would be 2.25. The usual base_lr is lr: 0.25",
         ),
         (
+            {"optimizer__name": "adamw", "optimizer__lr": 6e-5, "optimizer__min_lr": 0.0},
+            r"config.model.memory.base_lr is 0.1; expected at most 0.0006 at config.optimizer.lr = "
+            r"6e-05, .* never be above 0.00054. The usual base_lr is lr: 6e-05",
+        ),
+        (
             {"replica_groups": 3},
             r"config.train.batch_size is 8; expected a multiple of config.replica_groups \* "
             r"config.train.accumulate = 3 \* 1. The nearest is 6 or 9",
@@ -180,6 +185,11 @@ def test_what_does_not_fit_is_refused(fields, message):
         {"optimizer__lr": 0.1 / 0.9},  # the whole of a row is replaced
         {"optimizer__lr": 0.25, "model__memory__base_lr": 0.0},
         {"optimizer__lr": 0.25, "model__memory__enabled": False},
+        {"optimizer__name": "adamw", "optimizer__lr": 0.01},
+        {"optimizer__name": "adamw", "optimizer__lr": 1e-3, "model__memory__base_lr": 0.0},
+        {"optimizer__name": "adamw", "optimizer__lr": 1e-3, "model__memory__enabled": False},
+        # Learning rate and base_lr grow by the same factor: the share of a row stays.
+        {"optimizer__base_batch": 1, "optimizer__warmup_steps": 5, "optimizer__name": "lars"},
         {"replica_groups": 4, "train__accumulate": 2},
         {"model__norm_group": 4, "train__accumulate": 2},
         {"sharding__fsdp": -1, "sharding__data": 2},

@@ -46,7 +46,7 @@ def weights(workdir):
     """The weights of the last checkpoint by path, and its step."""
     config = tiny.get_config()
     model = build_segmentor(config)
-    tx = optimizer.sgd(config, optimizer.schedule_from_config(config, 16))
+    tx = optimizer.from_config(config, optimizer.schedule_from_config(config, 16))
     with checkpoint.Checkpointer(workdir, 2) as checkpointer:
         state = checkpointer.restore(abstract_state(model, tx))[0]
     return names.flatten(state.variables), int(state.step)

@@ -80,10 +80,15 @@ def test_there_and_back_every_bit_is_the_same(tmp_path, config, tensors, suffix)
     assert found.keys() == odd.keys()
 
 
-def test_counters_of_a_trained_run_are_its_steps(tmp_path, config):
+def test_a_trained_run_has_its_steps_as_counters_and_no_optimiser(tmp_path, config):
+    with config.unlocked():
+        config = config.copy_and_resolve_references()
+    config.optimizer.name = "adamw"
     tiny.save_random_model(tmp_path / "run", config)  # at step 7
     out = orbax_to_torch.convert(tmp_path / "run", "last", tmp_path / "x.pth")
-    found = torch.load(out, weights_only=True)["model"]
+    file = torch.load(out, weights_only=True)
+    assert "optimizer" not in file
+    found = file["model"]
     counters = [value for key, value in found.items() if key.endswith("num_batches_tracked")]
     assert counters
     assert all(value == 7 and value.dtype == torch.int64 for value in counters)

@@ -150,7 +150,7 @@ def test_steps_equal_those_of_our_model(double_precision):
     model.load_state_dict(state_dict(variables, config))
 
     schedule = optimizer.schedule_from_config(config, config.train.epochs * steps_per_epoch)
-    tx = optimizer.sgd(config, schedule)
+    tx = optimizer.from_config(config, schedule)
     state = TrainState(step=np.int64(0), opt_state=tx.init(variables["params"]), **variables)
     step = fast_jit(make_train_step(ours, config, tx, schedule, steps_per_epoch))
     sgd = build_optimizer(model, config)
@@ -194,6 +194,19 @@ def test_the_training_in_pytorch_freezes_nothing():
     with torch.device("meta"):
         model = build_torch_model(config)
     with pytest.raises(UserError, match=r"config\.train\.freeze is \('backbone',\)"):
+        build_optimizer(model, config)
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [("name", "adamw"), ("name", "lars"), ("warmup_steps", 5), ("base_batch", 4)],
+)
+def test_the_training_in_pytorch_is_the_published_one(field, value):
+    config = training_config()
+    config.optimizer[field] = value
+    with torch.device("meta"):
+        model = build_torch_model(config)
+    with pytest.raises(UserError, match=rf"^config\.optimizer\.{field} is {value!r}; expected "):
         build_optimizer(model, config)
 
 

@@ -35,7 +35,7 @@ def step_result():
     variables = jax.tree.map(lambda x: x.astype(np.float64), random_variables(model, 0))
     model = model.clone(dtype=np.float64, backbone=ThreeConvolutions(np.float64))
     schedule = optimizer.schedule_from_config(config, 100)
-    tx = optimizer.sgd(config, schedule)
+    tx = optimizer.from_config(config, schedule)
     batch = random_batch(2, CROP, len(config.data.class_names))
     batch["image"] = batch["image"].astype(np.float64)
     step = fast_jit(make_train_step(model, config, tx, schedule, 10))

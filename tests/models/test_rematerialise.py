@@ -78,7 +78,7 @@ def test_a_step_has_the_same_numbers_():
             backbone = model.backbone.clone(dtype=jnp.float64)
             model = model.clone(dtype=jnp.float64, backbone=backbone)
             schedule = optimizer.schedule_from_config(config, 4)
-            tx = optimizer.sgd(config, schedule)
+            tx = optimizer.from_config(config, schedule)
             shapes = abstract_state(model, tx)
             filled = random_variables(model, 0) | {"step": np.int32(0)}
             state = shapes.replace(

@@ -157,15 +157,22 @@ def test_what_a_device_holds(double):
     assert all(x.is_fully_replicated for x in jax.tree.leaves((state.batch_stats, state.memory)))
 
 
+def test_adams_means_are_split_like_the_parameters(double):
+    state = sharding.shardings_of(initial(name="adamw"), mesh_of((1, 8)))
+    adam = state.opt_state[0]
+    assert adam.mu == adam.nu == state.params
+    assert not all(x.is_fully_replicated for x in jax.tree.leaves(adam.nu))
+
+
 # ---- The same numbers ---------------------------------------------------------------------------
 
 
 @functools.cache
-def compiled(layout, update="each"):
+def compiled(layout, update="each", name="sgd"):
     """Returns the mesh, the compiled step, and the shapes of the state."""
-    config, model, schedule, tx = build(groups=4)
+    config, model, schedule, tx = build(groups=4, name=name)
     mesh = mesh_of(layout)
-    state = sharding.with_sharding(initial(), mesh, update)
+    state = sharding.with_sharding(initial(name=name), mesh, update)
     shares = sharding.shares_of(state.params)
     step = sharding.jit_step(make_train_step(model, config, tx, schedule, 1, shares), state, mesh)
     shapes = {
@@ -175,18 +182,18 @@ def compiled(layout, update="each"):
     return mesh, step.lower(state, shapes).compile(compiler_options=FAST_COMPILE), state
 
 
-def steps(layout, update="each"):
-    mesh, step, shapes = compiled(layout, update)
-    state = sharding.place(initial(), shapes)
+def steps(layout, update="each", name="sgd"):
+    mesh, step, shapes = compiled(layout, update, name)
+    state = sharding.place(initial(name=name), shapes)
     for number in range(2):
         state, metrics = step(state, sharding.place_batch(batch(number), mesh))
     return state, metrics
 
 
-def assert_same_numbers(layout, update="each"):
+def assert_same_numbers(layout, update="each", name="sgd"):
     """Two steps, in double precision, equal those with the state replicated."""
-    _, _, shapes = compiled(layout, update)
-    expected, state = steps((8, 1)), steps(layout, update)
+    _, _, shapes = compiled(layout, update, name)
+    expected, state = steps((8, 1), name=name), steps(layout, update, name)
     pairs = zip(jax.tree.leaves(expected), jax.tree.leaves(state), strict=True)
     for a, b in pairs:
         np.testing.assert_allclose(a, b, rtol=1e-9, atol=1e-11)
@@ -212,6 +219,12 @@ def test_other_layouts_give_the_same_numbers(double, layout):
 @pytest.mark.parametrize("layout", [(8, 1, 1), (2, 2, 2)])
 def test_a_shared_update_gives_the_same_numbers(double, layout):
     assert_same_numbers(layout, "shared")
+
+
+@pytest.mark.slow
+def test_lars_gives_the_same_numbers(double):
+    """Its norms are over parameters that no device has as a whole."""
+    assert_same_numbers((2, 1, 4), "shared", "lars")
 
 
 def test_the_report_of_memory(double):

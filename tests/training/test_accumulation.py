@@ -67,7 +67,7 @@ def build(parts, groups=1, frozen=False, memory=True, weights=()):
         backbone=ThreeConvolutions(jnp.float64), dtype=jnp.float64
     )
     schedule = optimizer.schedule_from_config(config, 4)
-    tx = optimizer.sgd(config, schedule)
+    tx = optimizer.from_config(config, schedule)
     state = double(init_state(init_variables(model, 0), tx))
     if frozen:
         model = WithRunningStatistics(
@@ -206,7 +206,7 @@ def test_memory_falls_with_the_number_of_parts():
             backbone=ThreeConvolutions(jnp.float64), dtype=jnp.float64
         )
         schedule = optimizer.schedule_from_config(config, 4)
-        tx = optimizer.sgd(config, schedule)
+        tx = optimizer.from_config(config, schedule)
         arrays = {
             "image": jax.ShapeDtypeStruct((BATCH, 256, 256, 3), jnp.float32),
             "label": jax.ShapeDtypeStruct((BATCH, 256, 256), jnp.uint8),

@@ -103,7 +103,7 @@ def test_training_step_holds_neither_features_nor_logits_at_label_size():
     config.replica_groups = 2
     model = build_segmentor(config).clone(backbone=ThreeConvolutions())
     schedule = optimizer.schedule_from_config(config, 10)
-    tx = optimizer.sgd(config, schedule)
+    tx = optimizer.from_config(config, schedule)
     batch = {
         "image": array(BATCH, HEIGHT, WIDTH, 3),
         "label": array(BATCH, HEIGHT, WIDTH, dtype=jnp.uint8),

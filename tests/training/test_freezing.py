@@ -55,7 +55,7 @@ def build(patterns, parts=1):
     config.loss.consistency_from_epoch = 1
     model = build_segmentor(config).clone(backbone=ThreeConvolutions())
     schedule = optimizer.schedule_from_config(config, 4)
-    tx = optimizer.sgd(config, schedule)
+    tx = optimizer.from_config(config, schedule)
     state = init_state(random_variables(model, 0), tx)
     return make_train_step(model, config, tx, schedule, 1), state
 

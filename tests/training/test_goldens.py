@@ -131,7 +131,7 @@ def compare(name, steps):
     model = build_segmentor(config)
     model = model.clone(dtype=np.float64, backbone=model.backbone.clone(dtype=np.float64))
     schedule = optimizer.schedule_from_config(config, total_steps)
-    tx = optimizer.sgd(config, schedule)
+    tx = optimizer.from_config(config, schedule)
     variables = double(rule_variables(model))
     before = by_torch_key("params", variables["params"])
     state = TrainState(step=np.int64(0), opt_state=tx.init(variables["params"]), **variables)

@@ -124,7 +124,7 @@ def real_step(policy, accumulate):
     config.train.accumulate = accumulate
     model = small_model(config)
     schedule = optimizer.schedule_from_config(config, 16)
-    tx = optimizer.sgd(config, schedule)
+    tx = optimizer.from_config(config, schedule)
     return fast_jit(make_train_step(model, config, tx, schedule, 1), donate_argnums=0)
 
 
@@ -132,7 +132,7 @@ def real_step(policy, accumulate):
 def a_state():
     config = tiny.get_config()
     model = small_model(config)
-    tx = optimizer.sgd(config, optimizer.schedule_from_config(config, 16))
+    tx = optimizer.from_config(config, optimizer.schedule_from_config(config, 16))
     rng = np.random.default_rng(0)
     shapes = abstract_state(model, tx)
     filled = jax.tree.map(
@@ -410,11 +410,16 @@ def state_of(tx, step, updates):
 
 
 RATE = optax.linear_schedule(0.1, 0.0, 100)
-OPTIMISERS = {
-    "adamw": optax.adamw(RATE),
-    "sgd": optax.sgd(RATE, momentum=0.9),
-    "finite": optax.apply_if_finite(optax.adamw(RATE), 3),
-}
+
+
+def ours(name):
+    config = tiny.get_config()
+    config.optimizer.name = name
+    return optimizer.from_config(config, RATE)
+
+
+OPTIMISERS = {name: ours(name) for name in ("sgd", "adamw", "lars")}
+OPTIMISERS["finite"] = optax.apply_if_finite(optax.adamw(RATE), 3)
 
 
 @pytest.mark.parametrize("name", OPTIMISERS)

@@ -1,4 +1,4 @@
-"""The schedule against stored numbers, and SGD against PyTorch's rule written in NumPy."""
+"""Schedules against stored numbers, optimisers against PyTorch's and against their formulas."""
 
 import jax
 import jax.numpy as jnp
@@ -8,7 +8,12 @@ import pytest
 
 from configs import common
 from memseg_jax.errors import UserError
-from memseg_jax.training.optimizer import multiplier, poly_schedule, schedule_from_config, sgd
+from memseg_jax.training.optimizer import (
+    from_config,
+    multiplier,
+    poly_schedule,
+    schedule_from_config,
+)
 
 
 @pytest.mark.parametrize(
@@ -45,6 +50,47 @@ def test_schedule_of_a_config():
         assert float(schedule(step)) == pytest.approx(expected, rel=1e-6)
 
 
+def test_a_warmup_rises_to_the_curve_from_the_share_of_it():
+    """The recipe of MCIBI++'s Swin models: 1500 steps from 1e-6, then poly to 0 with power 1."""
+    config = common.get_config()
+    config.optimizer.update({"lr": 6e-5, "min_lr": 0.0, "power": 1.0, "warmup_steps": 1500})
+    schedule = schedule_from_config(config, 150_000)
+    by_hand = {
+        0: 6e-11,
+        1: 6e-5 * (1 - 1 / 150_000) * (1e-6 + (1 - 1e-6) / 1500),
+        750: 6e-5 * 0.995 * 0.5000005,
+        1500: 6e-5 * 0.99,
+        1501: 6e-5 * (1 - 1501 / 150_000),
+        75_000: 3e-5,
+        150_000: 0,
+    }
+    for step, expected in by_hand.items():
+        assert float(schedule(step)) == pytest.approx(expected, rel=1e-6, abs=1e-12), step
+    config.optimizer.warmup_steps = 0
+    without = schedule_from_config(config, 150_000)
+    assert all(float(schedule(step)) == float(without(step)) for step in (1500, 1501, 149_999))
+
+
+def test_rates_are_scaled_with_the_batch():
+    config = common.get_config()
+    config.optimizer.update({"lr": 0.02, "min_lr": 0.001, "base_batch": 16, "warmup_steps": 2})
+    config.optimizer.warmup_start = 0.25  # as in Goyal et al.: from the rate before the scaling
+    config.train.batch_size = 64
+    schedule = schedule_from_config(config, 10)
+    assert float(schedule(0)) == pytest.approx(0.02, rel=1e-6)
+    for step in range(2, 11):
+        expected = 4 * ((0.02 - 0.001) * (1 - step / 10) ** 0.9 + 0.001)
+        assert float(schedule(step)) == pytest.approx(expected, rel=1e-6)
+
+
+def test_a_warmup_as_long_as_the_run_is_refused():
+    config = common.get_config()
+    config.optimizer.warmup_steps = 10
+    schedule_from_config(config, 11)
+    with pytest.raises(UserError, match=r"warmup_steps is 10; expected fewer than .* steps, 10 "):
+        schedule_from_config(config, 10)
+
+
 # ---- SGD -------------------------------------------------------------------------------------
 
 
@@ -58,16 +104,16 @@ def draw_tree(seed):
     )
 
 
-def run(config, schedule, steps=6, zero_gradients=False):
+def run(config, schedule, steps=6, gradient_scale=1, dtype=np.float32):
     """Our parameters after every step, with gradients that depend on the step alone."""
-    tx = sgd(config, schedule)
-    params = draw_tree(0)
+    tx = from_config(config, schedule)
+    params = jax.tree.map(lambda x: x.astype(dtype), draw_tree(0))
     state = tx.init(params)
     history = []
     for step in range(steps):
-        gradients = draw_tree(100 + step)
-        if zero_gradients:
-            gradients = jax.tree.map(np.zeros_like, gradients)
+        gradients = jax.tree.map(
+            lambda g: (gradient_scale * g).astype(dtype), draw_tree(100 + step)
+        )
         updates, state = tx.update(gradients, state, params)
         params = optax.apply_updates(params, updates)
         history.append(params)
@@ -147,7 +193,7 @@ def test_learning_rate_stays_outside_the_momentum():
 
 def test_decay_applies_to_scales_and_biases_too():
     config = config_with(momentum=0.0)
-    after = run(config, lambda step: 0.5, steps=1, zero_gradients=True)[0]
+    after = run(config, lambda step: 0.5, steps=1, gradient_scale=0)[0]
     jax.tree.map(
         lambda a, b: np.testing.assert_allclose(a, (1 - 0.5 * 0.1) * b, rtol=1e-6),
         after,
@@ -195,8 +241,9 @@ def test_sgd_with_factors_for_a_part_of_a_module():
     assert_histories_equal(run(config, schedule)[-1:], [expected])
 
 
-def test_what_is_frozen_stays_and_the_rest_moves_as_before():
-    config = config_with()
+@pytest.mark.parametrize("name", ["sgd", "adamw", "lars"])
+def test_what_is_frozen_stays_and_the_rest_moves_as_before(name):
+    config = config_with(name=name)
     schedule = schedule_from_config(config, 6)
     expected = run(config, schedule)[-1]
     config.train.freeze = ("backbone/conv/kernel",)
@@ -211,11 +258,77 @@ def test_unknown_module_is_named():
         run(config, lambda step: 0.1, steps=1)
 
 
-def test_updates_keep_shapes_and_types():
-    config = config_with()
+@pytest.mark.parametrize("name", ["sgd", "adamw", "lars"])
+def test_updates_keep_shapes_and_types(name):
+    config = config_with(name=name)
     for leaf, before in zip(
         jax.tree.leaves(run(config, schedule_from_config(config, 6), steps=2)[-1]),
         jax.tree.leaves(draw_tree(0)),
     ):
         assert leaf.dtype == jnp.float32
         assert leaf.shape == before.shape
+
+
+# ---- Others ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["sgd", "adamw"])
+def test_the_same_as_pytorchs(double_precision, name):
+    """In double precision, with warm-up, factors by module and decay by name."""
+    torch = pytest.importorskip("torch")
+    factors = {"backbone": (0.1, 2.0), "backbone/*/bias": (1.0, 0.0), "context": (1.0, 0.0)}
+    config = config_with(factors, name=name, lr=0.02, warmup_steps=3, min_lr=0.0)
+    schedule = schedule_from_config(config, 6)
+
+    def tensors(seed):
+        leaves = jax.tree.leaves(draw_tree(seed))
+        return [torch.tensor(x, dtype=torch.float64, requires_grad=True) for x in leaves]
+
+    params, decay = tensors(0), config.optimizer.weight_decay
+    pairs = [(1.0, 0.0), (0.1, 2.0), (1.0, 0.0)]  # bias, kernel, scale
+    groups = [
+        {"params": [p], "factor": factor, "weight_decay": decay * of_decay}
+        for p, (factor, of_decay) in zip(params, pairs, strict=True)
+    ]
+    if name == "adamw":
+        theirs = torch.optim.AdamW(groups, betas=(0.9, 0.999), eps=1e-8)
+    else:
+        theirs = torch.optim.SGD(groups, momentum=0.9)
+    ours = run(config, schedule, dtype=np.float64)
+    for step in range(6):
+        for group, gradient in zip(theirs.param_groups, tensors(100 + step), strict=True):
+            group["lr"] = group["factor"] * float(schedule(step))
+            group["params"][0].grad = gradient.detach()
+        theirs.step()
+        for a, b in zip(jax.tree.leaves(ours[step]), params, strict=True):
+            np.testing.assert_allclose(a, b.detach().numpy(), rtol=1e-12, atol=1e-14)
+
+
+def test_lars_is_its_formula(double_precision):
+    """Steps in proportion to the norm of the kernel; a bias and a scale move as with SGD."""
+    config = config_with({"backbone": (0.5, 2.0)}, name="lars", lr=20.0)
+    schedule = schedule_from_config(config, 6)
+    ours = run(config, schedule, dtype=np.float64)
+    params = [x.astype(np.float64) for x in jax.tree.leaves(draw_tree(0))]
+    velocity = [np.zeros_like(x) for x in params]
+    for step in range(6):
+        gradients = jax.tree.leaves(draw_tree(100 + step))
+        for k, (g, factor) in enumerate(zip(gradients, (0.5, 0.5, 1.0), strict=True)):
+            p, g, trust = params[k], g.astype(np.float64), 1.0
+            if p.ndim > 1:
+                g = g + 2.0 * 0.1 * p
+                trust = 0.001 * np.sqrt((p**2).sum()) / np.sqrt((g**2).sum())
+            velocity[k] = 0.9 * velocity[k] + float(schedule(step)) * factor * trust * g
+            params[k] = p - velocity[k]
+        for a, b in zip(jax.tree.leaves(ours[step]), params, strict=True):
+            np.testing.assert_allclose(a, b, rtol=1e-12)
+
+
+def test_lars_without_decay_does_not_depend_on_the_size_of_gradients():
+    config = config_with(name="lars", weight_decay=0.0)
+    one, other = (
+        run(config, lambda step: 2.0, steps=2, gradient_scale=scale)[-1] for scale in (1, 1e-3)
+    )
+    one, other = (tree["backbone"]["conv"]["kernel"] for tree in (one, other))
+    np.testing.assert_allclose(one, other, rtol=1e-5)
+    assert np.abs(one - draw_tree(0)["backbone"]["conv"]["kernel"]).max() > 1e-3

@@ -38,7 +38,7 @@ def build(dtype, accumulate=1, backbone="resnet18", width=0.125):
     config.loss.consistency_from_epoch = 1
     model = build_segmentor(config)
     schedule = optimizer.schedule_from_config(config, 100)
-    tx = optimizer.sgd(config, schedule)
+    tx = optimizer.from_config(config, schedule)
     return model, tx, make_train_step(model, config, tx, schedule, 1)
 
 

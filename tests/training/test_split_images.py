@@ -46,7 +46,7 @@ def setting(backbone, accumulate):
     model = build_segmentor(config)
     model = model.clone(dtype=np.float64, backbone=model.backbone.clone(dtype=np.float64))
     schedule = optimizer.schedule_from_config(config, STEPS + 1)
-    tx = optimizer.sgd(config, schedule)
+    tx = optimizer.from_config(config, schedule)
     variables = jax.tree.map(lambda x: x.astype(np.float64), random_variables(model, 0))
     state = TrainState(step=np.int64(0), opt_state=tx.init(variables["params"]), **variables)
     return config, state, functools.partial(make_train_step, model, config, tx, schedule, 1)

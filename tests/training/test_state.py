@@ -8,7 +8,7 @@ import pytest
 
 from converters import names
 from memseg_jax.models.segmentor import build_segmentor
-from memseg_jax.training.optimizer import schedule_from_config, sgd
+from memseg_jax.training.optimizer import from_config, schedule_from_config
 from memseg_jax.training.state import abstract_state, abstract_variables, init_array, init_state
 from memseg_jax.training.state import init_variables as fresh_variables
 from tests.small_models import small_config
@@ -109,7 +109,7 @@ def test_unknown_kind_of_variable():
 
 def test_fresh_state_has_the_abstract_shapes():
     config = small_config()
-    tx = sgd(config, schedule_from_config(config, 10))
+    tx = from_config(config, schedule_from_config(config, 10))
     state, abstract = init_state(fresh_variables(model(), 0), tx), abstract_state(model(), tx)
     assert jax.tree.structure(state) == jax.tree.structure(abstract)
     for value, shape in zip(jax.tree.leaves(state), jax.tree.leaves(abstract)):

@@ -40,22 +40,23 @@ def batch(number):
 
 
 @functools.cache
-def build(groups=1, dropout=0.0, memory=True):
+def build(groups=1, dropout=0.0, memory=True, name="sgd"):
     """Returns config, model, schedule and optimiser. An epoch has one step."""
     config = tiny.get_config()
     config.replica_groups = groups
     config.model.dropout = dropout
     config.model.memory.enabled = memory
+    config.optimizer.name = name
     model = build_segmentor(config).clone(
         backbone=ThreeConvolutions(jnp.float64), dtype=jnp.float64
     )
     schedule = optimizer.schedule_from_config(config, STEPS + 1)
-    return config, model, schedule, optimizer.sgd(config, schedule)
+    return config, model, schedule, optimizer.from_config(config, schedule)
 
 
 @functools.cache
-def initial(memory=True):
-    _, model, _, tx = build(memory=memory)
+def initial(memory=True, name="sgd"):
+    _, model, _, tx = build(memory=memory, name=name)
     return double(init_state(init_variables(model, 0), tx))
 
 
