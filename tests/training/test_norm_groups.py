@@ -33,7 +33,7 @@ def build(norm_group, groups, parts=1, consistency=0.0, dtype=jnp.float64):
     config.model.dropout = 0.0
     model = build_segmentor(config).clone(backbone=ThreeConvolutions(dtype), dtype=dtype)
     schedule = optimizer.schedule_from_config(config, 4)
-    tx = optimizer.sgd(config, schedule)
+    tx = optimizer.from_config(config, schedule)
     return make_train_step(model, config, tx, schedule, 1), model, tx
 
 
