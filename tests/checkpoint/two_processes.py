@@ -126,10 +126,15 @@ def main(address, index, folder):
             checkpointer.save(placed(make_state(4, width=WIDTH)), make_meta(4))
             checkpointer.wait_until_finished()
         assert real(saved) == [1, 2, 3, 4]
+        distributed.wait_for_all("listed")  # or process 0 removes what process 1 still looks for
         once(shutil.rmtree, saved / checkpoint.FOLDER / "4")
         print(f"another list {shown}: step 3", flush=True)
     distributed.finish(0)
 
 
 if __name__ == "__main__":
-    main(*sys.argv[1:])
+    try:
+        main(*sys.argv[1:])
+    except BaseException as error:
+        distributed.failed(error)  # or the other process waits for this one
+        raise
