@@ -59,6 +59,8 @@ _EARLIER = {
     "optimizer.warmup_steps": 0,
     "optimizer.warmup_start": 1e-6,
     "optimizer.base_batch": 0,
+    "model.norm_group": 0,
+    "eval.rows": 1,
 }
 _PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy")
 
