@@ -93,7 +93,7 @@ def local_mesh(height: int = 1) -> Mesh:
             f"config.eval.rows is {height}, which the {count} device(s) of a process cannot be "
             f"arranged for; use {fitting}"
         )
-    return make_mesh(jax.local_devices(), {"data": count // height, "rows": height})
+    return make_mesh(jax.local_devices(), {"data": -1, "rows": height})
 
 
 def replicated(mesh: Mesh) -> NamedSharding:

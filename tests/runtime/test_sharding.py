@@ -286,4 +286,4 @@ def test_a_run_with_split_parameters_goes_on_with_others(
     assert tiny.run(*common, "--config.sharding.fsdp=2") == 0, capsys.readouterr().err
     assert "This run is complete (4 steps)" in capsys.readouterr().out
     assert tiny.run(*common, "--config.sharding.fsdp=3") == 1
-    assert "config.sharding is {'data': -1, 'fsdp': 3}" in capsys.readouterr().err
+    assert "config.sharding is {'data': -1, 'rows': 1, 'fsdp': 3}" in capsys.readouterr().err
