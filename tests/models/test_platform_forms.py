@@ -47,7 +47,8 @@ def on_cpu():
     return step_result()
 
 
-@pytest.mark.parametrize("platform", [pytest.param("gpu", marks=pytest.mark.slow), "tpu"])
+@pytest.mark.slow
+@pytest.mark.parametrize("platform", ["gpu", "tpu"])
 def test_a_training_step(platform, double_precision, forms_of):
     expected = on_cpu()
     forms = forms_of(platform)

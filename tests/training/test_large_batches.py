@@ -52,6 +52,7 @@ def advance(state, first, last):
     return state, metrics
 
 
+@pytest.mark.slow
 def test_a_run_goes_on_bit_for_bit(tmp_path):
     straight, metrics = advance(start()[1], 0, 3)
     assert [float(values["lr"]) for values in metrics] == pytest.approx(
