@@ -9,6 +9,8 @@ from jax import lax
 
 Array = jax.Array
 
+_POSITIONS = (-4, -3, -2)  # images of a group, height, width
+
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(4, 5))
 def normalise_batch(
@@ -20,8 +22,9 @@ def normalise_batch(
     float32, twice the memory and traffic of bfloat16.
 
     Args:
-        x: [groups, images, height, width, channels]. Where it is narrower than float32, the moments
-            take one pass; see `batch_moments`.
+        x: [groups, images, height, width, channels], or of one group [images, height, width,
+            channels]. Where it is narrower than float32, the moments take one pass; see
+            `batch_moments`.
         scale: [channels].
         bias: [channels].
         near: [channels], a guess of the means; see `batch_moments`.
@@ -30,7 +33,7 @@ def normalise_batch(
 
     Returns:
         The result like `x`; mean and biased variance of every group, at least float32
-        [groups, 1, 1, 1, channels], through which no gradient flows.
+        [groups, 1, 1, 1, channels] or [1, 1, 1, channels], through which no gradient flows.
     """
     return _forward(x, scale, bias, near, epsilon, dtype)[0]
 
@@ -57,12 +60,14 @@ def _backward(epsilon: float, dtype: Any, saved: tuple, cotangents: tuple) -> tu
     normalised = (x.astype(mean.dtype) - mean) * inverse
     # Both in one message between devices.
     bias_gradient, scale_gradient = (
-        jnp.sum(values, axis=(1, 2, 3), keepdims=True) for values in (dy, dy * normalised)
+        jnp.sum(values, axis=_POSITIONS, keepdims=True) for values in (dy, dy * normalised)
     )
-    count = x.size // (x.shape[0] * x.shape[-1])
+    count = x.size // mean.size
     dx = (scale * inverse) * (dy - (bias_gradient + normalised * scale_gradient) / count)
-    per_channel = (jnp.sum(g, axis=(0, 1, 2, 3)) for g in (scale_gradient, bias_gradient))
-    return dx.astype(x.dtype), *per_channel, jnp.zeros_like(mean[0, 0, 0, 0])
+    per_channel = (
+        jnp.sum(g.reshape(-1, len(scale)), axis=0) for g in (scale_gradient, bias_gradient)
+    )
+    return dx.astype(x.dtype), *per_channel, jnp.zeros_like(scale, mean.dtype)
 
 
 normalise_batch.defvjp(_forward, _backward)
@@ -78,17 +83,18 @@ def batch_moments(x: Array, near: Array, in_one_pass: bool) -> tuple[Array, Arra
     relative error is about 3e-7 * (1 + (distance / standard deviation)**2) in float32.
 
     Args:
-        x: [groups, images, height, width, channels], at least float32.
+        x: [groups, images, height, width, channels], or of one group [images, height, width,
+            channels]; at least float32.
         near: [channels], the best guess of the means that needs no message. No gradient flows
             into it.
         in_one_pass: whether to take one pass.
 
     Returns:
-        Two arrays [groups, 1, 1, 1, channels].
+        Two arrays [groups, 1, 1, 1, channels], or [1, 1, 1, channels].
     """
 
     def mean_of(x: Array) -> Array:
-        return jnp.mean(x, axis=(1, 2, 3), keepdims=True)
+        return jnp.mean(x, axis=_POSITIONS, keepdims=True)
 
     if in_one_pass:
         near = lax.stop_gradient(near)

@@ -187,7 +187,7 @@ class BatchNorm(nn.Module):
             wide = x.astype(jnp.promote_types(x.dtype, jnp.float32))
             factor = scale * lax.rsqrt(running_var.value + BATCH_NORM_EPSILON)
             return ((wide - running_mean.value) * factor + bias).astype(self.dtype)
-        grouped = x.reshape(groups, -1, *x.shape[1:])
+        grouped = x if groups == 1 else x.reshape(groups, -1, *x.shape[1:])
         y, mean, var = normalise_batch(
             grouped, scale, bias, running_mean.value, BATCH_NORM_EPSILON, self.dtype
         )
@@ -196,7 +196,7 @@ class BatchNorm(nn.Module):
             keep = BATCH_NORM_MOMENTUM**self.updates
             unbiased = var * (count / max(count - 1, 1))
             for running, new in ((running_mean, mean), (running_var, unbiased)):
-                average = jnp.mean(new, axis=(0, 1, 2, 3))
+                average = jnp.mean(new.reshape(-1, channels), axis=0)
                 running.value = keep * running.value + (1 - keep) * average
         return y.reshape(x.shape)
 
