@@ -107,9 +107,7 @@ def split_batch(mesh: Mesh) -> NamedSharding:
     For arrays [batch, height, ...] whose height is a multiple of the mesh's `rows`; of any height
     where that is 1.
     """
-    return (
-        split_images(mesh) if mesh.shape.get(rows.AXIS, 1) == 1 else NamedSharding(mesh, rows.MAPS)
-    )
+    return split_images(mesh) if row_parts(mesh) == 1 else NamedSharding(mesh, rows.MAPS)
 
 
 def split_images(mesh: Mesh) -> NamedSharding:
@@ -122,9 +120,14 @@ def split_devices(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, PartitionSpec(mesh.axis_names))
 
 
+def row_parts(mesh: Mesh) -> int:
+    """Over how many devices the rows of every image are split."""
+    return mesh.shape.get(rows.AXIS, 1)
+
+
 def batch_pieces(mesh: Mesh) -> int:
     """Into how many pieces the images of a batch are split."""
-    return mesh.size // mesh.shape.get(rows.AXIS, 1)
+    return mesh.size // row_parts(mesh)
 
 
 def piece_of_process(mesh: Mesh) -> tuple[int, int]:
@@ -133,7 +136,7 @@ def piece_of_process(mesh: Mesh) -> tuple[int, int]:
     Processes whose devices have rows of the same images read the same piece.
     """
     processes = jax.process_count()
-    sharing = max(mesh.shape.get(rows.AXIS, 1) * processes // mesh.size, 1)
+    sharing = max(row_parts(mesh) * processes // mesh.size, 1)
     return jax.process_index() // sharing, processes // sharing
 
 
@@ -205,7 +208,7 @@ def place_batch(batch: dict[str, np.ndarray], mesh: Mesh) -> dict[str, jax.Array
 
 def padded_height(height: int, mesh: Mesh) -> int:
     """The next height that can be split over the mesh's `rows`."""
-    return height + -height % mesh.shape.get(rows.AXIS, 1)
+    return height + -height % row_parts(mesh)
 
 
 def _pad_rows(x: np.ndarray, mesh: Mesh) -> np.ndarray:
@@ -315,13 +318,13 @@ def jit_step(step: Callable, state: Any, mesh: Mesh, height: int | None = None) 
         return step(state, batch | images)
 
     out = (jax.tree.map(lambda x: x.sharding, state), replicated(mesh))
-    function = step if mesh.shape.get(rows.AXIS, 1) == 1 else traced_by_rows(cut, mesh)
+    function = step if row_parts(mesh) == 1 else traced_by_rows(cut, mesh)
     return jax.jit(function, donate_argnums=0, out_shardings=out)
 
 
 def traced_by_rows(function: Callable, mesh: Mesh) -> Callable:
     """`function`, to be jitted, whose models know while they are traced how rows are split."""
-    if mesh.shape.get(rows.AXIS, 1) == 1:
+    if row_parts(mesh) == 1:
         return function
 
     def traced(*args: Any) -> Any:

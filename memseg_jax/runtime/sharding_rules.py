@@ -6,7 +6,7 @@ import ml_collections
 from jax.sharding import Mesh
 
 from memseg_jax.errors import UserError
-from memseg_jax.runtime import rows, sharding
+from memseg_jax.runtime import sharding
 
 
 def check(config: ml_collections.ConfigDict, mesh: Mesh, coarsest_stride: int) -> None:
@@ -45,7 +45,7 @@ def check_batch_size(
             the replica groups, times `accumulate`; or some device would have parts of groups beside
             whole ones.
     """
-    pieces, height = sharding.batch_pieces(mesh), mesh.shape.get(rows.AXIS, 1)
+    pieces, height = sharding.batch_pieces(mesh), sharding.row_parts(mesh)
     devices = "one device" if mesh.size == 1 else f"{mesh.size} devices"
     if height > 1:
         devices += f" (config.sharding.rows = {height}: {pieces} images at a time)"
@@ -81,7 +81,7 @@ def check_rows(height: int, stride: int, mesh: Mesh) -> None:
     Raises:
         UserError: some devices would have nothing of that map.
     """
-    count, most = mesh.shape.get(rows.AXIS, 1), -(-height // stride)
+    count, most = sharding.row_parts(mesh), -(-height // stride)
     if count > most:
         raise UserError(
             f"config.sharding.rows is {count}, but images of {height} rows have {most} rows on the "
