@@ -194,11 +194,16 @@ def reference_model(name):
 
 
 def forward_cases():
-    """Quick is that with the smallest images of every backbone but ViT, whose weights are many."""
+    """Quick is that with the smallest images of every backbone but ViT, whose weights are many.
+
+    In CI, a ViT has its training steps instead.
+    """
     seen = {"vitlarge"}
     for name in sorted(golden_files("forward"), key=pixels):
         backbone = pathlib.Path(name).stem.split("_")[0]
-        yield pytest.param(name, marks=[pytest.mark.slow] if backbone in seen else [], id=name)
+        marks = [pytest.mark.slow] if backbone in seen else []
+        marks += [pytest.mark.exhaustive] * (backbone == "vitlarge")
+        yield pytest.param(name, marks=marks, id=name)
         seen.add(backbone)
 
 

@@ -225,7 +225,7 @@ def stop_after_some_steps(workdir, *arguments, count=1, which=-1):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize("workers", [pytest.param(0, marks=pytest.mark.exhaustive), 2])
 def test_stopped_and_continued_is_the_run_that_never_stopped(alone, tmp_path, workers):
     workdir = tmp_path / "run"
     arguments = (f"--config.data.workers={workers}", "--config.checkpoint.every=1000")
