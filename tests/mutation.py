@@ -32,8 +32,8 @@ from pathlib import Path
 CHECKPOINT = ("checkpoint/test_checkpoint.py", "checkpoint/test_faults.py", "test_verify.py")
 TESTS = {
     "models/memory.py": ("models/test_memory.py", "models/test_memory_goldens.py"),
-    "training/losses.py": ("training/test_losses.py",),
-    "training/step.py": ("training/test_step.py",),
+    "training/losses.py": ("training/test_losses.py", "runtime/test_rows.py"),
+    "training/step.py": ("training/test_step.py", "training/test_accumulation.py"),
     "data/transforms.py": (
         "data/test_transforms.py",
         "data/test_augmentation_distributions.py",
