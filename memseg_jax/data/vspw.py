@@ -42,8 +42,8 @@ CLASS_NAMES = (
 # fmt: on
 # The data set has no colours of its own; these are those of its label files as PNGs usually are.
 PALETTE = tuple(official.voc_colour(k + 1) for k in range(len(CLASS_NAMES)))
-# Frames and videos by the data set's paper: with 28,887 and 387 of its test split, whose labels are
-# not public, 251,633 and 3,536 in all.
+# Frames and videos. With 28,887 and 387 of the test split they add up to what the paper has in all,
+# 251,633 and 3,536; they were not counted in the archive.
 SPLIT_SIZES = {"train": 198244, "val": 24502}
 EPOCH_SIZES = {"train": 2806, "val": 343}
 
