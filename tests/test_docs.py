@@ -15,7 +15,9 @@ from memseg_jax.hlo import topologies
 ROOT = Path(__file__).resolve().parents[1]
 LAUNCH = ROOT / "docs" / "launch"
 SCRIPTS = sorted(LAUNCH.glob("*.sh"))
-PAGES = [ROOT / "docs" / f"{name}.md" for name in ("launch", "scaling", "large_batches")]
+PAGES = [
+    ROOT / "docs" / f"{name}.md" for name in ("launch", "scaling", "large_batches", "data_sets")
+]
 TEXTS = [*PAGES, *sorted(LAUNCH.iterdir())]
 
 
