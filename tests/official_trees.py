@@ -1,7 +1,9 @@
 """Writes tiny data sets in the official layouts of the published ones."""
 
+import importlib
 from pathlib import Path
 
+import ml_collections
 import numpy as np
 import scipy.io
 from PIL import Image
@@ -26,14 +28,18 @@ SPLITS = {
     "voc": ("trainaug", "val"),
     "vspw": ("train", "val"),
 }
-# The recipe of each, as a module.
-RECIPES = dict.fromkeys(("ade20k", "cityscapes", "cocostuff10k", "lip"), "configs.{}_resnet50") | {
+_RECIPES = dict.fromkeys(("ade20k", "cityscapes", "cocostuff10k", "lip"), "configs.{}_resnet50") | {
     "pascalcontext59": "configs.plus.{}_upernet_resnet101",
     "voc": "configs.plus.{}_upernet_resnet50",
     "vspw": "configs.plus.{}_upernet_resnet50",
 }
 FRAMES = 2  # of a video of VSPW
 _CITIES = ("aachen", "zurich")
+
+
+def recipe_of(name: str) -> ml_collections.ConfigDict:
+    """The config of a recipe for a data set; `config.data.root` is empty."""
+    return importlib.import_module(_RECIPES[name].format(name)).get_config()
 
 
 def write_tree(
@@ -61,7 +67,7 @@ def write_tree(
     counts = dict.fromkeys(SPLITS[name], 2) if counts is None else counts
     for split, count in counts.items():
         for index in range(count):
-            seed = 1000 * SPLITS[name].index(split) + index
+            seed = 1000 * (*SPLITS[name], "train").index(split) + index
             image, label = _picture(seed, size, VALUES[name])
             _WRITERS[name](root, split, index, image, label, nested)
     if name == "cocostuff10k":

@@ -9,8 +9,9 @@ from PIL import Image
 from configs import common
 from memseg_jax import checkpoint, command_line, main
 from memseg_jax.data import IGNORE_LABEL, open_split
+from memseg_jax.data import official as official_data
 from memseg_jax.modes import init
-from tests import label_trees, tiny
+from tests import label_trees, official_trees, tiny
 from tests.label_trees import TREES
 from tests.tiny_config import CLASSES, COLOURS
 
@@ -130,6 +131,25 @@ def test_init_writes_the_classes_of_the_trees(made):
             open_split(data, split)[0]["label"], label_trees.picture(first)[1]
         )
     assert IGNORE_LABEL in open_split(data, "val")[0]["label"]
+
+
+@pytest.mark.parametrize("name", [n for n in official_trees.SPLITS if n != "lip"])
+def test_a_published_data_set_is_known_by_its_folders(name, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    expected = official_trees.recipe_of(name).data
+    splits = expected.train_split, expected.eval_split
+    if name in ("voc", "cityscapes"):  # whose recipes train on more than the download's split
+        splits = "train", "val"
+    official_trees.write_tree(name, tmp_path / "there", dict.fromkeys(splits, 2), nested=True)
+    assert run("--mode", "init", "--root", "there") == 0
+    shown = capsys.readouterr().out
+    title = official_data.data_set_at(tmp_path / "there")[1].DATA_SET.title
+    assert f"guessed  the folder is that of {title}, with" in shown
+    assert f"images   2 {splits[0]}, 2 {splits[1]}; 48 x 64 pixels" in shown
+    config = command_line.load_config("configs/there.py")
+    assert (config.data.name, config.data.train_split, config.data.eval_split) == (name, *splits)
+    assert config.data.class_names == expected.class_names
+    assert config.data.palette == expected.palette
 
 
 # ---- Refusals -----------------------------------------------------------------------------------

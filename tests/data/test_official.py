@@ -13,7 +13,7 @@ import pytest
 
 from memseg_jax.data import IGNORE_LABEL, official, open_split
 from memseg_jax.errors import UserError
-from tests.official_trees import RECIPES, SPLITS, VALUES, write_tree
+from tests.official_trees import SPLITS, VALUES, recipe_of, write_tree
 
 FACTS = json.loads((Path(__file__).parents[1] / "facts" / "data_sets.json").read_text())
 DATA_SETS = sorted(FACTS)
@@ -31,7 +31,7 @@ IMAGES = {
 
 
 def config_at(name, root):
-    config = importlib.import_module(RECIPES[name].format(name)).get_config()
+    config = recipe_of(name)
     config.data.root = str(root)
     return config.lock()
 

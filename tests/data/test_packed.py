@@ -18,12 +18,11 @@ from memseg_jax.errors import UserError
 from memseg_jax.modes import pack
 from tests import official_trees, tiny
 
-CONFIGS = {name: f"{name}_resnet50" for name in official_trees.SPLITS}
 REAL = Path(os.environ.get("MEMSEG_DATA", ""), "official_layouts")
 
 
 def official_data(name, root, **fields):
-    config = __import__(f"configs.{CONFIGS[name]}", fromlist=["get_config"]).get_config()
+    config = official_trees.recipe_of(name)
     config.data.root = str(root)
     config.data.update(fields)
     return config.data
