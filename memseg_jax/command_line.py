@@ -28,7 +28,7 @@ from memseg_jax.runtime.suggest import did_you_mean
 
 SHIPPED = Path(__file__).absolute().parents[1] / "configs"  # beside this package, also in a wheel
 CONFIG_HELP = "config file (required); FILE.py:ARG passes ARG to its get_config"
-_BASES = ("__init__", "common", "own_folder")  # what config files start from
+_BASES = ("__init__", "common", "own_folder", "recipe")  # what config files start from
 # name -> help of a flag that takes text, or (default, help); a bool as its default makes a switch.
 Flags = Mapping[str, str | tuple[Any, str]]
 
@@ -210,10 +210,11 @@ def _find_config(name: str) -> Path:
     if path.is_file():
         return path
     names = _config_names(path.parent)
-    if str(path.parent) in (".", "configs"):
-        if (SHIPPED / path.name).is_file():
-            return SHIPPED / path.name
-        names += _config_names(SHIPPED)
+    shipped = {".": SHIPPED, "configs": SHIPPED, "configs/plus": SHIPPED / "plus"}
+    if folder := shipped.get(path.parent.as_posix()):
+        if (folder / path.name).is_file():
+            return folder / path.name
+        names += _config_names(folder)
     hint = did_you_mean(path.stem, dict.fromkeys(names), f"{path.parent}/", ".py")
     raise UserError(f"there is no config file {name}. {hint}")
 
@@ -227,7 +228,9 @@ def _provide_configs(path: Path) -> None:
     Args:
         path: the config file.
     """
-    places = dict.fromkeys([path.absolute().parent.parent, Path.cwd(), SHIPPED.parent])
+    folders = path.absolute().parents
+    beside = next((folder for folder in folders[:2] if folder.name == "configs"), folders[0])
+    places = dict.fromkeys([beside.parent, Path.cwd(), SHIPPED.parent])
     for name in [name for name in sys.modules if name.split(".")[0] == "configs"]:
         del sys.modules[name]
     importlib.invalidate_caches()
@@ -243,7 +246,7 @@ def _config_names(folder: Path) -> list[str]:
 
 
 def _config_required() -> UserError:
-    names = _config_names(Path("configs")) or _config_names(SHIPPED)
+    names = _config_names(Path("configs")) or [*_config_names(SHIPPED), "plus/*"]
     found = ", ".join(f"configs/{name}.py" for name in names)
     return UserError(f"--config FILE is required. Config files: {found}")
 

@@ -74,6 +74,20 @@ def test_shipped_configs_are_found_anywhere(elsewhere, name):
     assert command_line.load_config(name).data.name == "shapes"
 
 
+def test_shipped_configs_of_a_folder(elsewhere):
+    config = command_line.load_config("configs/plus/ade20k_fcn_resnet50.py")
+    assert (config.data.name, config.model.context) == ("ade20k", "none")
+    with pytest.raises(UserError, match=r"Did you mean configs/plus/ade20k_fcn_resnet50\.py\?"):
+        command_line.load_config("configs/plus/ade20k_fnc_resnet50.py")
+    # Files of one's own there import what is beside them, and what is shipped.
+    (elsewhere / "mine" / "configs").mkdir(parents=True)
+    write(elsewhere / "mine" / "configs" / "seeds.py", "SEED = 9")
+    text = "from configs import seeds\nfrom configs.plus import voc_upernet_resnet50 as voc\n"
+    text += "def get_config():\n    config = voc.get_config()\n    config.seed = seeds.SEED\n"
+    file = write(elsewhere / "mine" / "configs" / "plus" / "voc.py", f"{text}    return config\n")
+    assert command_line.load_config(file).seed == 9
+
+
 def test_own_files_go_first(elsewhere):
     write(elsewhere / "configs" / "base.py", MINE)
     mine = "from configs import base, own_folder\ndef get_config(): return base.get_config()"

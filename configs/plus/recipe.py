@@ -7,8 +7,6 @@ import ml_collections
 
 from configs import common
 
-LEARNING_RATE_OF_SWIN = 6e-5
-
 
 def start(
     base: ml_collections.ConfigDict, context: str, fpn: bool = False
@@ -61,7 +59,7 @@ def set_swin(config: ml_collections.ConfigDict) -> None:
     config.model.drop_path = 0.3
     optimizer = config.optimizer
     optimizer.name = "adamw"
-    optimizer.lr = LEARNING_RATE_OF_SWIN
+    optimizer.lr = 6e-5
     optimizer.min_lr = 0.0
     optimizer.power = 1.0
     optimizer.weight_decay = 0.01
