@@ -13,7 +13,7 @@ from converters import names
 from converters.orbax_to_torch import state_dict
 from converters.taps import taps_of as our_taps_of
 from converters.torch_model import build_torch_model, taps_of
-from converters.torch_model.segmentor import DOWNSAMPLE_CALLS
+from converters.torch_model.mcibi import DOWNSAMPLE_CALLS
 from memseg_jax.errors import UserError
 from memseg_jax.models import hrnet, resnest, resnet, vit
 from memseg_jax.models.segmentor import build_segmentor
