@@ -6,6 +6,7 @@ import ml_collections
 import torch
 from torch import nn
 
+from converters.taps import PREDICTIONS
 from converters.torch_model.context import build_context
 from converters.torch_model.head import MemoryModule, decoder, upsampling_decoder
 from converters.torch_model.layers import conv_norm
@@ -38,7 +39,7 @@ class MCIBI(nn.Module):
     """Context within the image and a memory of features; the reference's state dict."""
 
     taps = TAPS
-    prediction = "stage2_logits"  # the tap of the final logits
+    prediction = PREDICTIONS["mcibi"]  # the tap of the final logits
 
     def __init__(
         self, backbone: nn.Module, num_classes: int, config: ml_collections.ConfigDict

@@ -6,6 +6,7 @@ import ml_collections
 import torch
 from torch import nn
 
+from converters.taps import PREDICTIONS
 from converters.torch_model import pyramid
 from converters.torch_model.context import build_context
 from converters.torch_model.head import SelfAttention, decoder
@@ -49,7 +50,7 @@ class MCIBIPlusPlus(nn.Module):
     """Backbone, context, memory of statistics, feature pyramid; the reference's state dict."""
 
     taps = TAPS
-    prediction = "cls_logits"  # the tap of the final logits
+    prediction = PREDICTIONS["mcibi_plus_plus"]  # the tap of the final logits
 
     def __init__(
         self, backbone: nn.Module, num_classes: int, config: ml_collections.ConfigDict

@@ -1,5 +1,6 @@
 """Swin transformers; see `memseg_jax.models.swin`. Inside, maps are [batch, h, w, channels]."""
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import nn
@@ -188,7 +189,7 @@ class Swin(nn.Module):
         stages = range(len(network.depths))
         self.channels = [network.embed_dim * 2**stage for stage in stages]
         self.patch_embed = PatchEmbed(network.embed_dim)
-        rates = iter(torch.linspace(0, network.drop_path, sum(network.depths)).tolist())
+        rates = iter(np.linspace(0, network.drop_path, sum(network.depths)).tolist())
         self.stages = nn.ModuleList()
         for stage, (channels, heads) in enumerate(zip(self.channels, network.heads)):
             blocks = [

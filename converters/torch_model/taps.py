@@ -60,9 +60,13 @@ def taps_of(model: nn.Module, images: torch.Tensor) -> dict[str, torch.Tensor]:
         transformer. Logits are those before any resize.
     """
     taps: dict[str, torch.Tensor] = {}
+    # A Swin's inner maps have their channels last.
+    as_tokens = _BACKBONES[Swin].values() if isinstance(model.backbone_net, Swin) else ()
 
     def record(name: str, value: torch.Tensor | list[torch.Tensor]) -> None:
         if isinstance(value, torch.Tensor):
+            if name in as_tokens:
+                value = value.flatten(1, 2)
             # Of several calls (memory slots) the first counts. The next layer may work in place.
             taps.setdefault(name, value.clone())
         else:
