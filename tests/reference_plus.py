@@ -29,23 +29,32 @@ def reference_config(tag: str):
     return importlib.import_module(module).get_config()
 
 
-def torch_model(tag: str) -> torch.nn.Module:
-    """The PyTorch model, without memory for its tensors."""
-    config = reference_config(tag)
+def torch_model(tag: str, config=None) -> torch.nn.Module:
+    """The PyTorch model, without memory for its tensors.
+
+    Args:
+        tag: of a reference model.
+        config: a changed `reference_config(tag)`.
+    """
+    config = config or reference_config(tag)
     with torch.device("meta"):
         if "swinreduced" in tag:
             return mcibi_plus_plus.build(torch_swin.Swin(REDUCED), config)
         return build_torch_model(config)
 
 
-def rule_model(tag: str) -> torch.nn.Module:
-    """The PyTorch model with the rule's weights."""
-    model = torch_model(tag)
+def rule_weights(model: torch.nn.Module) -> dict[str, torch.Tensor]:
+    """The rule's values for every tensor of a PyTorch model."""
     shapes = {key: tuple(value.shape) for key, value in model.state_dict().items()}
     buffers = names.index_buffers(shapes)
-    weights = {
+    return {
         key: torch.from_numpy(buffers[key] if key in buffers else rule_array(key, shape))
         for key, shape in shapes.items()
     }
-    model.load_state_dict(weights, assign=True)
+
+
+def rule_model(tag: str, config=None) -> torch.nn.Module:
+    """The PyTorch model with the rule's weights; see `torch_model`."""
+    model = torch_model(tag, config)
+    model.load_state_dict(rule_weights(model), assign=True)
     return model

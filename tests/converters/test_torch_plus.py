@@ -139,7 +139,7 @@ def test_two_steps_equal_the_reference(name):
     golden = load(name)
     config = reference_config(tag)
     config.model.dropout = config.model.drop_path = 0.0
-    model = rule_model(tag).double()
+    model = rule_model(tag, config).double()
     optimizer = build_optimizer(model, config)
     shape = SHAPES.get(tag, (2, 3, 64, 96))
     classes = len(config.data.class_names)
