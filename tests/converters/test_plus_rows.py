@@ -11,8 +11,8 @@ from memseg_jax import command_line
 from memseg_jax.command_line import load_config
 from memseg_jax.models.segmentor import build_segmentor
 from tests import tiny
-from tests.reference_plus import rule_weights
 from tests.small_models import FAST_COMPILE
+from tests.torch_models_plus import rule_weights
 
 ROWS = sorted(path.stem for path in (pathlib.Path(tiny.ROOT) / "configs" / "plus").glob("*_*.py"))
 # Each context, with and without a pyramid, and of the backbones those that compile quickly.

@@ -50,6 +50,9 @@ SMALL = {
     "no context": changed(memory_within_image_context=False, activation="leaky_relu"),
     "widths": changed(feature_dim=24, aspp_dim=8, aspp_dilations=(1, 3), auxiliary=False),
     "downsample": changed(downsample=2, auxiliary=False),
+    "pyramid pooling": changed(context="pyramid_pooling"),
+    "nothing but the memory": changed(context="none"),
+    "swintiny": changed(backbone="swintiny"),
     **{name: changed(backbone=name) for name in BACKBONES},
     "hrnet, downsample": changed(backbone="hrnetv2w48", downsample=2),
 }

@@ -24,7 +24,8 @@ from tests.goldens_plus import (
     rule_train_image,
     rule_train_label,
 )
-from tests.reference_plus import reference_config, rule_model, torch_model
+from tests.reference_models_plus import reference_config
+from tests.torch_models_plus import rule_model, torch_model
 
 UPDATES = [name for name in golden_files("memory") if "features_0" in load(name)]
 SHAPES = {"upernet_swinreduced_ade20k": (2, 3, 96, 128), "ppm_resnet50os8_lip": (4, 3, 64, 96)}

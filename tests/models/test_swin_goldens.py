@@ -4,23 +4,18 @@ import functools
 import pathlib
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from converters import names
-from memseg_jax.models.swin import Swin, build
+from memseg_jax.models.swin import build
 from tests.backbone_weights import abstract_of
 from tests.goldens import assert_taps, stored_taps
 from tests.goldens_plus import golden_files, load, rule_array, rule_image
+from tests.reference_models_plus import reduced_swin
 from tests.small_models import FAST_COMPILE
 
 TAPS = ("patch_embed", "stage0_block", "backbone.")
-
-
-def reduced(dtype=jnp.float32):
-    """The small network of the golden numbers."""
-    return Swin(48, (2, 2, 2, 2), (2, 4, 8, 16), 7, dtype=dtype)
 
 
 def cases():
@@ -32,7 +27,7 @@ def cases():
 
 @functools.lru_cache(maxsize=1)
 def reference_backbone(is_large):
-    backbone = build("swinlarge") if is_large else reduced()
+    backbone = build("swinlarge") if is_large else reduced_swin()
     filled = {}
     for path, leaf in names.flatten(abstract_of(backbone)).items():
         if path.startswith("params/backbone/"):
