@@ -12,9 +12,9 @@ import numpy as np
 import torch
 
 from benchmarks import measure
-from converters.torch_model import training
+from converters.torch_model import memory_update as torch_memory
 from memseg_jax import command_line
-from memseg_jax.models.memory import update_memory
+from memseg_jax.models.memory_update import update_memory
 from memseg_jax.training.program import random_batch
 
 FLAGS = {
@@ -48,14 +48,14 @@ def main(argv: Sequence[str]) -> int:
             torch.from_numpy(labels.astype(np.int64)).to(device),
         ]
         expected = theirs[0].clone()
-        training.update_memory(expected, *theirs[1:], MOMENTUM)
+        torch_memory.update_memory(expected, *theirs[1:], MOMENTUM)
         difference = np.abs(np.asarray(update(*arrays)) - expected.cpu().numpy()).max()
         facts["largest_difference"] = float(difference)
         print(f"largest difference between the two results: {difference:.2g}")
 
         @measure.finished
         def call() -> None:
-            training.update_memory(theirs[0].clone(), *theirs[1:], MOMENTUM)
+            torch_memory.update_memory(theirs[0].clone(), *theirs[1:], MOMENTUM)
 
         held = measure.array_bytes(theirs)
         candidates.append(measure.Candidate("PyTorch", call, held=held, on_torch=True))

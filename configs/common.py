@@ -123,7 +123,8 @@ def get_config() -> ml_collections.ConfigDict:
     model.context = "aspp"  # context within the image; or "pyramid_pooling", "none"
     # resnet18, resnet50, resnet101, resnest101, hrnetv2w48 (hrnetv2w48_relu: the reference's stem
     # since 2025), vitlarge (vitlarge_473: the COCO-Stuff model of 2021), vitbase; resnet18_v1b,
-    # resnet50_v1b, resnet101_v1b (torchvision's and timm's ResNets)
+    # resnet50_v1b, resnet101_v1b (torchvision's and timm's ResNets); swintiny, swinsmall, swinbase,
+    # swinlarge
     model.backbone = "resnet50"
     model.backbone_width = 1.0  # multiplies the backbone's channels; 1.0: as published
     model.downsample = 1  # 2: the backbone's map is halved first (HRNet on large crops)

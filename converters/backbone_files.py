@@ -1,7 +1,7 @@
 """ImageNet weights of backbones, from PyTorch files.
 
 They are those that the published models started from, and those of torchvision, timm and Hugging
-Face's transformers.
+Face's transformers. `swin_files` has what is different for Swin.
 """
 
 import collections
@@ -15,7 +15,7 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 
-from converters import names, recognise, torch_files
+from converters import names, recognise, swin_files, torch_files
 from converters.mismatch import mismatches
 from converters.torch_files import TorchFile
 from memseg_jax.errors import UserError
@@ -36,6 +36,7 @@ SOURCES = {
     "resnet50_v1b": _TORCHVISION + "resnet50-0676ba61.pth",
     "resnet101_v1b": _TORCHVISION + "resnet101-63fe2227.pth",
     "vitbase": _TIMM + "jx_vit_base_p16_384-83fb41ba.pth",
+    **swin_files.SOURCES,
 }
 
 _PREFIX = "backbone_net."
@@ -101,7 +102,8 @@ class Report:
         layout: in words, what the file is.
         taken: name in the file -> path of ours; three tensors that were joined have one name.
         dropped: name in the file -> reason.
-        left: paths of ours that keep their initial values: everything but the backbone.
+        left: paths of ours that keep their initial values: everything but the backbone, and the
+            normalisations of a Swin's maps, which are no part of a classification network.
         changes: what was done to values, in words.
     """
 
@@ -139,7 +141,8 @@ def read_backbone(
 
     Returns:
         {path: float32 array} for all tensors of the backbone, such as
-        "params/backbone/stem_0/conv/kernel" [3, 3, 3, 32], and what became of the others.
+        "params/backbone/stem_0/conv/kernel" [3, 3, 3, 32], and what became of the others. Of a
+        Swin, without the normalisations of its maps where the file has none, as those of ImageNet.
 
     Raises:
         UserError: the file cannot be read; a tensor is missing, unknown, of another shape or
@@ -155,9 +158,14 @@ def read_backbone(
     tensors, dropped = _split_off_segmentor(file.tensors)
     cause = _likely_cause(backbone, tensors)
     tensors, changes = _join_attention(tensors)
+    if official_swin := swin_files.is_official(tensors):
+        tensors = swin_files.as_official(tensors)
+        if not any(map(swin_files.is_of_segmentor, tensors)):
+            paths = {
+                name: path for name, path in paths.items() if not swin_files.is_of_segmentor(name)
+            }
     spelling = _spelling(tensors)
     paths = {_spelt(name, spelling): path for name, path in paths.items()}
-    table = next((name for name, path in paths.items() if path.endswith(_POSITIONS)), None)
     for name in tensors:
         if name not in paths and (reason := _reason_to_drop(name)):
             dropped[name] = reason
@@ -165,9 +173,12 @@ def read_backbone(
 
     wanted = {name: names.torch_shape(ours[path].shape) for name, path in paths.items()}
     shapes = {name: tensor.shape for name, tensor in found.items()}
-    resized = table in wanted and _can_be_resized(shapes.get(table, ()), wanted[table])
-    if resized:
-        shapes[table] = wanted[table]
+    resized = {
+        name
+        for name, path in paths.items()
+        if name in shapes and _can_be_resized(path, shapes[name], wanted[name])
+    }
+    shapes |= {name: wanted[name] for name in resized}
     if lines := mismatches(shapes, wanted):
         raise UserError(
             "\n".join([f"{file.path} does not fit config.model.backbone = {backbone!r}:", *lines])
@@ -178,14 +189,25 @@ def read_backbone(
     for dtype, count in types.items():
         if dtype != "float32":
             changes.append(f"{count} converted from {dtype}")
-    arrays = {}
+    if official_swin:
+        changes.append("channels of patch merging in another order")
+    arrays, windows = {}, collections.Counter()
     for name, path in paths.items():
-        array = _checked(file, name, found[name])
-        if name == table and resized:
+        tensor = found[name]
+        if official_swin:
+            tensor = swin_files.in_reference_order(name, tensor)
+        if name in resized and name.endswith(swin_files.TABLE):
+            sides = len(tensor), wanted[name][0]
+            windows[tuple((math.isqrt(side) + 1) // 2 for side in sides)] += 1
+            tensor = swin_files.resize_table(tensor, sides[1])
+        array = _checked(file, name, tensor)
+        if name in resized and path.endswith(_POSITIONS):
             side, grid = (math.isqrt(shape[1] - 1) for shape in (array.shape, wanted[name]))
             array = np.array(fit_positions(jnp.asarray(array), (grid, grid)))
             changes.append(f"positions resized from {side}x{side} to {grid}x{grid}")
         arrays[path] = array
+    for (old, new), count in windows.items():
+        changes.append(f"{count} tables of windows resized from {old}x{old} to {new}x{new}")
     taken = dict(paths)
     left = tuple(path for path in ours if path not in arrays)
     return arrays, Report(
@@ -238,6 +260,8 @@ def _spelling(tensors: Mapping[str, np.ndarray]) -> list[tuple[str, str]]:
     """Returns the table of names that a file follows; empty: the reference's names."""
     if _HUGGING_FACE_NAMES[0][1] in tensors:
         return _HUGGING_FACE_NAMES
+    if swin_files.is_official(tensors):
+        return swin_files.NAMES
     return _TIMM_NAMES if any(name.startswith("blocks.") for name in tensors) else []
 
 
@@ -254,18 +278,25 @@ def _reason_to_drop(name: str) -> str | None:
     """Why a tensor that the backbone does not have may be in its file; None: no reason known."""
     if name.rsplit(".", 1)[-1] == _COUNTER:
         return "counters of training steps"
+    if name.endswith(swin_files.DERIVED):
+        return "that follow from the size of windows and images"
     if name.startswith(_CLASSIFICATION):
         return "of the classification head"
     return None
 
 
-def _can_be_resized(shape: tuple[int, ...], wanted: tuple[int, ...]) -> bool:
-    """Whether `shape` is a class row and a square of positions that only differ in their number.
+def _can_be_resized(path: str, shape: tuple[int, ...], wanted: tuple[int, ...]) -> bool:
+    """Whether a table of positions is one of wanted shape for images or windows of another size.
 
     Args:
-        shape: [1, 1 + side * side, channels] in the file.
-        wanted: the same in the model.
+        path: of ours; only tables of positions can be resized.
+        shape: in the file; of a ViT [1, 1 + side * side, channels].
+        wanted: in the model.
     """
+    if path.endswith(swin_files.TABLE):
+        return swin_files.can_be_resized(shape, wanted)
+    if not path.endswith(_POSITIONS):
+        return False
     if len(shape) != 3 or (shape[0], shape[2]) != (wanted[0], wanted[2]) or shape == wanted:
         return False
     return shape[1] > 1 and math.isqrt(shape[1] - 1) ** 2 == shape[1] - 1

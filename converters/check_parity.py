@@ -124,7 +124,7 @@ def run_torch(
     with torch.inference_mode():
         found = torch_model.taps_of(model, torch.from_numpy(images))
         logits = torch.nn.functional.interpolate(
-            found["stage2_logits"], images.shape[2:], mode="bilinear", align_corners=False
+            found[model.prediction], images.shape[2:], mode="bilinear", align_corners=False
         )
         probabilities = torch.softmax(logits, dim=1).numpy()
     ordered = sorted(found.items(), key=lambda item: taps.flow_position(item[0]))
@@ -147,7 +147,8 @@ def run_jax(
     config.model.compute_dtype = compute_dtype
     config.model.precision = "highest"
     found = taps.taps_of(build_segmentor(config), variables, images)
-    return Outputs(found, _probabilities(found["stage2_logits"], images.shape[2:]))
+    prediction = found[taps.PREDICTIONS[config.model.method]]
+    return Outputs(found, _probabilities(prediction, images.shape[2:]))
 
 
 def _probabilities(logits: np.ndarray, size: tuple[int, ...]) -> np.ndarray:
@@ -298,7 +299,7 @@ def verdict(rows: Sequence[Row]) -> str:
     """One sentence."""
     first = first_exceeding(rows)
     if first is None:
-        logits = next(row for row in rows if row.name == "stage2_logits")
+        logits = next(row for row in rows if row.name in taps.PREDICTIONS.values())
         return (
             f"Parity holds: all {len(rows)} values are within their tolerances; the logits differ "
             f"by at most {logits.relative:.1e} of their standard deviation."
@@ -355,7 +356,7 @@ def check(
         UserError: the file does not fit the config.
     """
     variables, conversion = torch_to_orbax.to_variables(file, build_segmentor(config), config)
-    used = conversion.taken.keys() | conversion.kept_beside.keys()
+    used = {*conversion.taken, *conversion.kept_beside, *conversion.derived}
     tensors = {key: array for key, array in file.tensors.items() if key in used}
     with _timed("PyTorch"):
         reference = run_torch(config, tensors, images)

@@ -56,12 +56,16 @@ def state_dict(
     with torch.device("meta"):  # names, shapes and order; no memory
         wanted = build_torch_model(config).state_dict()
     flat = names.flatten(dict(variables))
-    paths = {key: path for path, key in names.torch_keys(dict(variables)).items()}
+    keys = names.torch_keys(dict(variables), config.model.method)
+    paths = {key: path for path, key in keys.items()}
+    buffers = names.index_buffers({key: tensor.shape for key, tensor in wanted.items()})
     tensors = OrderedDict()
     for key, like in wanted.items():
         if key in paths:
-            value = names.to_torch_layout(np.asarray(flat[paths[key]]))
+            value = names.to_torch_layout(np.asarray(flat[paths[key]]), key)
             tensors[key] = torch.from_numpy(np.array(value, order="C"))
+        elif key in buffers:
+            tensors[key] = torch.from_numpy(buffers[key])
         else:
             count = counters if isinstance(counters, int) else counters.get(key, 0)
             tensors[key] = torch.tensor(count, dtype=like.dtype)

@@ -1,17 +1,34 @@
 """Tells from names and shapes what a PyTorch file is: for messages, never to decide silently."""
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 
 import ml_collections
+import numpy as np
 
 from converters.torch_files import TorchFile
 
-_DATA_SETS = {150: "ADE20K", 19: "Cityscapes", 182: "COCO-Stuff-10k", 20: "LIP"}
-_CLASSIFIER = "decoder_stage2.4.weight"
+_DATA_SETS = {
+    150: "ADE20K",
+    19: "Cityscapes",
+    182: "COCO-Stuff-10k",
+    20: "LIP",
+    21: "PASCAL VOC",
+    59: "PASCAL-Context",
+    124: "VSPW",
+}
+_CLASSIFIERS = {"mcibi": "decoder_stage2.4.weight", "mcibi_plus_plus": "decoder_cls.conv2.weight"}
 _TABLE = "backbone_net.pos_embed"
 _PREFIX = "backbone_net."
 _HUGGING_FACE_TABLES = ("embeddings.position_embeddings", "vit.embeddings.position_embeddings")
+_SWIN_WIDTH = ("stages.0.blocks.0.norm1.bias", "layers.0.blocks.0.norm1.bias")
+# By whether the third stage has 18 blocks, and the channels of the first one.
+_SWINS = {
+    (False, 96): "swintiny",
+    (True, 96): "swinsmall",
+    (True, 128): "swinbase",
+    (True, 192): "swinlarge",
+}
 _VIT_BLOCK = re.compile(r"\b(?:layers|blocks|layer)\.(\d+)\.")
 
 
@@ -23,17 +40,20 @@ def file_kind(backbone: str) -> str:
     return re.sub(r"_(relu|\d+)$", "", backbone)
 
 
-def backbone_of(names: Iterable[str]) -> str | None:
-    """Returns our name of the backbone that has tensors of these names, None if none has.
+def backbone_of(tensors: Mapping[str, np.ndarray]) -> str | None:
+    """Returns our name of the backbone that has these tensors, None if none has.
 
     Args:
-        names: as in the PyTorch reference, without "backbone_net."; of a ViT also as in timm or
-            Hugging Face's transformers.
+        tensors: by their names in the PyTorch reference, without "backbone_net."; of a ViT also as
+            in timm or Hugging Face's transformers, of a Swin as in the official files.
 
     Returns:
         A name such as `file_kind` returns.
     """
-    names = set(names)
+    names = set(tensors)
+    if swin := next((name for name in _SWIN_WIDTH if name in names), None):
+        deep = any(re.match(r"(stages|layers)\.2\.blocks\.17\.", name) for name in names)
+        return _SWINS.get((deep, *tensors[swin].shape))
     if names >= {"cls_token", "pos_embed"} or not names.isdisjoint(_HUGGING_FACE_TABLES):
         blocks = {m[1] for name in names if (m := _VIT_BLOCK.search(name))}
         return "vitbase" if len(blocks) == 12 else "vitlarge"
@@ -71,17 +91,27 @@ def likely_cause(
             f"The file seems to hold a {alone} alone: for training from it, give "
             f"--config.init.backbone={file.path}"
         )
-    other = backbone_of(name.removeprefix(_PREFIX) for name in found if name.startswith(_PREFIX))
-    if other is None or _CLASSIFIER not in found:
+    inside = {
+        name.removeprefix(_PREFIX): x for name, x in found.items() if name.startswith(_PREFIX)
+    }
+    other = backbone_of(inside)
+    method = next((name for name, key in _CLASSIFIERS.items() if key in found), None)
+    if other is None or method is None:
         return "These are not the names of a segmentor with memory of the PyTorch reference."
     if file_kind(backbone) != other:
         return f"The likely cause: the file has the backbone {other}, the config has {backbone}."
-    classes = found[_CLASSIFIER].shape[0]
-    if classes != wanted[_CLASSIFIER][0]:
+    if method != config.model.method:
+        return (
+            f"The likely cause: the model in the file is of config.model.method = {method!r}, the "
+            f"config's is {config.model.method!r}."
+        )
+    classifier = _CLASSIFIERS[method]
+    classes = found[classifier].shape[0]
+    if classes != wanted[classifier][0]:
         of = f" as {_DATA_SETS[classes]} has" if classes in _DATA_SETS else ""
         return (
             f"The likely cause: the file is for {classes} classes{of}, the config for "
-            f"{wanted[_CLASSIFIER][0]}. Take the config of that data set."
+            f"{wanted[classifier][0]}. Take the config of that data set."
         )
     if _TABLE in wanted and found[_TABLE].shape != wanted[_TABLE]:
         return (

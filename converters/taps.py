@@ -13,7 +13,7 @@ from memseg_jax.models.segmentor import Segmentor
 FLOW = (
     r"stem|stem_bn1|patch_embed",
     r"maxpool|tokens_plus_pos",
-    r"layer0|layer1|layer1_block0",
+    r"layer0|layer1|layer1_block0|stage0_block\d",
     r"stage2\.\d",
     r"stage3\.\d",
     r"stage4\.\d",
@@ -24,17 +24,23 @@ FLOW = (
     r"downsample_backbone",
     r"aspp_branch\.\d",
     r"aspp_global",
-    r"aspp",
+    r"aspp|context",
+    r"cwi_logits",
     r"aux_logits(\.\d)?",
     r"memory_input",
-    r"stage1_logits",
+    r"stage1_logits|pr_logits",
     r"selected_memory",
     r"selfatt_memory",
     r"memory_bottleneck",
     r"selfatt_ms",
     r"memory_output",
-    r"stage2_logits",
+    r"selfatt_context",
+    r"lateral\.\d",
+    r"fpn\.\d",
+    r"stage2_logits|cls_logits",
 )
+# Of each method, the tap of the final prediction.
+PREDICTIONS = {"mcibi": "stage2_logits", "mcibi_plus_plus": "cls_logits"}
 
 COMPILER_OPTIONS: dict[str, Any] = {}  # XLA's defaults; tests take less time to compile
 
@@ -66,7 +72,7 @@ def taps_of(model: Segmentor, variables: dict[str, Any], images: np.ndarray) -> 
         images: normalised images [batch, 3, height, width].
 
     Returns:
-        {name: float32 array, [batch, channels, height, width]; ViT tokens [batch, token, channel]}.
+        {name: float32 array, [batch, channels, height, width]; tokens [batch, token, channel]}.
     """
     forward = jax.jit(_forward, static_argnums=0, compiler_options=COMPILER_OPTIONS)
     taps = names.flatten(forward(model, variables, images.transpose(0, 2, 3, 1)))

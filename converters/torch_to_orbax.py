@@ -47,17 +47,20 @@ class Conversion:
         taken: name in the file -> path of ours.
         kept_beside: counters, which no number depends on: kept as plain values.
         dropped: name in the file -> reason.
+        derived: buffers that follow from the shapes of others, and are what they should be.
     """
 
     taken: dict[str, str]
     kept_beside: dict[str, int]
     dropped: dict[str, str]
+    derived: tuple[str, ...] = ()
 
     def summary(self) -> str:
         """One line of counts."""
+        derived = f"{len(self.derived)} that follow from others, " if self.derived else ""
         return (
             f"{len(self.taken)} tensors taken, {len(self.kept_beside)} counters kept beside them, "
-            f"{len(self.dropped)} dropped, none left at initialisation"
+            f"{derived}{len(self.dropped)} dropped, none left at initialisation"
         )
 
 
@@ -83,9 +86,12 @@ def to_variables(
         raise UserError(
             "config.model.memory.enabled is False: the PyTorch models all have the memory"
         )
-    keys = names.torch_keys(names.unflatten(abstract))
-    wanted = {keys[path]: names.torch_shape(leaf.shape) for path, leaf in abstract.items()}
+    keys = names.torch_keys(names.unflatten(abstract), config.model.method)
+    wanted = {
+        keys[path]: names.torch_shape(leaf.shape, keys[path]) for path, leaf in abstract.items()
+    }
     counters = set(names.counter_keys(wanted))
+    buffers = names.index_buffers(wanted)
     found = dict(file.tensors)
     beside = {key: int(found.pop(key)) for key in counters & found.keys() if found[key].ndim == 0}
     dropped = {}
@@ -94,11 +100,13 @@ def to_variables(
         if heads and model.backbone.auxiliary_levels:
             dropped = dict.fromkeys(heads, "config.model.auxiliary is False")
     found = {key: value for key, value in found.items() if key not in dropped}
-    _check_names_and_shapes(file, config, found, wanted)
+    shapes = {key: buffer.shape for key, buffer in buffers.items()}
+    _check_names_and_shapes(file, config, found, wanted | shapes)
+    _check_buffers(file, {key: found.pop(key) for key in buffers}, buffers)
     _check_values(file, found)
-    variables = {path: names.from_torch_layout(found[key]) for path, key in keys.items()}
+    variables = {path: names.from_torch_layout(found[key], key) for path, key in keys.items()}
     taken = {key: path for path, key in keys.items()}
-    return names.unflatten(variables), Conversion(taken, beside, dropped)
+    return names.unflatten(variables), Conversion(taken, beside, dropped, tuple(buffers))
 
 
 def convert(
@@ -169,6 +177,7 @@ def report(file: TorchFile, conversion: Conversion) -> str:
         "",
         *(f"taken    {key} -> {path}" for key, path in conversion.taken.items()),
         *(f"beside   {key} = {value}" for key, value in conversion.kept_beside.items()),
+        *(f"derived  {key}" for key in conversion.derived),
         *(f"dropped  {key}: {reason}" for key, reason in conversion.dropped.items()),
     ]
     return "\n".join(lines) + "\n"
@@ -185,6 +194,18 @@ def _check_names_and_shapes(
     if lines:
         cause = recognise.likely_cause(file, config, wanted)
         raise UserError("\n".join([f"{file.path} does not fit the config:", *lines, cause]))
+
+
+def _check_buffers(
+    file: TorchFile, found: Mapping[str, np.ndarray], wanted: Mapping[str, np.ndarray]
+) -> None:
+    for key, buffer in wanted.items():
+        if found[key].dtype != buffer.dtype or not np.array_equal(found[key], buffer):
+            raise UserError(
+                f"{file.path}: {key} ({found[key].dtype}) is not what it is in the PyTorch "
+                "reference, where it says which entry of the table beside it belongs to which pair "
+                "of positions. The model in the file is another one."
+            )
 
 
 def _check_values(file: TorchFile, found: Mapping[str, np.ndarray]) -> None:

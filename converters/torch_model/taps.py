@@ -5,28 +5,11 @@ from torch import nn
 
 from converters.torch_model.hrnet import HRNet
 from converters.torch_model.resnet import ResNet
-from converters.torch_model.segmentor import Segmentor
+from converters.torch_model.swin import Swin
 from converters.torch_model.vit import ViT
 
-# Module -> name of its result. A result (or a module) that is a list gives one tap per entry.
-_HEAD = {
-    "backbone_net": "backbone",
-    "norm_layers": "norm_layers",
-    "downsample_backbone": "downsample_backbone",
-    "context_within_image_module": "aspp",
-    "context_within_image_module.parallel_branches": "aspp_branch",
-    "context_within_image_module.global_branch": "aspp_global",
-    "bottleneck": "memory_input",
-    "decoder_stage1": "stage1_logits",
-    "memory_module.selected": "selected_memory",
-    "memory_module.self_attention": "selfatt_memory",
-    "memory_module.fuse_memory_conv": "selfatt_memory",
-    "memory_module.bottleneck": "memory_bottleneck",
-    "memory_module.self_attention_ms": "selfatt_ms",
-    "memory_module": "memory_output",
-    "decoder_stage2": "stage2_logits",
-    "auxiliary_decoder": "aux_logits",
-}
+# Module of a backbone -> name of its result. A result (or a module) that is a list gives one tap
+# per entry. The other modules are in `taps` of the model.
 _BACKBONES = {
     ResNet: {
         "stem": "stem",
@@ -42,13 +25,18 @@ _BACKBONES = {
         "stage4": "stage4",
     },
     ViT: {"patch_embed": "patch_embed", "embedded": "tokens_plus_pos", "layers.0": "layer0"},
+    Swin: {
+        "patch_embed": "patch_embed",
+        "stages.0.blocks.0": "stage0_block0",
+        "stages.0.blocks.1": "stage0_block1",
+    },
 }
 
 
-def _tapped_modules(model: Segmentor) -> dict[str, nn.Module]:
+def _tapped_modules(model: nn.Module) -> dict[str, nn.Module]:
     """Returns {name of the tap: module}."""
     table = next(t for kind, t in _BACKBONES.items() if isinstance(model.backbone_net, kind))
-    table = {f"backbone_net.{path}": name for path, name in table.items()} | _HEAD
+    table = {f"backbone_net.{path}": name for path, name in table.items()} | model.taps
     tapped = {}
     for path, module in model.named_modules():
         name = table.get(path)
@@ -60,7 +48,7 @@ def _tapped_modules(model: Segmentor) -> dict[str, nn.Module]:
 
 
 @torch.no_grad()
-def taps_of(model: Segmentor, images: torch.Tensor) -> dict[str, torch.Tensor]:
+def taps_of(model: nn.Module, images: torch.Tensor) -> dict[str, torch.Tensor]:
     """Runs the model in evaluation mode, auxiliary heads included, and records the taps.
 
     Args:
@@ -69,12 +57,16 @@ def taps_of(model: Segmentor, images: torch.Tensor) -> dict[str, torch.Tensor]:
 
     Returns:
         Copies by name, [batch, channels, h, w], or [batch, tokens, channels] for the tokens of a
-        ViT. Logits are those before any resize.
+        transformer. Logits are those before any resize.
     """
     taps: dict[str, torch.Tensor] = {}
+    # A Swin's inner maps have their channels last.
+    as_tokens = _BACKBONES[Swin].values() if isinstance(model.backbone_net, Swin) else ()
 
     def record(name: str, value: torch.Tensor | list[torch.Tensor]) -> None:
         if isinstance(value, torch.Tensor):
+            if name in as_tokens:
+                value = value.flatten(1, 2)
             # Of several calls (memory slots) the first counts. The next layer may work in place.
             taps.setdefault(name, value.clone())
         else:

@@ -206,14 +206,18 @@ class Linear(nn.Module):
 
     features: int
     dtype: Any = jnp.float32
+    use_bias: bool = True
 
     @nn.compact
     def __call__(self, x: Array) -> Array:
         """[..., channels] -> [..., features]."""
         shape = (x.shape[-1], self.features)
         kernel = self.param("kernel", torch_uniform, shape)
+        y = x.astype(self.dtype) @ kernel.astype(self.dtype)
+        if not self.use_bias:
+            return y
         bias = self.param("bias", torch_uniform, (self.features,), jnp.float32, x.shape[-1])
-        return add_bias(x.astype(self.dtype) @ kernel.astype(self.dtype), bias)
+        return add_bias(y, bias)
 
 
 class ConvNorm(nn.Module):
@@ -376,6 +380,20 @@ def resize_valid(x: Array, sizes: Sequence[Array], size: tuple[int, int]) -> Arr
     y = jnp.einsum("bhwc,bWw->bhWc", x.astype(dtype), matrices[1], precision="highest")
     y = jnp.einsum("bhWc,bHh->bHWc", y, matrices[0], precision="highest")
     return rows.split(y).astype(x.dtype)
+
+
+def resize_like(x: Array, target: Array, valid_size: ValidSize | None = None) -> Array:
+    """Resizes `x` [batch, h, w, channels] to the height and width of `target`, another map.
+
+    Args:
+        x: the map.
+        target: [batch, height, width, ...].
+        valid_size: the valid part of padded images: of each map, that part alone is resized.
+    """
+    size = target.shape[1:3]
+    if valid_size is None or x.shape[1:3] == size:
+        return resize_bilinear(x, size)
+    return resize_valid(x, [valid_size.of_map(x.shape[1:3]), valid_size.of_map(size)], size)
 
 
 def record(module: nn.Module, name: str, value: Array) -> None:

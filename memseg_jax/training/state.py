@@ -24,7 +24,7 @@ class TrainState:
         step: int32 scalar, number of completed steps.
         params: trainable parameters.
         batch_stats: running means and variances of the normalisations.
-        memory: float32 [classes, slots, channels].
+        memory: float32, of the shape that the method has (`Segmentor.memory_shape`).
         opt_state: state of the optimiser.
     """
 
@@ -86,8 +86,9 @@ def init_array(
         rng: source of the random numbers.
 
     Returns:
-        float32 array: kernels and their biases uniform in +-1/sqrt(fan_in), everything else the
-        neutral value of its kind. Class token and positions of a ViT are zero, as in the PyTorch
+        float32 array: kernels and their biases uniform in +-1/sqrt(fan_in), biases of relative
+        positions normal with a standard deviation of 0.02, everything else the neutral value of its
+        kind. Class token and positions of a ViT are zero, as in the PyTorch
         reference before it loads pretrained weights.
 
     Raises:
@@ -97,6 +98,8 @@ def init_array(
     if kind == "kernel" or (kind == "bias" and fan_in):
         bound = fan_in**-0.5
         return rng.uniform(-bound, bound, shape).astype(np.float32)
+    if kind == "relative_position_bias_table":
+        return (0.02 * rng.standard_normal(shape)).astype(np.float32)
     if kind in ("scale", "var"):
         return np.ones(shape, np.float32)
     if kind in ("bias", "mean", "memory", "cls_token", "pos_embed"):
@@ -144,7 +147,7 @@ def init_variables(
     return {
         "params": fill(abstract["params"], "params"),
         "batch_stats": fill(abstract["batch_stats"], "batch_stats"),
-        "memory": known.get("memory", np.zeros(abstract["memory"].shape, np.float32)),
+        "memory": known.get("memory", model.initial_memory()),
     }
 
 

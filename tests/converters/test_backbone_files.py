@@ -12,7 +12,7 @@ import torch.nn.functional as F
 
 from converters import names, recognise
 from converters.backbone_files import SOURCES, read_backbone
-from memseg_jax.models import hrnet, resnest, resnet, vit
+from memseg_jax.models import hrnet, resnest, resnet, swin, vit
 from memseg_jax.models.segmentor import build_backbone
 from tests import tiny
 from tests.backbone_weights import (
@@ -37,7 +37,9 @@ from tests.small_models import fast_jit
 
 
 def test_every_backbone_has_a_source():
-    variants = [*resnet.VARIANTS, *resnest.VARIANTS, *hrnet.VARIANTS, *vit.VARIANTS]
+    variants = [
+        *resnet.VARIANTS, *resnest.VARIANTS, *hrnet.VARIANTS, *vit.VARIANTS, *swin.VARIANTS
+    ]  # fmt: skip
     assert {recognise.file_kind(name) for name in variants} == set(SOURCES)
 
 

@@ -13,7 +13,7 @@ from converters import names
 from converters.orbax_to_torch import state_dict
 from converters.taps import taps_of as our_taps_of
 from converters.torch_model import build_torch_model, taps_of
-from converters.torch_model.segmentor import DOWNSAMPLE_CALLS
+from converters.torch_model.mcibi import DOWNSAMPLE_CALLS
 from memseg_jax.errors import UserError
 from memseg_jax.models import hrnet, resnest, resnet, vit
 from memseg_jax.models.segmentor import build_segmentor
@@ -50,6 +50,9 @@ SMALL = {
     "no context": changed(memory_within_image_context=False, activation="leaky_relu"),
     "widths": changed(feature_dim=24, aspp_dim=8, aspp_dilations=(1, 3), auxiliary=False),
     "downsample": changed(downsample=2, auxiliary=False),
+    "pyramid pooling": changed(context="pyramid_pooling"),
+    "nothing but the memory": changed(context="none"),
+    "swintiny": changed(backbone="swintiny"),
     **{name: changed(backbone=name) for name in BACKBONES},
     "hrnet, downsample": changed(backbone="hrnetv2w48", downsample=2),
 }
