@@ -27,12 +27,17 @@ def goldens_dir() -> pathlib.Path:
     return pathlib.Path(named) if named else pathlib.Path(__file__).parent / "goldens"
 
 
-def golden_files(kind: str) -> list[str]:
+def golden_files(kind: str, folder: pathlib.Path | None = None) -> list[str]:
     """Returns the relative names of one kind of file, e.g. "forward" -> ["forward/a.npz", ...].
 
     The list is empty if the folder has no file of that kind.
+
+    Args:
+        kind: name of a subfolder.
+        folder: of a set of goldens (here and below); None: `goldens_dir()`.
     """
-    return [f"{kind}/{path.name}" for path in sorted((goldens_dir() / kind).glob("*.npz"))]
+    folder = folder or goldens_dir()
+    return [f"{kind}/{path.name}" for path in sorted((folder / kind).glob("*.npz"))]
 
 
 def pixels(name: str) -> int:
@@ -41,9 +46,9 @@ def pixels(name: str) -> int:
     return count * height * width
 
 
-def load(name: str) -> dict[str, np.ndarray]:
+def load(name: str, folder: pathlib.Path | None = None) -> dict[str, np.ndarray]:
     """Returns all arrays of a golden file, given its relative name."""
-    with np.load(goldens_dir() / name, allow_pickle=False) as stored:
+    with np.load((folder or goldens_dir()) / name, allow_pickle=False) as stored:
         return {key: stored[key] for key in stored.files}
 
 
@@ -73,7 +78,7 @@ def manifest_entry(model: str) -> dict:
     """
     backbone, dataset, *era = model.split("_")
     name = f"manifests/mcibi_deeplabv3_{backbone}_{dataset}.json"
-    return _read_manifest(
+    return read_manifest(
         goldens_dir() / (f"manifests_2021/cfgs_{dataset}_{backbone}.json" if era else name)
     )
 
@@ -87,10 +92,11 @@ def manifest(model: str) -> list[tuple[str, tuple[int, ...], str]]:
     return [(key, tuple(shape), dtype) for key, shape, dtype in manifest_entry(model)["manifest"]]
 
 
-def _read_manifest(path: pathlib.Path) -> dict:
+def read_manifest(path: pathlib.Path) -> dict:
+    """Returns what a file says about a state dict, with "manifest" complete."""
     entry = json.loads(path.read_text(encoding="utf-8"))
     if entry["kind"] == "diff":
-        base = _read_manifest(path.parent / entry["base"])["manifest"]
+        base = read_manifest(path.parent / entry["base"])["manifest"]
         changed = {row[0]: row for row in entry["changed"]}
         assert not entry["added"], "no set adds entries, and where they belong is not stored"
         rows = [changed.get(row[0], row) for row in base if row[0] not in entry["removed"]]
@@ -114,14 +120,14 @@ def _shortcuts_last(rows: list) -> list:
     ]
 
 
-def seed_string() -> str:
+def seed_string(folder: pathlib.Path | None = None) -> str:
     """Returns the string that starts every seed of this set of goldens."""
-    return (goldens_dir() / "seed.txt").read_bytes().decode("utf-8").rstrip("\r\n")
+    return ((folder or goldens_dir()) / "seed.txt").read_bytes().decode("utf-8").rstrip("\r\n")
 
 
-def generator(text: str) -> np.random.Generator:
+def generator(text: str, folder: pathlib.Path | None = None) -> np.random.Generator:
     """Returns the generator of a text; the seed string is put in front of it here."""
-    seed = zlib.crc32((seed_string() + text).encode("utf-8"))
+    seed = zlib.crc32((seed_string(folder) + text).encode("utf-8"))
     return np.random.Generator(np.random.PCG64(seed))
 
 
@@ -132,9 +138,15 @@ def rule_array(key: str, shape: tuple[int, ...]) -> np.ndarray:
         key: the complete state-dict key in the reference's naming.
         shape: its shape in PyTorch's layout.
     """
+    return rule_value(key, shape, generator(key), _gain(key))
+
+
+def rule_value(
+    key: str, shape: tuple[int, ...], rng: np.random.Generator, gain: float
+) -> np.ndarray:
+    """Returns what `rule_array` does, from the generator of the key and the gain of its matrix."""
     shape = tuple(int(n) for n in shape)
     last = key.split(".")[-1]
-    rng = generator(key)
     if last == "num_batches_tracked":
         return np.zeros(shape, np.int64)
     if last in ("cls_token", "pos_embed", "memory"):
@@ -143,11 +155,11 @@ def rule_array(key: str, shape: tuple[int, ...]) -> np.ndarray:
         value = 0.1 * rng.standard_normal(shape)
     elif last == "running_var":
         value = rng.uniform(0.5, 1.5, shape)
-    elif "bias" in last:
+    elif "bias" in last and last != "relative_position_bias_table":
         value = 0.1 * rng.standard_normal(shape)
     elif len(shape) >= 2:
         fan_in = int(np.prod(shape[1:]))
-        value = _gain(key) * rng.standard_normal(shape) * (1.0 / fan_in) ** 0.5
+        value = gain * rng.standard_normal(shape) * (1.0 / fan_in) ** 0.5
     elif any(part in key for part in (".bn2.", ".bn3.", ".fuse_layers.")):
         value = rng.uniform(0.25, 0.5, shape)
     else:
@@ -161,17 +173,19 @@ def _gain(key: str) -> float:
     return 8.0 if key == "decoder_stage1.4.weight" else 1.0
 
 
-def rule_image(name: str, shape: tuple[int, ...]) -> np.ndarray:
+def rule_image(name: str, shape: tuple[int, ...], folder: pathlib.Path | None = None) -> np.ndarray:
     """Returns a network input of a forward or inference case, float32 [batch, 3, height, width].
 
     Args:
         name: "image:<case>" or "infer-image:<case>", the case being the file name without suffix.
         shape: (batch, 3, height, width).
     """
-    return generator(name).standard_normal(tuple(shape)).astype(np.float32)
+    return generator(name, folder).standard_normal(tuple(shape)).astype(np.float32)
 
 
-def rule_train_image(tag: str, step: int, shape: tuple[int, int, int, int]) -> np.ndarray:
+def rule_train_image(
+    tag: str, step: int, shape: tuple[int, int, int, int], folder: pathlib.Path | None = None
+) -> np.ndarray:
     """Returns the images of training step 0, 1, ..., float32 [batch, 3, height, width].
 
     Args:
@@ -180,14 +194,19 @@ def rule_train_image(tag: str, step: int, shape: tuple[int, int, int, int]) -> n
         shape: (batch, 3, height, width).
     """
     batch, channels, height, width = shape
-    rng = generator(f"train-image:{tag}:{step}")
+    rng = generator(f"train-image:{tag}:{step}", folder)
     cells = rng.standard_normal((batch, channels, -(-height // 16), -(-width // 16)))
     noise = rng.standard_normal(tuple(shape))
     return (1.5 * _repeat_cells(cells, height, width) + 0.5 * noise).astype(np.float32)
 
 
 def rule_train_label(
-    tag: str, step: int, shape: tuple[int, int, int], num_classes: int, ignore: int = 255
+    tag: str,
+    step: int,
+    shape: tuple[int, int, int],
+    num_classes: int,
+    ignore: int = 255,
+    folder: pathlib.Path | None = None,
 ) -> np.ndarray:
     """Returns the labels of training step 0, 1, ..., int64 [batch, height, width].
 
@@ -199,7 +218,7 @@ def rule_train_label(
         ignore: the value put where the reference has its "ignore" value (-100).
     """
     batch, height, width = shape
-    rng = generator(f"train-label:{tag}:{step}")
+    rng = generator(f"train-label:{tag}:{step}", folder)
     pool = rng.permutation(num_classes)[: min(num_classes, 12)]
     cells = rng.integers(0, len(pool), (batch, -(-height // 16), -(-width // 16)))
     label = _repeat_cells(pool[cells], height, width).astype(np.int64)
@@ -225,32 +244,49 @@ def stats(array: np.ndarray) -> np.ndarray:
 # In the backbone rounding stays below 1e-5; an approximate GELU, for one, shows as 6e-4.
 _BACKBONE_TAP = (
     r"stem|stem_bn1|maxpool|layer\d(_block\d)?|stage\d\.\d|backbone\.\d|patch_embed|tokens_plus_pos"
+    r"|stage\d_block\d"
 )
 
 
-def assert_forward(golden: dict[str, np.ndarray], taps: dict[str, np.ndarray]) -> None:
-    """Compares all intermediates of a forward pass, and all of its prediction, with a golden file.
+def stored_taps(golden: dict[str, np.ndarray]) -> set[str]:
+    """Returns the names of the intermediates that a golden file of "forward" has."""
+    return {re.sub("__slice$", "", key) for key in golden if key.endswith("__slice")}
 
-    Args:
-        golden: from `load("forward/...")`.
-        taps: arrays by name, in PyTorch's layout; none may be missing, and no other may be there.
-    """
-    expected = {re.sub("__slice$", "", key) for key in golden if key.endswith("__slice")}
-    assert expected == set(taps)
-    for tap in sorted(expected):
+
+def assert_taps(golden: dict[str, np.ndarray], taps: dict[str, np.ndarray]) -> None:
+    """Compares intermediates of a forward pass, by name and in PyTorch's layout, with a file's."""
+    for tap in sorted(taps):
         assert taps[tap].shape == tuple(golden[f"{tap}__shape"]), tap
         std = golden[f"{tap}__stats"][1]
-        # In the backbone rounding stays below 1e-5; an approximate GELU, for one, shows as 6e-4.
         limit = 1e-4 if re.fullmatch(_BACKBONE_TAP, tap) else 1e-3
         limit = 3e-3 if tap.startswith("selfatt_") else limit
         limit = 2e-4 if tap.endswith("logits") else limit
         worst = np.abs(take_slice(taps[tap], 512) - golden[f"{tap}__slice"]).max() / std
         assert worst <= limit, f"{tap}: {worst:.1e} of its standard deviation"
 
-    logits = taps["stage2_logits"]
-    if "stage2_logits" in golden:
-        stored = golden["stage2_logits"]
+
+def assert_forward(
+    golden: dict[str, np.ndarray],
+    taps: dict[str, np.ndarray],
+    final: str = "stage2_logits",
+    complete: str = "stage2_logits",
+) -> None:
+    """Compares all intermediates of a forward pass, and all of its prediction, with a golden file.
+
+    Args:
+        golden: from `load("forward/...")`.
+        taps: arrays by name, in PyTorch's layout; none may be missing, and no other may be there.
+        final: the tap of the prediction.
+        complete: where the file has it whole; where it is large, every second row and column is
+            under the name of the tap with "_ds2" behind it.
+    """
+    assert stored_taps(golden) == set(taps)
+    assert_taps(golden, taps)
+
+    logits = taps[final]
+    if complete in golden:
+        stored = golden[complete]
     else:
-        stored, logits = golden["stage2_logits_ds2"], logits[:, :, ::2, ::2]
-    worst = np.abs(logits - stored).max() / golden["stage2_logits__stats"][1]
-    assert worst <= 2e-4, f"stage2_logits: {worst:.1e} of its standard deviation"
+        stored, logits = golden[f"{final}_ds2"], logits[:, :, ::2, ::2]
+    worst = np.abs(logits - stored).max() / golden[f"{final}__stats"][1]
+    assert worst <= 2e-4, f"{final}: {worst:.1e} of its standard deviation"
