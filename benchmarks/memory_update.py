@@ -14,7 +14,7 @@ import torch
 from benchmarks import measure
 from converters.torch_model import training
 from memseg_jax import command_line
-from memseg_jax.models.memory import update_memory
+from memseg_jax.models.memory_update import update_memory
 from memseg_jax.training.program import random_batch
 
 FLAGS = {

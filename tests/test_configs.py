@@ -17,7 +17,7 @@ from memseg_jax.errors import UserError
 from memseg_jax.inference import check_evaluation
 from memseg_jax.models import vit
 from memseg_jax.models.layers import activation
-from memseg_jax.models.memory import memory_momentum
+from memseg_jax.models.memory_update import memory_momentum
 from memseg_jax.models.segmentor import build_segmentor
 from memseg_jax.training import optimizer
 from memseg_jax.training.state import abstract_variables

@@ -18,8 +18,8 @@ import jax.numpy as jnp
 import ml_collections
 import optax
 
-from memseg_jax.models.memory import (
-    MemorySums,
+from memseg_jax.models.cell_sums import MemorySums
+from memseg_jax.models.memory_update import (
     memory_momentum,
     memory_sums_groups,
     move_memory_groups,

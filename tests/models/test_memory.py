@@ -9,12 +9,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from memseg_jax.models.memory import (
-    memory_momentum,
-    read_memory,
-    update_memory,
-    update_memory_groups,
-)
+from memseg_jax.models.memory import read_memory
+from memseg_jax.models.memory_update import memory_momentum, update_memory, update_memory_groups
 from tests.small_models import fast_jit
 
 CHANNELS = 6

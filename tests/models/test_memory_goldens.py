@@ -6,12 +6,8 @@ import pytest
 
 from converters import names
 from memseg_jax.models.layers import resize_bilinear
-from memseg_jax.models.memory import (
-    MemoryModule,
-    memory_momentum,
-    update_memory,
-    update_memory_groups,
-)
+from memseg_jax.models.memory import MemoryModule
+from memseg_jax.models.memory_update import memory_momentum, update_memory, update_memory_groups
 from tests.goldens import golden_files, load, take_slice
 
 CASES = golden_files("memory")

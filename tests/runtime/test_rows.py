@@ -9,7 +9,7 @@ import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
 from memseg_jax.hlo.flops import count_flops
-from memseg_jax.models import attention, memory
+from memseg_jax.models import attention, memory_update
 from memseg_jax.models.convolution import convolve
 from memseg_jax.models.layers import max_pool, resize_bilinear
 from memseg_jax.models.resnest import average_pool, average_pool_valid
@@ -86,7 +86,7 @@ def test_sums_of_the_memory(layout, slots, size):
     rows_of_memory[1, 0] = 0
 
     def function(features, labels):
-        return memory.memory_sums_groups(
+        return memory_update.memory_sums_groups(
             jnp.asarray(rows_of_memory), features, labels, groups=2, strategy="cosine"
         )
 

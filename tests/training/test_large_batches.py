@@ -8,7 +8,7 @@ import optax
 import pytest
 
 from memseg_jax import checkpoint
-from memseg_jax.models.memory import MemorySums
+from memseg_jax.models.cell_sums import MemorySums
 from memseg_jax.models.segmentor import build_segmentor
 from memseg_jax.training import guards, optimizer
 from memseg_jax.training.state import init_state

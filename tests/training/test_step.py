@@ -9,7 +9,7 @@ import numpy as np
 import optax
 import pytest
 
-from memseg_jax.models.memory import memory_momentum, update_memory
+from memseg_jax.models.memory_update import memory_momentum, update_memory
 from memseg_jax.models.segmentor import Segmentor, build_segmentor
 from memseg_jax.runtime import sharding
 from memseg_jax.training import optimizer
