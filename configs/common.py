@@ -117,6 +117,10 @@ def get_config() -> ml_collections.ConfigDict:
     evaluate.max_megapixels = 179.0  # larger pictures are refused by --mode predict
 
     config.model = model = ml_collections.ConfigDict()
+    # "mcibi": the memory holds features of every class. "mcibi_plus_plus", its successor: it holds
+    # mean and standard deviation of every class, from which features are drawn.
+    model.method = "mcibi"
+    model.context = "aspp"  # context within the image; or "pyramid_pooling", "none"
     # resnet18, resnet50, resnet101, resnest101, hrnetv2w48 (hrnetv2w48_relu: the reference's stem
     # since 2025), vitlarge (vitlarge_473: the COCO-Stuff model of 2021), vitbase; resnet18_v1b,
     # resnet50_v1b, resnet101_v1b (torchvision's and timm's ResNets)
@@ -124,8 +128,16 @@ def get_config() -> ml_collections.ConfigDict:
     model.backbone_width = 1.0  # multiplies the backbone's channels; 1.0: as published
     model.downsample = 1  # 2: the backbone's map is halved first (HRNet on large crops)
     model.feature_dim = 512  # channels of the bottleneck, the memory and the decoders
-    model.aspp_dim = 512
+    model.aspp_dim = 512  # channels of the context, whichever it is
     model.aspp_dilations = (1, 12, 24, 36)
+    model.pool_scales = (1, 2, 3, 6)  # cells per side of pyramid pooling
+    model.fpn = False  # feature pyramid over the backbone's maps and the context: UPerNet
+    model.fpn_dim = 1024  # channels of its laterals
+    model.fpn_out_dim = 512  # channels of its outputs; the coarsest has fpn_dim
+    model.drop_path = 0.0  # Swin: rate of the last block, rising linearly from 0
+    # MCIBI++: kernel of the first convolution of the decoders that predict from the pixels'
+    # features, from the context's, and from all of them.
+    model.decoder_kernels = ml_collections.ConfigDict({"pixels": 1, "context": 1, "final": 1})
     model.dropout = 0.1
     model.activation = "relu"  # of the head; or "leaky_relu" (slope 0.01)
     # Images over which batch normalisation takes its statistics in training: consecutive ones of a
@@ -143,18 +155,26 @@ def get_config() -> ml_collections.ConfigDict:
     model.remat = "none"
 
     model.memory = memory = ml_collections.ConfigDict()
-    memory.enabled = True  # False: the plain DeepLabV3 baseline
+    # False: the plain baseline of the context: DeepLabV3 (aspp), PSPNet (pyramid_pooling), FCN
+    # (none), UPerNet (pyramid_pooling with fpn).
+    memory.enabled = True
     memory.attention_dim = 256
     memory.slots = 1  # rows per class
     memory.hard = False  # read by the arg-max class instead of the class probabilities
-    memory.within_image_context = True
+    memory.within_image_context = True  # a second attention, from the context to what was read
     memory.strategy = "cosine"  # weights of a class's pixels: 1 - cosine; or "mean"
     memory.momentum = 0.9
     memory.base_lr = 0.01  # momentum at learning rate lr is momentum / base_lr * lr; 0: fixed
+    # The rest is of MCIBI++ alone, which has neither slots nor strategy.
+    memory.downsample = 1  # 2: rows are read at half the size (HRNet on large crops)
+    # Whose class probabilities weigh the rows: those predicted from the context, or "pixels".
+    memory.read_by = "context"
+    memory.fuse_before_fpn = False  # what was read enters the pyramid; else it joins its outputs
 
     config.loss = loss = ml_collections.ConfigDict()
     loss.stage2 = 1.0
     loss.stage1 = 0.4
+    loss.context = 1.0  # MCIBI++: of the prediction from the context
     loss.auxiliary = 0.4
     loss.consistency = 0.0  # representation-consistency loss on the memory rows
     loss.consistency_from_epoch = 2  # epochs count from 1

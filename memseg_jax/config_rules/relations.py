@@ -4,6 +4,8 @@ A relation is a function of the config that yields what is wrong; it may rely on
 what its own rule says.
 """
 
+import functools
+import operator
 import re
 from collections.abc import Iterator
 from typing import Any
@@ -11,6 +13,7 @@ from typing import Any
 from memseg_jax.config_rules.kinds import refusal
 from memseg_jax.data.classes import IGNORE, colors_by_class
 from memseg_jax.errors import UserError
+from memseg_jax.models import backbones
 from memseg_jax.runtime.suggest import did_you_mean
 
 
@@ -46,13 +49,107 @@ def _some_weight(config: Any) -> Iterator[UserError]:
     if loss.class_weights != "balanced" and loss.class_weights and not any(loss.class_weights):
         yield refusal("config.loss.class_weights", loss.class_weights, "some weight above 0")
     stage1 = loss.stage1 if config.model.memory.enabled else 0
+    context = loss.context if _predicts_from_context(config.model) else 0
     auxiliary = loss.auxiliary if config.model.auxiliary else 0
-    if not loss.stage2 + stage1 + auxiliary:
+    if not loss.stage2 + stage1 + context + auxiliary:
         yield refusal(
             "config.loss.stage2",
             loss.stage2,
             "a number above 0, as the weights of the other losses are 0, too: nothing would be "
             "learned",
+        )
+
+
+def _predicts_from_context(model: Any) -> bool:
+    """Whether there is a decoder of the context alone."""
+    is_plus_plus = model.method == "mcibi_plus_plus"
+    return is_plus_plus and model.memory.enabled and model.context != "none"
+
+
+# Fields that one of the methods alone knows, and their defaults.
+_OF_METHOD = {
+    "mcibi": {
+        "model.downsample": 1,
+        "model.memory.slots": 1,
+        "model.memory.strategy": "cosine",
+        "loss.consistency": 0.0,
+    },
+    "mcibi_plus_plus": {
+        "model.decoder_kernels.pixels": 1,
+        "model.decoder_kernels.context": 1,
+        "model.decoder_kernels.final": 1,
+        "model.memory.downsample": 1,
+        "model.memory.read_by": "context",
+        "model.memory.fuse_before_fpn": False,
+        "loss.context": 1.0,
+    },
+}
+
+
+def _only_of_method(config: Any) -> Iterator[UserError]:
+    method = config.model.method
+    for owner, defaults in _OF_METHOD.items():
+        for field, default in defaults.items():
+            value = functools.reduce(operator.getitem, field.split("."), config)
+            if owner != method and value != default:
+                yield refusal(
+                    f"config.{field}",
+                    value,
+                    f"{default!r} beside config.model.method = {method!r}: {owner!r} alone has it",
+                )
+
+
+def _pyramid_of_maps(config: Any) -> Iterator[UserError]:
+    model = config.model
+    if model.memory.fuse_before_fpn and not model.fpn:
+        yield refusal(
+            "config.model.memory.fuse_before_fpn",
+            True,
+            "False beside config.model.fpn = False: there is no pyramid",
+        )
+    if not model.fpn:
+        return
+    if model.context == "none":
+        yield refusal(
+            "config.model.context",
+            "none",
+            "'pyramid_pooling' or 'aspp' beside config.model.fpn = True: the top of the pyramid is "
+            "the context",
+        )
+    modules = backbones()
+    if modules[model.backbone] in _ONE_SIZE:
+        with_pyramid = [name for name, module in modules.items() if module not in _ONE_SIZE]
+        yield refusal(
+            "config.model.backbone",
+            model.backbone,
+            f"one of {', '.join(map(repr, with_pyramid))} beside config.model.fpn = True: a "
+            "pyramid needs maps of several sizes",
+        )
+
+
+# Modules of backbones whose maps are all of one size.
+_ONE_SIZE = ("hrnet", "vit")
+
+
+def _read_by_a_prediction(config: Any) -> Iterator[UserError]:
+    model = config.model
+    if model.method != "mcibi_plus_plus" or not model.memory.enabled:
+        return
+    if model.context == "none" and model.memory.read_by == "context":
+        yield refusal(
+            "config.model.memory.read_by",
+            "context",
+            "'pixels' beside config.model.context = 'none': no context predicts anything",
+        )
+
+
+def _paths_to_drop(config: Any) -> Iterator[UserError]:
+    model = config.model
+    if model.drop_path and backbones()[model.backbone] != "swin":
+        yield refusal(
+            "config.model.drop_path",
+            model.drop_path,
+            f"0.0 beside config.model.backbone = {model.backbone!r}: Swin alone has it",
         )
 
 
@@ -302,6 +399,10 @@ RELATIONS = (
     _one_start,
     _as_many_as_classes,
     _some_weight,
+    _only_of_method,
+    _pyramid_of_maps,
+    _read_by_a_prediction,
+    _paths_to_drop,
     _pairs_of_classes,
     _ordered,
     _windows_without_gaps,

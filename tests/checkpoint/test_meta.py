@@ -93,6 +93,21 @@ def test_checkpoints_from_before_there_was_a_choice_of_optimisers():
     assert line == 'optimizer.name: "sgd" in the checkpoint, "adamw" now'
 
 
+def test_checkpoints_from_before_there_was_a_choice_of_methods():
+    config = common.get_config()
+    meta = make_meta(5, config)
+    model = meta["config"]["model"]
+    for name in ("method", "context", "pool_scales", "fpn", "fpn_dim", "fpn_out_dim", "drop_path"):
+        del model[name]
+    for name in ("downsample", "read_by", "fuse_before_fpn"):
+        del model["memory"][name]
+    del model["decoder_kernels"], meta["config"]["loss"]["context"]
+    assert records.config_differences(meta["config"], config) == []
+    config.model.method = "mcibi_plus_plus"
+    (line,) = records.config_differences(meta["config"], config)
+    assert line == 'model.method: "mcibi" in the checkpoint, "mcibi_plus_plus" now'
+
+
 def test_harmless_fields_exist():
     config = common.get_config()
     for field in records.HARMLESS_FIELDS:

@@ -49,6 +49,10 @@ RELATED = {
     "augment.scale_range", "augment.flip_pairs", "loss.class_weights", "loss.stage2",
     "model.memory.momentum", "model.memory.base_lr", "optimizer.lr", "optimizer.min_lr",
     "train.batch_size", "train.accumulate", "train.early_stop", "model.norm_group",
+    "model.method", "model.context", "model.backbone", "model.fpn", "model.drop_path",
+    "model.decoder_kernels.pixels", "model.decoder_kernels.context", "model.decoder_kernels.final",
+    "model.memory.downsample", "model.memory.read_by", "model.memory.fuse_before_fpn",
+    "loss.context",
 }  # fmt: skip
 
 

@@ -7,6 +7,7 @@ from memseg_jax.errors import UserError
 from tests.tiny_config import get_config
 
 RGB = ((1, 2, 3), (4, 5, 6), (7, 8, 9))
+PLUS_PLUS = {"model__method": "mcibi_plus_plus", "loss__consistency": 0.0}
 
 
 def config_with(**fields):
@@ -37,6 +38,58 @@ def config_with(**fields):
         (
             {"loss__stage2": 0.0, "loss__stage1": 0.0, "loss__auxiliary": 0.0},
             "config.loss.stage2 is 0.0; .*nothing would be learned",
+        ),
+        (
+            {**PLUS_PLUS, "model__memory__slots": 2},
+            r".*slots is 2; expected 1 beside .*method = 'mcibi_plus_plus': 'mcibi' alone has it",
+        ),
+        (
+            {**PLUS_PLUS, "model__memory__strategy": "mean"},
+            ".*strategy is 'mean'; expected 'cosine' beside config.model.method",
+        ),
+        (
+            {**PLUS_PLUS, "loss__consistency": 1.0},
+            "config.loss.consistency is 1.0; expected 0.0 beside config.model.method",
+        ),
+        (
+            {**PLUS_PLUS, "model__downsample": 2},
+            "config.model.downsample is 2; expected 1 beside config.model.method",
+        ),
+        (
+            {"model__memory__downsample": 2},
+            ".*memory.downsample is 2; expected 1 .* 'mcibi': 'mcibi_plus_plus' alone has it",
+        ),
+        (
+            {"model__memory__read_by": "pixels"},
+            ".*read_by is 'pixels'; expected 'context' beside config.model.method = 'mcibi'",
+        ),
+        (
+            {"model__decoder_kernels__final": 3},
+            ".*decoder_kernels.final is 3; expected 1 beside config.model.method = 'mcibi'",
+        ),
+        (
+            {"loss__context": 0.4},
+            "config.loss.context is 0.4; expected 1.0 beside config.model.method",
+        ),
+        (
+            {**PLUS_PLUS, "model__memory__fuse_before_fpn": True},
+            ".*fuse_before_fpn is True; expected False beside config.model.fpn = False",
+        ),
+        (
+            {"model__fpn": True, "model__context": "none"},
+            "config.model.context is 'none'; expected 'pyramid_pooling' or 'aspp' beside",
+        ),
+        (
+            {"model__fpn": True, "model__backbone": "hrnetv2w48"},
+            "config.model.backbone is 'hrnetv2w48'; expected one of .*'resnet50', .*several sizes",
+        ),
+        (
+            {**PLUS_PLUS, "model__context": "none"},
+            ".*read_by is 'context'; expected 'pixels' beside config.model.context = 'none'",
+        ),
+        (
+            {"model__drop_path": 0.3},
+            r".*drop_path is 0.3; expected 0.0 beside .*backbone = 'resnet18': Swin alone has it",
         ),
         (
             {"loss__stage2": 0.0, "model__auxiliary": False, "model__memory__enabled": False},
@@ -173,6 +226,33 @@ def test_what_does_not_fit_is_refused(fields, message):
     "fields",
     [
         {"init__backbone": "a.pth"},
+        {
+            **PLUS_PLUS,
+            "model__context": "pyramid_pooling",
+            "model__fpn": True,
+            "model__memory__fuse_before_fpn": True,
+            "loss__context": 0.4,
+        },
+        {
+            **PLUS_PLUS,
+            "model__context": "none",
+            "model__memory__read_by": "pixels",
+            "model__memory__downsample": 2,
+        },
+        # The prediction from the context is something to learn.
+        {
+            **PLUS_PLUS,
+            "loss__stage2": 0.0,
+            "loss__stage1": 0.0,
+            "loss__auxiliary": 0.0,
+        },
+        # Without a memory, nothing is read.
+        {
+            **PLUS_PLUS,
+            "model__context": "none",
+            "model__memory__enabled": False,
+        },
+        {"model__fpn": True},
         {"init__checkpoint": "run"},
         {"data__palette": ()},
         {"loss__class_weights": (0.0, 1, 2.5)},
