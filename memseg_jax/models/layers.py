@@ -378,6 +378,20 @@ def resize_valid(x: Array, sizes: Sequence[Array], size: tuple[int, int]) -> Arr
     return rows.split(y).astype(x.dtype)
 
 
+def resize_like(x: Array, target: Array, valid_size: ValidSize | None = None) -> Array:
+    """Resizes `x` [batch, h, w, channels] to the height and width of `target`, another map.
+
+    Args:
+        x: the map.
+        target: [batch, height, width, ...].
+        valid_size: the valid part of padded images: of each map, that part alone is resized.
+    """
+    size = target.shape[1:3]
+    if valid_size is None or x.shape[1:3] == size:
+        return resize_bilinear(x, size)
+    return resize_valid(x, [valid_size.of_map(x.shape[1:3]), valid_size.of_map(size)], size)
+
+
 def record(module: nn.Module, name: str, value: Array) -> None:
     """Offers a named intermediate value to callers that apply with `mutable=["taps"]`."""
     module.sow("taps", name, value, reduce_fn=lambda _, new: new, init_fn=lambda: None)
