@@ -7,13 +7,16 @@ import ast
 import functools
 from pathlib import Path
 
-# The parts of a `Segmentor` that have parameters, as these are called; those of lists are numbered.
+# The parts of all methods that have parameters, as these are called; those of lists are numbered.
 PARTS = (
     "backbone",
     "bottleneck",
     "context",
     "memory_module",
+    "self_attention",
+    "fpn",
     "decoder_stage1",
+    "decoder_context",
     "decoder_stage2",
     "classifier",
     "downsampling",

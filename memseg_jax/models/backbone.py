@@ -12,6 +12,7 @@ class Backbone(nn.Module):
 
     Attributes:
         output_stride: pixels per position of the last map, in each direction.
+        finest_stride: the same for the first map; 0: all maps are of one size.
         coarsest_stride: the same for the coarsest map inside; sides of padded images are multiples.
         auxiliary_levels: the maps that get an auxiliary head.
         auxiliary_upsampling: whether those heads work at full resolution (ViT).
@@ -20,6 +21,7 @@ class Backbone(nn.Module):
     """
 
     output_stride = 8
+    finest_stride = 4
     coarsest_stride = 8
     auxiliary_levels = (2,)
     auxiliary_upsampling = False

@@ -111,6 +111,7 @@ class HRNet(Backbone):
     dtype: Any = jnp.float32
 
     output_stride = 4
+    finest_stride = 0
     coarsest_stride = 32
     auxiliary_levels = ()
 

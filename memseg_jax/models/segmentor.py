@@ -1,141 +1,100 @@
-"""The segmentor: backbone, ASPP, bottleneck, two decoders, feature memory, auxiliary head."""
+"""What every method offers (`Segmentor`), and how a config becomes a model (`build_segmentor`).
+
+A method is a module of this package with `build(config, shared)`, which puts shared parts
+together: `mcibi`, `mcibi_plus_plus`, and `plain`, the baselines without a memory.
+"""
 
 import functools
 import importlib
 import math
+from collections.abc import Mapping
 from typing import Any
 
 import flax.linen as nn
 import jax.numpy as jnp
 import ml_collections
+import numpy as np
 
 from memseg_jax.errors import UserError
 from memseg_jax.models import backbones, rematerialise
 from memseg_jax.models.aspp import ASPP
 from memseg_jax.models.backbone import Backbone
-from memseg_jax.models.layers import (
-    Array,
-    Classifier,
-    ConvNorm,
-    LayerNorm,
-    ValidSize,
-    mask_padding,
-    record,
-)
-from memseg_jax.models.memory import MemoryModule
+from memseg_jax.models.decoders import Decoder, UpsamplingDecoder
+from memseg_jax.models.fpn import FPN
+from memseg_jax.models.layers import Array, ConvNorm, LayerNorm, ValidSize, mask_padding, record
+from memseg_jax.models.pyramid_pooling import PyramidPooling
 from memseg_jax.runtime.suggest import did_you_mean
 
 
-class Decoder(nn.Module):
-    """Convolution, normalisation, activation, dropout of channels, 1x1 classifier."""
-
-    features: int
-    num_classes: int
-    kernel_size: int
-    dropout: float
-    activation: str
-    dtype: Any
-
-    @nn.compact
-    def __call__(self, x: Array, *, train: bool, valid_size: ValidSize | None = None) -> Array:
-        """[batch, height, width, channels] -> float32 logits [batch, height, width, classes]."""
-        x = ConvNorm(
-            self.features,
-            self.kernel_size,
-            activation=self.activation,
-            dtype=self.dtype,
-            name="project",
-        )(x, train=train, valid_size=valid_size)
-        classifier = Classifier(self.num_classes, self.dropout, self.dtype, name="classifier")
-        return classifier(x, train=train)
-
-
-class UpsamplingDecoder(nn.Module):
-    """The auxiliary head of a ViT: two 3x3 convolutions, a nearest x4 after each, a classifier."""
-
-    features: int
-    num_classes: int
-    dropout: float
-    activation: str
-    dtype: Any
-
-    @nn.compact
-    def __call__(self, x: Array, *, train: bool, valid_size: ValidSize | None = None) -> Array:
-        """[batch, h, w, channels] -> float32 logits [batch, 16 h, 16 w, classes]."""
-        if valid_size is not None:
-            valid_size = valid_size.whole(x)
-        for index in (0, 1):
-            x = ConvNorm(
-                self.features,
-                3,
-                activation=self.activation,
-                dtype=self.dtype,
-                name=f"project_{index}",
-            )(x, train=train, valid_size=valid_size)
-            x = jnp.repeat(jnp.repeat(x, 4, axis=1), 4, axis=2)
-        classify = Classifier(self.num_classes, self.dropout, self.dtype, name="full_classifier")
-        return classify(x, train=train)
-
-
 class Segmentor(nn.Module):
-    """DeepLabV3 with a dataset-level feature memory, or without one (`memory_enabled=False`).
+    """Base of the methods: backbone, context within the image, auxiliary heads.
 
-    Without memory it is plain DeepLabV3: ASPP, dropout, classifier, auxiliary head. With `remat`,
-    training keeps the inputs of its parts rather than what is inside; the backbone has its own.
+    What the training step, prediction and the converters need to know about a method is what is
+    here; none of them asks which method they have. With `remat`, training keeps the inputs of the
+    parts rather than what is inside; the backbone has its own.
 
     `precision` is that of convolutions and matrix products where none is given: "default", "high"
     or "highest". The gradients use it, too, if they are traced under
     `jax.default_matmul_precision(model.precision)`: training and prediction do that as a whole.
+
+    Attributes:
+        memory_enabled: whether there is a memory.
+        gradient_sees_update: whether the gradient of the memory read goes through the updated
+            memory, so that a step has to update it before it has gradients (`memory.read_memory`).
+        classifies_rows: whether there is `classify_rows`, for the consistency loss.
     """
 
     backbone: Backbone
     num_classes: int
     feature_dim: int
+    context_type: str
     aspp_dim: int
     aspp_dilations: tuple[int, ...]
+    pool_scales: tuple[int, ...]
+    fpn_dim: int | None
     dropout: float
     activation: str
     auxiliary: bool
-    memory_enabled: bool
-    attention_dim: int
-    slots: int
-    hard: bool
-    within_image_context: bool
     downsample: int = 1
     remat: bool = False
     dtype: Any = jnp.float32
     precision: str = "highest"
 
+    memory_enabled = True
+    gradient_sees_update = False
+    classifies_rows = False
+
+    @property
+    def has_context(self) -> bool:
+        """Whether there is context within the image."""
+        return self.context_type != "none"
+
     @property
     def output_stride(self) -> int:
         """Pixels of the input per position of the logits, in each direction."""
+        if self.fpn_dim:
+            return self.backbone.finest_stride
         return self.backbone.output_stride * self.downsample
 
     @property
     def coarsest_stride(self) -> int:
         """Sides of padded images are multiples of this, so that no position of a map is partial."""
-        return math.lcm(self.backbone.coarsest_stride, self.output_stride)
+        last = self.backbone.output_stride * self.downsample
+        return math.lcm(self.backbone.coarsest_stride, last)
 
     def setup(self) -> None:
         """Names the parts as the PyTorch reference does, where it has them."""
         kw = {"activation": self.activation, "dtype": self.dtype}
-        # The baseline has no use for the context's own width: its classifier sits right on it.
-        self.context = ASPP(self.aspp_dim, self.aspp_dilations, **kw)
-        if self.memory_enabled:
-            self.bottleneck = ConvNorm(self.feature_dim, 3, **kw)
-            self.memory_module = MemoryModule(
-                self.feature_dim,
-                self.attention_dim,
-                self.hard,
-                self.within_image_context,
-                remat=self.remat,
-                **kw,
-            )
-            decoder = [self.feature_dim, self.num_classes, 1, self.dropout]
-            self.decoder_stage1 = Decoder(*decoder, **kw)
-            self.decoder_stage2 = Decoder(*decoder, **kw)
-        else:
-            self.classifier = Classifier(self.num_classes, self.dropout, self.dtype)
+        if self.has_context:
+            contexts = {
+                "aspp": functools.partial(ASPP, self.aspp_dim, self.aspp_dilations),
+                "pyramid_pooling": functools.partial(
+                    PyramidPooling, self.aspp_dim, self.pool_scales
+                ),
+            }
+            self.context = contexts[self.context_type](**kw)
+        if self.fpn_dim:
+            self.fpn = FPN(self.fpn_dim, remat=self.remat, **kw)
         if self.backbone.normalise_maps:
             self.norm_layers = [LayerNorm(dtype=self.dtype) for _ in range(4)]
         if self.downsample > 1:
@@ -150,10 +109,52 @@ class Segmentor(nn.Module):
                 head(self.dropout, **kw) for _ in self.backbone.auxiliary_levels
             ]
 
-    def memory_shape(self) -> tuple[int, int, int]:
-        """Shape of the memory: classes, slots, channels. Without memory it has no rows."""
-        rows = self.num_classes if self.memory_enabled else 0
-        return (rows, self.slots, self.feature_dim)
+    def memory_shape(self) -> tuple[int, ...]:
+        """Shape of the memory; its first axis is the classes. Without a memory it has none."""
+        raise NotImplementedError
+
+    def initial_memory(self) -> np.ndarray:
+        """The memory before the first step, float32."""
+        return np.zeros(self.memory_shape(), np.float32)
+
+    def rows_of(self, memory: Array) -> Array:
+        """The features that a memory stands for: [classes, rows of a class, channels]."""
+        raise NotImplementedError
+
+    def memory_sums(self, memory: Array, encoded: Any, labels: Array, *, groups: int) -> Any:
+        """What the memory's update needs of some images, for every replica group.
+
+        Args:
+            memory: before the step.
+            encoded: from `encode`; a constant for the gradient.
+            labels: integer [batch, H, W]; values outside 0..classes-1 are ignored.
+            groups: number of equal, contiguous parts of the batch.
+
+        Returns:
+            A tree of arrays that add up over images; their first axis is the groups.
+        """
+        raise NotImplementedError
+
+    def move_memory(self, memory: Array, sums: Any, momentum: Array) -> tuple[Array, Array]:
+        """Updates the memory.
+
+        Args:
+            memory: before the step.
+            sums: of all images.
+            momentum: share of the old values that is replaced.
+
+        Returns:
+            The new memory, and every replica group's own [groups, *memory_shape].
+        """
+        raise NotImplementedError
+
+    def further_logits(self, encoded: Mapping[str, Any]) -> dict[str, Array]:
+        """The predictions before the final one that have a loss: the loss's name -> logits.
+
+        Args:
+            encoded: from `encode`.
+        """
+        raise NotImplementedError
 
     def __call__(
         self,
@@ -167,13 +168,13 @@ class Segmentor(nn.Module):
 
         Args:
             images: normalised images [batch, height, width, 3].
-            memory: [classes, slots, channels].
+            memory: of `memory_shape`.
             train: use and update batch statistics, drop channels.
             valid_size: the valid part of padded images (evaluation only).
 
         Returns:
-            What `encode` returns, and "logits": the prediction, float32 [batch, h, w, classes]
-            at the backbone's stride.
+            What `encode` returns, and "logits": the prediction, float32 [batch, h, w, classes],
+            with `output_stride` pixels of the image per position.
         """
         encoded = self.encode(images, train=train, valid_size=valid_size)
         logits = self.decode(encoded, memory, train=train, valid_size=valid_size)
@@ -190,38 +191,12 @@ class Segmentor(nn.Module):
             valid_size: the valid part of padded images.
 
         Returns:
-            "context": within-image context [batch, h, w, channels];
-            "auxiliary": a list of auxiliary logits, float32 [batch, h', w', classes];
-            and with memory "memory_input": the features that the memory stores
-            [batch, h, w, channels], and "stage1": the coarse prediction, float32
+            What `decode` needs, and "auxiliary": a list of auxiliary logits, float32
+            [batch, h', w', classes]; with a memory, also "memory_input": the features that it
+            stores [batch, h, w, channels], and "stage1": the prediction from these alone, float32
             [batch, h, w, classes].
         """
-        on = {"train": train, "valid_size": valid_size}
-        maps = self.backbone(mask_padding(images, valid_size), **on)
-        on["remat"] = self.remat
-        if self.backbone.normalise_maps:
-            maps = [mask_padding(norm(x), valid_size) for norm, x in zip(self.norm_layers, maps)]
-            for index, x in enumerate(maps):
-                record(self, f"norm_layers.{index}", x.reshape(x.shape[0], -1, x.shape[-1]))
-        if self.downsample > 1:
-            maps = [rematerialise.call(self.downsampling, maps[-1], **on)]
-            record(self, "downsample_backbone", maps[-1])
-        context = rematerialise.call(self.context, maps[-1], **on)
-        out: dict[str, Any] = {"context": context, "auxiliary": []}
-        if self.memory_enabled:
-            out["memory_input"] = rematerialise.call(self.bottleneck, maps[-1], **on)
-            out["stage1"] = rematerialise.call(self.decoder_stage1, out["memory_input"], **on)
-            record(self, "memory_input", out["memory_input"])
-            record(self, "stage1_logits", out["stage1"])
-        if self.auxiliary:
-            levels = [maps[level] for level in self.backbone.auxiliary_levels]
-            out["auxiliary"] = [
-                rematerialise.call(decoder, x, **on)
-                for decoder, x in zip(self.auxiliary_decoders, levels)
-            ]
-            for index, logits in enumerate(out["auxiliary"]):
-                record(self, f"aux_logits.{index}" if len(levels) > 1 else "aux_logits", logits)
-        return out
+        raise NotImplementedError
 
     def decode(
         self,
@@ -236,46 +211,40 @@ class Segmentor(nn.Module):
 
         Args:
             encoded: from `encode`.
-            memory: [classes, slots, channels].
-            gradient_memory: [groups, classes, slots, channels], see `memory.read_memory`.
+            memory: of `memory_shape`.
+            gradient_memory: [groups, *memory_shape], where `gradient_sees_update`.
             train: use and update batch statistics, drop channels.
             valid_size: the valid part of padded images.
 
         Returns:
             float32 logits [batch, h, w, classes].
         """
-        if self.memory_enabled:
-            augmented = self.memory_module(
-                encoded["memory_input"],
-                encoded["stage1"],
-                encoded["context"],
-                memory,
-                gradient_memory,
-                train=train,
-                valid_size=valid_size,
-            )
-            logits = rematerialise.call(
-                self.decoder_stage2, augmented, remat=self.remat, train=train, valid_size=valid_size
-            )
-        else:
-            logits = self.classifier(encoded["context"], train=train)
-        record(self, "stage2_logits", logits)
-        return logits
+        raise NotImplementedError
 
-    def classify_rows(self, rows: Array, *, train: bool) -> Array:
-        """Puts memory rows through decoder stage 2, as images of one pixel.
-
-        In training this is a second use of that decoder in the step: the rows are normalised with
-        their own batch statistics, and the running statistics move a second time.
-
-        Args:
-            rows: [rows, channels].
-            train: use and update batch statistics, drop channels.
-
-        Returns:
-            float32 logits [rows, classes].
-        """
-        return self.decoder_stage2(rows[:, None, None, :], train=train)[:, 0, 0]
+    def encode_maps(
+        self, images: Array, *, train: bool, valid_size: ValidSize | None
+    ) -> tuple[list[Array], list[Array]]:
+        """The first part of every `encode`: the backbone's maps and the auxiliary logits."""
+        on = {"train": train, "valid_size": valid_size}
+        maps = self.backbone(mask_padding(images, valid_size), **on)
+        on["remat"] = self.remat
+        if self.backbone.normalise_maps:
+            maps = [mask_padding(norm(x), valid_size) for norm, x in zip(self.norm_layers, maps)]
+            for index, x in enumerate(maps):
+                record(self, f"norm_layers.{index}", x.reshape(x.shape[0], -1, x.shape[-1]))
+        if self.downsample > 1:
+            maps = [rematerialise.call(self.downsampling, maps[-1], **on)]
+            record(self, "downsample_backbone", maps[-1])
+        if not self.auxiliary:
+            return list(maps), []
+        levels = [maps[level] for level in self.backbone.auxiliary_levels]
+        auxiliary = [
+            rematerialise.call(decoder, x, **on)
+            for decoder, x in zip(self.auxiliary_decoders, levels)
+        ]
+        for index, logits in enumerate(auxiliary):
+            record(self, f"aux_logits.{index}" if len(levels) > 1 else "aux_logits", logits)
+        return list(maps), auxiliary
 
 
 def build_backbone(name: str, width: float, dtype: Any) -> Backbone:
@@ -298,9 +267,9 @@ def build_segmentor(config: ml_collections.ConfigDict) -> Segmentor:
         config: the whole config; `config_rules.check` has been asked about it.
 
     Raises:
-        UserError: fields do not fit the backbone.
+        UserError: fields do not fit the backbone, or each other.
     """
-    model, memory = config.model, config.model.memory
+    model = config.model
     dtype = jnp.dtype(model.compute_dtype)
     backbone = build_backbone(model.backbone, model.backbone_width, dtype)
     if model.downsample > 1 and model.auxiliary and backbone.auxiliary_levels:
@@ -309,24 +278,40 @@ def build_segmentor(config: ml_collections.ConfigDict) -> Segmentor:
             f"map; expected 1, as the auxiliary head of {model.backbone} needs another map, or "
             "config.model.auxiliary = False"
         )
-    return Segmentor(
-        backbone=backbone.clone(remat=model.remat == "blocks"),
-        num_classes=len(config.data.class_names),
-        feature_dim=model.feature_dim,
-        aspp_dim=model.aspp_dim,
-        aspp_dilations=tuple(model.aspp_dilations),
-        dropout=model.dropout,
-        activation=model.activation,
-        auxiliary=model.auxiliary,
-        memory_enabled=memory.enabled,
-        attention_dim=memory.attention_dim,
-        slots=memory.slots,
-        hard=memory.hard,
-        within_image_context=memory.within_image_context,
-        downsample=model.downsample,
-        remat=model.remat == "blocks",
-        dtype=dtype,
+    if model.fpn and (model.context == "none" or model.downsample > 1):
+        raise UserError(
+            "config.model.fpn is True, and a pyramid has the context on top of the backbone's "
+            f"maps; expected another context than {model.context!r} (config.model.context) and "
+            f"config.model.downsample = 1, found {model.downsample}; or config.model.fpn = False"
+        )
+    if model.fpn and not backbone.finest_stride:
+        raise UserError(
+            f"config.model.fpn is True, but all maps of {model.backbone} are of one size; expected "
+            "False, or another config.model.backbone, such as resnet50"
+        )
+    options = {"remat": model.remat == "blocks"}
+    if model.drop_path:  # of Swin alone, as the rules of the config say
+        options["drop_path"] = model.drop_path
+    method = importlib.import_module(
+        f"memseg_jax.models.{model.method if model.memory.enabled else 'plain'}"
+    )
+    shared = {
+        "backbone": backbone.clone(**options),
+        "num_classes": len(config.data.class_names),
+        "feature_dim": model.feature_dim,
+        "context_type": model.context,
+        "aspp_dim": model.aspp_dim,
+        "aspp_dilations": tuple(model.aspp_dilations),
+        "pool_scales": tuple(model.pool_scales),
+        "fpn_dim": model.fpn_out_dim if model.fpn else None,
+        "dropout": model.dropout,
+        "activation": model.activation,
+        "auxiliary": model.auxiliary,
+        "downsample": model.downsample,
+        "remat": model.remat == "blocks",
+        "dtype": dtype,
         # Factors of bfloat16 are exact as they are; a float32 gradient that is multiplied by one
         # would take several passes.
-        precision=model.precision if model.compute_dtype == "float32" else "default",
-    )
+        "precision": model.precision if model.compute_dtype == "float32" else "default",
+    }
+    return method.build(config, shared)

@@ -158,6 +158,7 @@ class ViT(Backbone):
     channels: int = 1024
 
     output_stride = PATCH
+    finest_stride = 0
     coarsest_stride = PATCH
     auxiliary_levels = (0, 1, 2)  # the maps that get an auxiliary head
     auxiliary_upsampling = True  # these heads enlarge their features by 4, twice

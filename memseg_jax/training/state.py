@@ -24,7 +24,7 @@ class TrainState:
         step: int32 scalar, number of completed steps.
         params: trainable parameters.
         batch_stats: running means and variances of the normalisations.
-        memory: float32 [classes, slots, channels].
+        memory: float32, of the shape that the method has (`Segmentor.memory_shape`).
         opt_state: state of the optimiser.
     """
 
@@ -144,7 +144,7 @@ def init_variables(
     return {
         "params": fill(abstract["params"], "params"),
         "batch_stats": fill(abstract["batch_stats"], "batch_stats"),
-        "memory": known.get("memory", np.zeros(abstract["memory"].shape, np.float32)),
+        "memory": known.get("memory", model.initial_memory()),
     }
 
 

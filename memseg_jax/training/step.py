@@ -18,12 +18,7 @@ import jax.numpy as jnp
 import ml_collections
 import optax
 
-from memseg_jax.models.cell_sums import MemorySums
-from memseg_jax.models.memory_update import (
-    memory_momentum,
-    memory_sums_groups,
-    move_memory_groups,
-)
+from memseg_jax.models.memory_update import memory_momentum
 from memseg_jax.models.segmentor import Segmentor
 from memseg_jax.runtime.sharding import ALL, Shares
 from memseg_jax.training.freezing import Frozen
@@ -132,7 +127,7 @@ class Losses:
 
     def apply(
         self,
-        method: Callable,
+        method: str,
         params: Any,
         batch_stats: Any,
         rng: jax.Array,
@@ -155,23 +150,18 @@ class Losses:
             )
         return out, mutated["batch_stats"]
 
-    def memory_sums(self, memory: jax.Array, encoded: Any, labels: jax.Array) -> MemorySums:
+    def memory_sums(self, memory: jax.Array, encoded: Any, labels: jax.Array) -> Any:
         """What the memory's update needs of some images, for every replica group."""
-        return memory_sums_groups(
-            memory,
-            jax.lax.stop_gradient(encoded["memory_input"]),
-            labels,
-            groups=self.config.replica_groups,
-            strategy=self.config.model.memory.strategy,
-        )
+        groups = self.config.replica_groups
+        return self.model.memory_sums(memory, encoded, labels, groups=groups)
 
     def move_memory(
-        self, memory: jax.Array, sums: MemorySums, lr: jax.Array
+        self, memory: jax.Array, sums: Any, lr: jax.Array
     ) -> tuple[jax.Array, jax.Array]:
         """Returns the new memory, and every replica group's own."""
         m = self.config.model.memory
         base_lr = m.base_lr * linear_scale(self.config)
-        return move_memory_groups(memory, sums, memory_momentum(lr, m.momentum, base_lr))
+        return self.model.move_memory(memory, sums, memory_momentum(lr, m.momentum, base_lr))
 
     def of_images(
         self,
@@ -193,8 +183,8 @@ class Losses:
 
         weights = self.config.loss
         losses = {"loss_stage2": weights.stage2 * entropy(logits)}
-        if self.model.memory_enabled:
-            losses["loss_stage1"] = weights.stage1 * entropy(encoded["stage1"])
+        for name, further in self.model.further_logits(encoded).items():
+            losses[f"loss_{name}"] = weights[name] * entropy(further)
         for index, logits in enumerate(encoded["auxiliary"]):
             name = "loss_aux" if len(encoded["auxiliary"]) == 1 else f"loss_aux{index + 1}"
             losses[name] = weights.auxiliary * entropy(logits)
@@ -218,7 +208,7 @@ class Losses:
             step: number of completed steps.
         """
         weight = self.config.loss.consistency
-        if not (self.model.memory_enabled and weight > 0):
+        if not (self.model.classifies_rows and weight > 0):
             return {}, batch_stats
 
         def consistency(
@@ -226,7 +216,7 @@ class Losses:
         ) -> tuple[jax.Array, Any]:
             flat = rows.reshape(-1, rows.shape[-1])
             logits, batch_stats = self.apply(
-                Segmentor.classify_rows, params, batch_stats, rng, flat, of_images=False
+                "classify_rows", params, batch_stats, rng, flat, of_images=False
             )
             return consistency_loss(logits.reshape(*rows.shape[:-1], -1)), batch_stats
 
@@ -255,7 +245,7 @@ def whole_batch(
     def loss_fn(params: Any) -> tuple[jax.Array, tuple[Metrics, Any, jax.Array]]:
         memory, local = state.memory, None
         encoded, batch_stats = losses.apply(
-            Segmentor.encode, params, state.batch_stats, rngs[0], batch["image"]
+            "encode", params, state.batch_stats, rngs[0], batch["image"]
         )
         # The update needs nothing that comes later, and the gradient of the memory read is to
         # see the updated rows (`read_memory`); the value that is read is the old one.
@@ -263,7 +253,7 @@ def whole_batch(
             sums = losses.memory_sums(memory, encoded, batch["label"])
             memory, local = losses.move_memory(memory, sums, lr)
         logits, batch_stats = losses.apply(
-            Segmentor.decode, params, batch_stats, rngs[1], encoded, state.memory, local
+            "decode", params, batch_stats, rngs[1], encoded, state.memory, local
         )
         metrics = losses.of_images(logits, encoded, batch["label"])
         of_rows, batch_stats = losses.of_rows(params, batch_stats, local, rngs[2], state.step)
@@ -285,7 +275,7 @@ def accumulate_gradients(
 
     Every part has images of all replica groups. The denominators of the means come from all labels,
     so that the parts' losses and gradients add up to those of the batch, however the labelled
-    pixels are distributed. As the gradient of the memory read sees the updated rows
+    pixels are distributed. Where the gradient of the memory read sees the updated rows
     (`read_memory`), a first pass through the parts makes the sums of the memory's update.
 
     Args:
@@ -311,15 +301,19 @@ def accumulate_gradients(
         return images, jax.random.split(keys[index])
 
     def encode(params: Any, images: jax.Array, rng: jax.Array) -> tuple[Any, Any]:
-        return losses.apply(Segmentor.encode, params, state.batch_stats, rng, images)
+        return losses.apply("encode", params, state.batch_stats, rng, images)
 
-    def sums_of_part(index: jax.Array) -> MemorySums:
-        images, rngs = part(index)
-        encoded, _ = encode(state.params, images["image"], rngs[0])
+    def memory_sums(encoded: Any, images: Batch) -> Any:
         return losses.memory_sums(state.memory, encoded, images["label"])
 
+    def sums_of_part(index: jax.Array) -> Any:
+        images, rngs = part(index)
+        return memory_sums(encode(state.params, images["image"], rngs[0])[0], images)
+
     memory, local = state.memory, None
-    if losses.model.memory_enabled:
+    update_comes_first = losses.model.memory_enabled and losses.model.gradient_sees_update
+    update_comes_last = losses.model.memory_enabled and not update_comes_first
+    if update_comes_first:
         memory, local = losses.move_memory(memory, _sum_over_parts(sums_of_part, parts), lr)
 
     total_weights = group_weights(
@@ -329,25 +323,28 @@ def accumulate_gradients(
         class_weights=losses.class_weights,
     )
 
-    def gradients_of_part(index: jax.Array) -> Result:
+    def gradients_of_part(index: jax.Array) -> tuple[Any, Metrics, Any, Any]:
         images, rngs = part(index)
 
-        def loss_fn(params: Any) -> tuple[jax.Array, tuple[Metrics, Any]]:
+        def loss_fn(params: Any) -> tuple[jax.Array, tuple[Metrics, Any, Any]]:
             encoded, batch_stats = encode(params, images["image"], rngs[0])
             logits, batch_stats = losses.apply(
-                Segmentor.decode, params, batch_stats, rngs[1], encoded, state.memory, local
+                "decode", params, batch_stats, rngs[1], encoded, state.memory, local
             )
             metrics = losses.of_images(logits, encoded, images["label"], total_weights)
-            return sum(metrics.values()), (metrics, batch_stats)
+            sums = memory_sums(encoded, images) if update_comes_last else None
+            return sum(metrics.values()), (metrics, batch_stats, sums)
 
-        grads, (metrics, batch_stats) = jax.grad(loss_fn, has_aux=True)(state.params)
-        return grads, metrics, jax.tree.map(lambda x: x / parts, batch_stats)
+        grads, (metrics, batch_stats, sums) = jax.grad(loss_fn, has_aux=True)(state.params)
+        return grads, metrics, jax.tree.map(lambda x: x / parts, batch_stats), sums
 
     def consistency(params: Any) -> tuple[jax.Array, tuple[Metrics, Any]]:
         metrics, moved = losses.of_rows(params, batch_stats, local, keys[-1], state.step)
         return sum(metrics.values(), jnp.zeros(())), (metrics, moved)
 
-    grads, metrics, batch_stats = _sum_over_parts(gradients_of_part, parts)
+    grads, metrics, batch_stats, sums = _sum_over_parts(gradients_of_part, parts)
+    if update_comes_last:
+        memory, local = losses.move_memory(memory, sums, lr)
     more, (of_rows, batch_stats) = jax.grad(consistency, has_aux=True)(state.params)
     grads = jax.tree.map(jnp.add, grads, more)
     metrics |= of_rows

@@ -33,6 +33,9 @@ from memseg_jax.config_rules.kinds import (
     show,
 )
 from memseg_jax.errors import UserError
+from memseg_jax.models.mcibi import MCIBI
+from memseg_jax.models.mcibi_plus_plus import MCIBIPlusPlus
+from memseg_jax.models.plain import Plain
 from memseg_jax.models.segmentor import Segmentor
 from tests.small_models import small_config
 from tests.tiny_config import get_config
@@ -342,6 +345,9 @@ def test_the_data_sets_are_those_of_the_modules():
     assert set(memseg_jax.data.data_sets()) == found
 
 
-def test_the_parts_of_the_model_are_those_of_the_segmentor():
-    assigned = re.findall(r"self\.(\w+) = ", inspect.getsource(Segmentor.setup))
+def test_the_parts_of_the_models_are_those_of_the_methods():
+    methods = [Segmentor, Plain, MCIBI, MCIBIPlusPlus]
+    assert set(methods[1:]) == set(Segmentor.__subclasses__())
+    sources = "".join(inspect.getsource(method.setup) for method in methods)
+    assigned = re.findall(r"self\.(\w+) = ", sources)
     assert set(memseg_jax.models.PARTS) == {"backbone", *assigned}

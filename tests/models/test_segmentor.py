@@ -10,7 +10,7 @@ import pytest
 from converters import names
 from memseg_jax.errors import UserError
 from memseg_jax.models.layers import ValidSize
-from memseg_jax.models.segmentor import Segmentor, build_backbone, build_segmentor
+from memseg_jax.models.segmentor import build_backbone, build_segmentor
 from memseg_jax.models.vit import ViT
 from memseg_jax.training.state import abstract_variables
 from tests.models.test_resnest import short_backbone
@@ -225,7 +225,7 @@ def test_rows_go_through_the_second_decoder():
     model, variables = default_model()
     rows = np.asarray(variables["memory"]).reshape(-1, 16)
     rest = rest_of(variables)
-    logits = model.apply(rest, rows, train=False, method=Segmentor.classify_rows)
+    logits = model.apply(rest, rows, train=False, method="classify_rows")
     decoder = variables["params"]["decoder_stage2"]
     stats = variables["batch_stats"]["decoder_stage2"]["project"]["norm"]
     norm = decoder["project"]["norm"]
@@ -238,7 +238,7 @@ def test_rows_go_through_the_second_decoder():
 
     _, mutated = model.apply(
         rest, rows, train=True, mutable=["batch_stats"],
-        rngs={"dropout": jax.random.key(0)}, method=Segmentor.classify_rows,
+        rngs={"dropout": jax.random.key(0)}, method="classify_rows",
     )  # fmt: skip
     before, after = (names.flatten(t["batch_stats"]) for t in (rest, mutated))
     moved = {path for path, value in after.items() if (np.asarray(value) != before[path]).any()}

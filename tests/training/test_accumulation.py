@@ -6,7 +6,6 @@ normalises with the running statistics, for which the images may be anything.
 """
 
 import functools
-import types
 
 import jax
 import jax.numpy as jnp
@@ -30,8 +29,14 @@ BATCH = 16
 UNLABELLED_PART = 1  # of the four parts of `labels()`
 
 
-class WithRunningStatistics(types.SimpleNamespace):
+class WithRunningStatistics:
     """A segmentor that never looks at batch statistics nor moves the running ones."""
+
+    def __init__(self, model):
+        self.model = model
+
+    def __getattr__(self, name):
+        return getattr(self.model, name)
 
     def apply(self, variables, *args, train, mutable, rngs, method):
         del train, mutable, rngs
@@ -70,12 +75,7 @@ def build(parts, groups=1, frozen=False, memory=True, weights=()):
     tx = optimizer.from_config(config, schedule)
     state = double(init_state(init_variables(model, 0), tx))
     if frozen:
-        model = WithRunningStatistics(
-            model=model,
-            memory_enabled=memory,
-            num_classes=model.num_classes,
-            precision=model.precision,
-        )
+        model = WithRunningStatistics(model)
     return make_train_step(model, config, tx, schedule, 1), state
 
 

@@ -91,5 +91,6 @@ def test_the_memory_moves_by_a_share_of_the_rate_that_was_given(base_batch, lr, 
     config = get_config()  # momentum 0.9 at 1e-3, which base_batch 2 makes 4e-3
     config.optimizer.base_batch = base_batch
     sums = MemorySums(np.zeros((1, 1, 1, 2)), np.ones((1, 1, 1)), np.ones((1, 1, 1)))
-    moved, _ = Losses(None, config, 0).move_memory(np.ones((1, 1, 2), np.float32), sums, lr)
+    losses = Losses(build_segmentor(config), config, 0)
+    moved, _ = losses.move_memory(np.ones((1, 1, 2), np.float32), sums, lr)
     np.testing.assert_allclose(moved, 1 - share, rtol=1e-6)

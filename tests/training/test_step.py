@@ -10,7 +10,7 @@ import optax
 import pytest
 
 from memseg_jax.models.memory_update import memory_momentum, update_memory
-from memseg_jax.models.segmentor import Segmentor, build_segmentor
+from memseg_jax.models.segmentor import build_segmentor
 from memseg_jax.runtime import sharding
 from memseg_jax.training import optimizer
 from memseg_jax.training.losses import consistency_loss, cross_entropy
@@ -249,7 +249,7 @@ def test_consistency_moves_the_statistics_of_the_second_decoder_again():
                 train=True,
                 mutable=["batch_stats"],
                 rngs={"dropout": jax.random.key(0)},
-                method=Segmentor.classify_rows,
+                method="classify_rows",
             )
             twice = mutated["batch_stats"]
             moved = {name for name in once if largest_difference(once[name], twice[name]) > 1e-6}

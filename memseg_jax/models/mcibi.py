@@ -1,0 +1,162 @@
+"""MCIBI: a memory of the features of every class beside the context within the image.
+
+Paper: Jin et al., "Mining Contextual Information Beyond Image for Semantic Segmentation".
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+import ml_collections
+from jax import lax
+
+from memseg_jax.errors import UserError
+from memseg_jax.models import rematerialise
+from memseg_jax.models.cell_sums import MemorySums
+from memseg_jax.models.decoders import Decoder
+from memseg_jax.models.layers import Array, ConvNorm, ValidSize, record
+from memseg_jax.models.memory import MemoryModule
+from memseg_jax.models.memory_update import memory_sums_groups, move_memory_groups
+from memseg_jax.models.segmentor import Segmentor
+
+
+class MCIBI(Segmentor):
+    """Bottleneck, coarse prediction, memory read by it, final prediction.
+
+    Attributes:
+        attention_dim: channels inside the attentions.
+        slots: rows of a class.
+        hard: see `MemoryModule`.
+        within_image_context: see `MemoryModule`.
+        strategy: of the memory's update, see `update_memory`.
+    """
+
+    attention_dim: int = 256
+    slots: int = 1
+    hard: bool = False
+    within_image_context: bool = True
+    strategy: str = "cosine"
+
+    gradient_sees_update = True
+    classifies_rows = True
+
+    def setup(self) -> None:
+        """Names the parts as the PyTorch reference does."""
+        super().setup()
+        kw = {"activation": self.activation, "dtype": self.dtype}
+        self.bottleneck = ConvNorm(self.feature_dim, 3, **kw)
+        self.memory_module = MemoryModule(
+            self.feature_dim,
+            self.attention_dim,
+            self.hard,
+            self.within_image_context,
+            remat=self.remat,
+            **kw,
+        )
+        decoder = [self.feature_dim, self.num_classes, 1, self.dropout]
+        self.decoder_stage1 = Decoder(*decoder, **kw)
+        self.decoder_stage2 = Decoder(*decoder, **kw)
+
+    def memory_shape(self) -> tuple[int, int, int]:
+        """Classes, slots, channels."""
+        return (self.num_classes, self.slots, self.feature_dim)
+
+    def rows_of(self, memory: Array) -> Array:
+        """The memory is its rows."""
+        return memory
+
+    def memory_sums(self, memory: Array, encoded: Any, labels: Array, *, groups: int) -> MemorySums:
+        """See `Segmentor.memory_sums`."""
+        features = lax.stop_gradient(encoded["memory_input"])
+        return memory_sums_groups(memory, features, labels, groups=groups, strategy=self.strategy)
+
+    def move_memory(self, memory: Array, sums: MemorySums, momentum: Array) -> tuple[Array, Array]:
+        """See `Segmentor.move_memory`."""
+        return move_memory_groups(memory, sums, momentum)
+
+    def further_logits(self, encoded: Mapping[str, Any]) -> dict[str, Array]:
+        """See `Segmentor.further_logits`."""
+        return {"stage1": encoded["stage1"]}
+
+    def encode(
+        self, images: Array, *, train: bool, valid_size: ValidSize | None = None
+    ) -> dict[str, Any]:
+        """See `Segmentor.encode`; "context": within-image context, or None."""
+        on = {"train": train, "valid_size": valid_size}
+        maps, auxiliary = self.encode_maps(images, **on)
+        on["remat"] = self.remat
+        context = None
+        if self.has_context:
+            context = rematerialise.call(self.context, maps[-1], **on)
+        memory_input = rematerialise.call(self.bottleneck, maps[-1], **on)
+        stage1 = rematerialise.call(self.decoder_stage1, memory_input, **on)
+        record(self, "memory_input", memory_input)
+        record(self, "stage1_logits", stage1)
+        return {
+            "context": context,
+            "auxiliary": auxiliary,
+            "memory_input": memory_input,
+            "stage1": stage1,
+        }
+
+    def decode(
+        self,
+        encoded: dict[str, Any],
+        memory: Array,
+        gradient_memory: Array | None = None,
+        *,
+        train: bool,
+        valid_size: ValidSize | None = None,
+    ) -> Array:
+        """See `Segmentor.decode`."""
+        augmented = self.memory_module(
+            encoded["memory_input"],
+            encoded["stage1"],
+            encoded["context"],
+            memory,
+            gradient_memory,
+            train=train,
+            valid_size=valid_size,
+        )
+        logits = rematerialise.call(
+            self.decoder_stage2, augmented, remat=self.remat, train=train, valid_size=valid_size
+        )
+        record(self, "stage2_logits", logits)
+        return logits
+
+    def classify_rows(self, rows: Array, *, train: bool) -> Array:
+        """Puts memory rows through decoder stage 2, as images of one pixel.
+
+        In training this is a second use of that decoder in the step: the rows are normalised with
+        their own batch statistics, and the running statistics move a second time.
+
+        Args:
+            rows: [rows, channels].
+            train: use and update batch statistics, drop channels.
+
+        Returns:
+            float32 logits [rows, classes].
+        """
+        return self.decoder_stage2(rows[:, None, None, :], train=train)[:, 0, 0]
+
+
+def build(config: ml_collections.ConfigDict, shared: Mapping[str, Any]) -> MCIBI:
+    """Returns the model; see `memseg_jax.models.segmentor.build_segmentor`.
+
+    Raises:
+        UserError: a feature pyramid is asked for, which the method has not.
+    """
+    model, memory = config.model, config.model.memory
+    if model.fpn:
+        raise UserError(
+            "config.model.fpn is True, and MCIBI predicts from one map; expected False, or the "
+            "pyramid with config.model.method = 'mcibi_plus_plus', or without memory "
+            "(config.model.memory.enabled = False)"
+        )
+    return MCIBI(
+        **shared,
+        attention_dim=memory.attention_dim,
+        slots=memory.slots,
+        hard=memory.hard,
+        within_image_context=memory.within_image_context and model.context != "none",
+        strategy=memory.strategy,
+    )
