@@ -2,17 +2,23 @@
 
 Our variables are nested dicts; a path is their keys joined by "/", for example
 "params/backbone/layer1_0/conv1/conv/kernel". The reference calls the same tensor
-"backbone_net.layer1.0.conv1.weight".
+"backbone_net.layer1.0.conv1.weight". MCIBI and MCIBI++ share most names; `method` is
+config.model.method.
 """
 
+import math
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
 
+from memseg_jax.models.swin import relative_positions
+
 MEMORY_KEY = "memory_module.memory"
+_TABLE = "relative_position_bias_table"
+_INDEX = "relative_position_index"
 
 # Path of a module -> prefix in the reference. First match wins. A convolution with normalisation
 # is a sequence in the reference, whose members are numbered: {conv} and {norm} stand for them.
@@ -24,6 +30,7 @@ _MODULES = [
     (r"backbone/layer(\d)_(\d+)/conv(\d)", r"backbone_net.layer\1.\2.", (r"conv\3", r"bn\3")),
     (r"downsampling", "downsample_backbone.", ("0", "1")),
     (r"context/branch_(\d)", r"context_within_image_module.parallel_branches.\1.", ("0", "1")),
+    (r"context/branches_(\d)", r"context_within_image_module.branches.\1.", ("1", "2")),
     (r"context/global", "context_within_image_module.global_branch.", ("1", "2")),
     (r"context/bottleneck", "context_within_image_module.bottleneck.", ("0", "1")),
     (r"bottleneck", "bottleneck.", ("0", "1")),
@@ -52,8 +59,6 @@ _MODULES = [
         r"memory_module.self_attentions.\1.\2_project.",
         ("0", "1"),
     ),
-    (r"decoder_stage(\d)/project", r"decoder_stage\1.", ("0", "1")),
-    (r"decoder_stage(\d)/classifier", r"decoder_stage\1.", ("4", None)),
     # A ViT has three auxiliary heads of two convolutions, the others one head of one convolution.
     (r"auxiliary_decoders_(\d)/project_0", r"auxiliary_decoder.\1.", ("0", "1")),
     (r"auxiliary_decoders_(\d)/project_1", r"auxiliary_decoder.\1.", ("4", "5")),
@@ -87,6 +92,27 @@ _MODULES = [
     ),
 ]
 
+# The same for what only one of the methods has, or calls by another name.
+_MODULES_OF = {
+    "mcibi": [
+        (r"decoder_stage(\d)/project", r"decoder_stage\1.", ("0", "1")),
+        (r"decoder_stage(\d)/classifier", r"decoder_stage\1.", ("4", None)),
+    ],
+    "mcibi_plus_plus": [
+        (r"decoder_stage1/project", "decoder_pr.", ("conv1", "bn1")),
+        (r"decoder_stage1/classifier", "decoder_pr.", ("conv2", None)),
+        (r"decoder_context/project", "decoder_cwi.", ("conv1", "bn1")),
+        (r"decoder_context/classifier", "decoder_cwi.", ("conv2", None)),
+        (r"decoder_stage2/project", "decoder_cls.", ("conv1", "bn1")),
+        (r"decoder_stage2/classifier", "decoder_cls.", ("conv2", None)),
+        (r"memory_module/downsampling", "memory_module.downsample_before_sa.", ("0", "1")),
+        (r"self_attention/(query|key)_project_(\d)", r"self_attention.\1_project.\2.", ("0", "1")),
+        (r"self_attention/(value|out)_project", r"self_attention.\1_project.", ("0", "1")),
+        (r"fpn/lateral_(\d)", r"lateral_convs.\1.", ("0", "1")),
+        (r"fpn/output_(\d)", r"fpn_convs.\1.", ("0", "1")),
+    ],
+}
+
 # The same for a module that owns its tensors itself: prefix and name of the tensor make the key.
 _PLAIN_MODULES = [
     # ViT
@@ -98,6 +124,24 @@ _PLAIN_MODULES = [
     (r"backbone/layers_(\d+)/ffn_0", r"backbone_net.layers.\1.ffn.layers.0.0."),
     (r"backbone/layers_(\d+)/ffn_1", r"backbone_net.layers.\1.ffn.layers.1."),
     (r"norm_layers_(\d)", r"norm_layers.\1."),
+    # Swin
+    (r"backbone/patch_embed/(projection|norm)", r"backbone_net.patch_embed.\1."),
+    (r"backbone/stages_(\d)_blocks_(\d+)/(norm[12])", r"backbone_net.stages.\1.blocks.\2.\3."),
+    (r"backbone/stages_(\d)_blocks_(\d+)/attn", r"backbone_net.stages.\1.blocks.\2.attn.w_msa."),
+    (
+        r"backbone/stages_(\d)_blocks_(\d+)/attn/(qkv|proj)",
+        r"backbone_net.stages.\1.blocks.\2.attn.w_msa.\3.",
+    ),
+    (
+        r"backbone/stages_(\d)_blocks_(\d+)/ffn/fc1",
+        r"backbone_net.stages.\1.blocks.\2.ffn.layers.0.0.",
+    ),
+    (
+        r"backbone/stages_(\d)_blocks_(\d+)/ffn/fc2",
+        r"backbone_net.stages.\1.blocks.\2.ffn.layers.1.",
+    ),
+    (r"backbone/stages_(\d)_downsample/(norm|reduction)", r"backbone_net.stages.\1.downsample.\2."),
+    (r"backbone/norm(\d)", r"backbone_net.norm\1."),
     # ResNeSt
     (
         r"backbone/layer(\d)_(\d+)/split_attention/(conv|bn0|fc1|bn1|fc2)",
@@ -108,6 +152,7 @@ _PLAIN_MODULES = [
 _LEAVES = {
     "cls_token": "cls_token",
     "pos_embed": "pos_embed",
+    _TABLE: _TABLE,
     "kernel": "weight",
     "scale": "weight",
     "bias": "bias",
@@ -116,11 +161,12 @@ _LEAVES = {
 }
 
 
-def torch_key(path: str) -> str:
+def torch_key(path: str, method: str = "mcibi") -> str:
     """Returns the reference's name of the tensor at `path`.
 
     Args:
         path: "params/...", "batch_stats/..." or "memory".
+        method: config.model.method.
 
     Returns:
         The state-dict key.
@@ -137,7 +183,7 @@ def torch_key(path: str) -> str:
         if match:
             return match.expand(prefix) + _LEAVES[leaf]
     module, _, member = owner.rpartition("/")
-    for pattern, prefix, members in _MODULES:
+    for pattern, prefix, members in _MODULES_OF[method] + _MODULES:
         match = re.fullmatch(pattern, module)
         if match and member in ("conv", "norm"):
             name = members[("conv", "norm").index(member)]
@@ -155,37 +201,45 @@ def unflatten(flat: dict[str, Any]) -> dict:
     return unflatten_dict(flat, sep="/")
 
 
-def from_torch_layout(array: np.ndarray) -> np.ndarray:
+def from_torch_layout(array: np.ndarray, key: str = "") -> np.ndarray:
     """Convolution weights (out, in, kh, kw) -> HWIO, linear ones (out, in) -> (in, out).
 
-    Nothing else in the reference has two or four axes; it stays.
+    What else has two axes: a table of relative positions is turned, too, and so has the heads
+    first; the memory of MCIBI++ stays as it is, and is known by its name.
+
+    Args:
+        array: a tensor of the reference.
+        key: its name; may be left out if it is not the memory.
     """
     axes = {2: (1, 0), 4: (2, 3, 1, 0)}.get(array.ndim)
-    return array if axes is None else array.transpose(axes)
+    return array if axes is None or key == MEMORY_KEY else array.transpose(axes)
 
 
-def torch_shape(shape: tuple[int, ...]) -> tuple[int, ...]:
+def torch_shape(shape: tuple[int, ...], key: str = "") -> tuple[int, ...]:
     """Shape of the reference's tensor for one of ours; the inverse of `from_torch_layout`."""
     axes = {2: (1, 0), 4: (3, 2, 0, 1)}.get(len(shape))
-    return tuple(shape) if axes is None else tuple(shape[axis] for axis in axes)
+    if axes is None or key == MEMORY_KEY:
+        return tuple(shape)
+    return tuple(shape[axis] for axis in axes)
 
 
-def to_torch_layout(array: np.ndarray) -> np.ndarray:
+def to_torch_layout(array: np.ndarray, key: str = "") -> np.ndarray:
     """One of our arrays in the reference's layout; the inverse of `from_torch_layout`."""
     axes = {2: (1, 0), 4: (3, 2, 0, 1)}.get(array.ndim)
-    return array if axes is None else array.transpose(axes)
+    return array if axes is None or key == MEMORY_KEY else array.transpose(axes)
 
 
-def torch_keys(variables: dict) -> dict[str, str]:
+def torch_keys(variables: dict, method: str = "mcibi") -> dict[str, str]:
     """Returns {path of ours: key of the reference} for all tensors of a model.
 
     Args:
         variables: params, batch_stats and memory; the leaves do not matter.
+        method: config.model.method.
 
     Raises:
         KeyError: the reference has no such tensor.
     """
-    return {path: torch_key(path) for path in flatten(variables)}
+    return {path: torch_key(path, method) for path in flatten(variables)}
 
 
 def counter_keys(keys: Iterable[str]) -> list[str]:
@@ -195,3 +249,22 @@ def counter_keys(keys: Iterable[str]) -> list[str]:
     """
     means = [key for key in keys if key.endswith(".running_mean")]
     return [key.removesuffix("running_mean") + "num_batches_tracked" for key in means]
+
+
+def index_buffers(shapes: Mapping[str, tuple[int, ...]]) -> dict[str, np.ndarray]:
+    """The buffers that stand beside a Swin's tables of relative positions in the reference.
+
+    They follow from the size of the window alone.
+
+    Args:
+        shapes: {key: shape in the reference's layout} of a model's tensors.
+
+    Returns:
+        {key: int64 [window^2, window^2]}.
+    """
+    made = {}
+    for key, shape in shapes.items():
+        if key.endswith(_TABLE):
+            window = (math.isqrt(shape[0]) + 1) // 2
+            made[key.removesuffix(_TABLE) + _INDEX] = relative_positions(window)
+    return made

@@ -206,14 +206,18 @@ class Linear(nn.Module):
 
     features: int
     dtype: Any = jnp.float32
+    use_bias: bool = True
 
     @nn.compact
     def __call__(self, x: Array) -> Array:
         """[..., channels] -> [..., features]."""
         shape = (x.shape[-1], self.features)
         kernel = self.param("kernel", torch_uniform, shape)
+        y = x.astype(self.dtype) @ kernel.astype(self.dtype)
+        if not self.use_bias:
+            return y
         bias = self.param("bias", torch_uniform, (self.features,), jnp.float32, x.shape[-1])
-        return add_bias(x.astype(self.dtype) @ kernel.astype(self.dtype), bias)
+        return add_bias(y, bias)
 
 
 class ConvNorm(nn.Module):

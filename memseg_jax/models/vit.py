@@ -32,24 +32,26 @@ _SIZES = {"vitlarge": (1024, (9, 14, 19, 23)), "vitbase": (768, (2, 5, 8, 11))}
 
 
 class PatchProjection(nn.Module):
-    """Projects every 16x16 patch to one token: a convolution whose stride is its kernel size."""
+    """Projects every patch to one token: a convolution whose stride is its kernel size."""
 
     features: int
     dtype: Any
+    patch: int = PATCH
 
     @nn.compact
     def __call__(self, x: Array) -> Array:
-        """[batch, height, width, channels] -> [batch, height / 16, width / 16, features].
+        """[batch, height, width, channels] -> [batch, height / patch, width / patch, features].
 
         Args:
-            x: images whose sides are multiples of 16.
+            x: images whose sides are multiples of `patch`.
         """
         batch, height, width, channels = x.shape
-        shape = (PATCH, PATCH, channels, self.features)
+        patch = self.patch
+        shape = (patch, patch, channels, self.features)
         kernel = self.param("kernel", torch_uniform, shape).astype(self.dtype)
-        fan_in = PATCH * PATCH * channels
+        fan_in = patch * patch * channels
         bias = self.param("bias", torch_uniform, (self.features,), jnp.float32, fan_in)
-        grid = (batch, height // PATCH, PATCH, width // PATCH, PATCH, channels)
+        grid = (batch, height // patch, patch, width // patch, patch, channels)
         patches = x.astype(self.dtype).reshape(grid).transpose(0, 1, 3, 2, 4, 5)
         patches = patches.reshape(*patches.shape[:3], fan_in)
         tokens = patches @ kernel.reshape(fan_in, self.features)

@@ -86,8 +86,9 @@ def init_array(
         rng: source of the random numbers.
 
     Returns:
-        float32 array: kernels and their biases uniform in +-1/sqrt(fan_in), everything else the
-        neutral value of its kind. Class token and positions of a ViT are zero, as in the PyTorch
+        float32 array: kernels and their biases uniform in +-1/sqrt(fan_in), biases of relative
+        positions normal with a standard deviation of 0.02, everything else the neutral value of its
+        kind. Class token and positions of a ViT are zero, as in the PyTorch
         reference before it loads pretrained weights.
 
     Raises:
@@ -97,6 +98,8 @@ def init_array(
     if kind == "kernel" or (kind == "bias" and fan_in):
         bound = fan_in**-0.5
         return rng.uniform(-bound, bound, shape).astype(np.float32)
+    if kind == "relative_position_bias_table":
+        return (0.02 * rng.standard_normal(shape)).astype(np.float32)
     if kind in ("scale", "var"):
         return np.ones(shape, np.float32)
     if kind in ("bias", "mean", "memory", "cls_token", "pos_embed"):
