@@ -1,4 +1,4 @@
-"""Writes tiny data sets in the official layouts of the four published ones."""
+"""Writes tiny data sets in the official layouts of the published ones."""
 
 from pathlib import Path
 
@@ -7,19 +7,32 @@ import scipy.io
 from PIL import Image
 
 # Values that occur in the label files written here, the first of them outside every box. 0 is
-# "not labelled" in all but LIP.
+# "not labelled" in all but LIP and VOC.
 VALUES = {
     "ade20k": (1, 0, 2, 75, 150),
     "cityscapes": (7, 0, 11, 23, 33),
     "cocostuff10k": (1, 0, 12, 92, 182),
     "lip": (0, 5, 14, 15, 19),
+    "pascalcontext59": (1, 0, 12, 30, 59),
+    "voc": (0, 255, 5, 14, 20),
+    "vspw": (1, 0, 254, 60, 124),
 }
 SPLITS = {
     "ade20k": ("training", "validation"),
     "cityscapes": ("train", "val", "test"),
     "cocostuff10k": ("train", "test"),
     "lip": ("train", "val"),
+    "pascalcontext59": ("train", "val"),
+    "voc": ("trainaug", "val"),
+    "vspw": ("train", "val"),
 }
+# The recipe of each, as a module.
+RECIPES = dict.fromkeys(("ade20k", "cityscapes", "cocostuff10k", "lip"), "configs.{}_resnet50") | {
+    "pascalcontext59": "configs.plus.{}_upernet_resnet101",
+    "voc": "configs.plus.{}_upernet_resnet50",
+    "vspw": "configs.plus.{}_upernet_resnet50",
+}
+FRAMES = 2  # of a video of VSPW
 _CITIES = ("aachen", "zurich")
 
 
@@ -36,11 +49,11 @@ def write_tree(
     Images show boxes whose colours tell the class; sample i of a split is the same in every run.
 
     Args:
-        name: "ade20k", "cityscapes", "cocostuff10k" or "lip", as in `config.data.name`.
+        name: as in `config.data.name`.
         root: becomes `config.data.root`.
         counts: images by split; two of each official split if it is not given.
         size: height, width.
-        nested: LIP only: the folders as the archives have them, one deeper.
+        nested: LIP, VOC, Context and VSPW only: deeper, as the archives have them.
 
     Returns:
         `root`.
@@ -123,9 +136,39 @@ def _lip(root, split, index, image, label, nested):
         file.write(f"{stem}\n")
 
 
+def _add_line(path, line):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with open(path, "a") as file:
+        file.write(f"{line}\n")
+
+
+def _voc(root, split, index, image, label, nested, lists="Segmentation", labels=""):
+    base = root / "VOCdevkit" / f"VOC20{10 if labels else 12}" if nested else root
+    stem = f"2007_{index + 1000 * len(split):06d}"
+    _save(base / f"JPEGImages/{stem}.jpg", image)
+    _save(base / f"SegmentationClass{labels}/{stem}.png", label)
+    _add_line(base / f"ImageSets/{lists}/{split}.txt", stem)
+
+
+def _pascalcontext59(*sample):
+    _voc(*sample, "SegmentationContext", "Context")
+
+
+def _vspw(root, split, index, image, label, nested):
+    base = root / "VSPW_480p" if nested else root
+    video = f"{index // FRAMES}_{split:_>11}"
+    if index % FRAMES == 0:
+        _add_line(base / f"{split}.txt", video)
+    _save(base / f"data/{video}/origin/{index % FRAMES:08d}.jpg", image)
+    _save(base / f"data/{video}/mask/{index % FRAMES:08d}.png", label)
+
+
 _WRITERS = {
     "ade20k": _ade20k,
     "cityscapes": _cityscapes,
     "cocostuff10k": _cocostuff10k,
     "lip": _lip,
+    "pascalcontext59": _pascalcontext59,
+    "voc": _voc,
+    "vspw": _vspw,
 }

@@ -13,6 +13,8 @@ source is a picklable object with
 * optionally `source.label(index)`: the label alone, where that is quicker;
 * optionally `source.has_labels`: False if the labels of the split are not public, so that all
   pixels of its samples are ignored;
+* optionally `source.groups`: numbers of consecutive samples that belong together, such as the
+  frames of a video; an epoch of training draws one sample of each group;
 * optionally `source.official_size`: how many samples a published split should have, or None.
 
 With `config.data.packed` set, the samples of any data set come from that folder (see `packed`). It

@@ -98,6 +98,9 @@ DATA_SET = official.DataSet(
         "config.data.root."
     ),
     sizes=SPLIT_SIZES,
+    marks=(f"{FOLDER}/images/training", f"{FOLDER}/annotations/training"),
+    ids=r"ADE_train_\d{8}",
+    splits=("training", "validation"),
 )
 _LISTS = {"training": "train.txt", "validation": "val.txt"}
 

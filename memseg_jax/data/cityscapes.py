@@ -43,6 +43,8 @@ DATA_SET = official.DataSet(
         "www.cityscapes-dataset.com in one folder and give that as config.data.root."
     ),
     sizes=SPLIT_SIZES,
+    marks=("leftImg8bit/train", "leftImg8bit/val", "gtFine/train", "gtFine/val"),
+    ids=r"[a-z-]+",
 )
 _IMAGE_ENDING = "_leftImg8bit"
 BENCHMARK = official.Benchmark("Cityscapes", f"{_IMAGE_ENDING}.png", LABEL_IDS)

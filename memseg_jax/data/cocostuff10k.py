@@ -45,19 +45,8 @@ CLASS_NAMES = (
 SPLIT_SIZES = {"train": 9000, "test": 1000}
 FIELD = "S"
 
-
-def _voc_colour(index: int) -> tuple[int, int, int]:
-    """The colour of an id by the rule of PASCAL VOC: its bits, in turn, from the top of R, G and B.
-
-    The data set has no colours of its own.
-    """
-    return tuple(
-        sum((index >> (3 * bit + channel) & 1) << (7 - bit) for bit in range(3))
-        for channel in range(3)
-    )
-
-
-PALETTE = tuple(_voc_colour(k) for k in range(len(CLASS_NAMES)))
+# The data set has no colours of its own.
+PALETTE = tuple(official.voc_colour(k) for k in range(len(CLASS_NAMES)))
 
 DATA_SET = official.DataSet(
     title="COCO-Stuff 10k",
@@ -69,6 +58,9 @@ DATA_SET = official.DataSet(
         "that holds these as config.data.root."
     ),
     sizes=SPLIT_SIZES,
+    marks=("images", "annotations", "imageLists/train.txt", "imageLists/test.txt"),
+    ids=r"COCO_train2014_\d{12}",
+    splits=("train", "test"),
 )
 
 

@@ -6,14 +6,18 @@ the data set has one, says which samples belong to a split and in what order.
 """
 
 import dataclasses
+import importlib
+import itertools
+import os
+import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path, PurePosixPath
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import cv2
 import numpy as np
 
-from memseg_jax.data import IGNORE_LABEL, file_source, lists, scanning
+from memseg_jax.data import IGNORE_LABEL, data_sets, file_source, lists, scanning
 from memseg_jax.errors import UserError
 from memseg_jax.runtime.files import on_disk
 from memseg_jax.runtime.text import first_few
@@ -32,6 +36,11 @@ class DataSet:
         layout: where its files are below `config.data.root`, for messages.
         download: where its files come from, for messages.
         sizes: official number of samples by split.
+        other_sizes: the same of other lists that are in use.
+        marks: folders and files below the root by which the data set is known; () if it is not.
+        ids: pattern of what is in the first of them: others have files in the same layout.
+        places: where the root may be below `config.data.root`; the first is tried first.
+        splits: the usual ones to train and to evaluate on.
     """
 
     title: str
@@ -40,6 +49,11 @@ class DataSet:
     layout: str
     download: str
     sizes: Mapping[str, int]
+    other_sizes: Mapping[str, int] = dataclasses.field(default_factory=dict)
+    marks: tuple[str, ...] = ()
+    ids: str = ""
+    places: tuple[str, ...] = ("",)
+    splits: tuple[str, str] = ("train", "val")
 
     def help(self) -> str:
         """Sentences that end a message about missing files."""
@@ -113,6 +127,54 @@ def label_table(classes: Mapping[int, int], ignored: Iterable[int]) -> bytes:
     table[list(ignored)] = IGNORE_LABEL
     table[list(classes)] = list(classes.values())
     return table.tobytes()
+
+
+def voc_colour(index: int) -> tuple[int, int, int]:
+    """The colour of an id by the rule of PASCAL VOC: its bits, in turn, from the top of R, G and B.
+
+    Args:
+        index: 0 to 255.
+    """
+    return tuple(
+        sum((index >> (3 * bit + channel) & 1) << (7 - bit) for bit in range(3))
+        for channel in range(3)
+    )
+
+
+def is_at(data_set: DataSet, root: Path) -> bool:
+    """Whether a folder is the root of a data set, or one of `places` below it is."""
+    base = base_folder(data_set, root)
+    if not data_set.marks or not _has_marks(data_set, base):
+        return False
+    with os.scandir(base / data_set.marks[0]) as entries:
+        some = [entry.name for entry in itertools.islice(entries, 5)]
+    return all(re.fullmatch(data_set.ids, name.split(".")[0]) for name in some)
+
+
+def data_set_at(root: Path) -> tuple[str, Any] | None:
+    """Finds the published data set that a folder is.
+
+    Args:
+        root: the folder.
+
+    Returns:
+        The name and the module of the data set, or None if it is none that is known.
+    """
+    for name in data_sets():
+        module = importlib.import_module(f"memseg_jax.data.{name}")
+        if hasattr(module, "DATA_SET") and is_at(module.DATA_SET, root):
+            return name, module
+    return None
+
+
+def base_folder(data_set: DataSet, root: Path) -> Path:
+    """Returns the first of `places` that has all `marks`; the root itself if none has."""
+    bases = [root / place for place in data_set.places]
+    return next((base for base in bases if _has_marks(data_set, base)), root)
+
+
+def _has_marks(data_set: DataSet, base: Path) -> bool:
+    return all((base / mark).exists() for mark in data_set.marks)
 
 
 def root_folder(data_set: DataSet, data_config) -> Path:
@@ -239,13 +301,40 @@ def make_source(
             f"label here: {', '.join(first_few(missing))}. The labels seem to be downloaded or "
             f"unpacked in part. {data_set.help()}"
         )
+    others = data_set.other_sizes.get(split)
     return source_class(
         names=tuple(chosen),
         images=tuple(str(images.by_id[sample]) for sample in chosen),
         labels=tuple(str(labels.by_id[sample]) if labels else "" for sample in chosen),
         title=data_set.title,
         table=data_set.table,
-        official_size=data_set.sizes.get(split),
+        official_size=others if len(chosen) == others else data_set.sizes.get(split),
+    )
+
+
+def open_listed(data_set: DataSet, data_config, split: str) -> OfficialSource:
+    """Opens a split of a data set in the layout of PASCAL VOC.
+
+    Args:
+        data_set: its `marks` are the folders of the images, of the labels and of the lists.
+        data_config: `config.data`.
+        split: its name, and that of its list.
+
+    Returns:
+        The source, in the order of the list.
+
+    Raises:
+        UserError: a folder or the list is not there, or a listed image or its label is missing.
+    """
+    check_split(data_set, split, data_set.sizes)
+    root = base_folder(data_set, root_folder(data_set, data_config))
+    images, labels, listing = (subfolder(data_set, root, mark) for mark in data_set.marks)
+    return make_source(
+        data_set,
+        split,
+        files_by_id(images, scanning.IMAGE_SUFFIXES),
+        files_by_id(labels, (".png",)),
+        listing / f"{split}.txt",
     )
 
 

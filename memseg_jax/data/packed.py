@@ -85,6 +85,7 @@ class Manifest:
         official_size: of that source.
         shards: all that belong to the split, in order.
         complete: whether all of them were written.
+        groups: of that source, see `memseg_jax.data`.
     """
 
     split: str
@@ -94,6 +95,7 @@ class Manifest:
     official_size: int | None
     shards: Sequence[Shard]
     complete: bool = False
+    groups: Sequence[int] = ()
 
     @property
     def count(self) -> int:
@@ -155,6 +157,11 @@ class PackedSource:
     def has_labels(self) -> bool:
         """Whether there is anything to train or to score on."""
         return self.manifest.has_labels
+
+    @property
+    def groups(self) -> Sequence[int]:
+        """Numbers of consecutive samples that belong together; empty if each is its own."""
+        return self.manifest.groups
 
     @property
     def official_size(self) -> int | None:

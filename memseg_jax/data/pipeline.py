@@ -45,6 +45,11 @@ def steps_per_epoch(num_images: int, batch_size: int, replica_groups: int = 1) -
     return max(1, per_group // (batch_size // replica_groups))
 
 
+def samples_per_epoch(source: Any) -> int:
+    """Returns how many samples of a source an epoch of training has: all, or one of each group."""
+    return len(getattr(source, "groups", ())) or len(source)
+
+
 def _generator(*parts: Any) -> np.random.Generator:
     """Returns a generator that is a pure function of `parts`, the same on every machine."""
     text = " ".join(map(str, parts))
@@ -93,7 +98,11 @@ class TrainSamples:
         self._batch_size = batch_size
         self._process_index = process_index
         self._per_process = batch_size // process_count
-        self._steps_per_epoch = steps_per_epoch(len(source), batch_size, config.replica_groups)
+        self._samples = samples_per_epoch(source)
+        # Where every group ends, counted in samples; None: every sample is its own.
+        groups = getattr(source, "groups", ())
+        self._ends = np.cumsum([0, *groups]) if groups else None
+        self._steps_per_epoch = steps_per_epoch(self._samples, batch_size, config.replica_groups)
 
     def __len__(self) -> int:
         return _ENDLESS
@@ -104,10 +113,13 @@ class TrainSamples:
         epoch, step_in_epoch = divmod(step, self._steps_per_epoch)
         offset = self._process_index * self._per_process + k
         position = step_in_epoch * self._batch_size + offset
-        num_images = len(self._source)
         # Rounding up per replica group can ask for more images than there are.
-        index = _epoch_order(self._seed, epoch, num_images)[position % num_images]
-        return epoch, position, int(index)
+        order = _epoch_order(self._seed, epoch, self._samples)
+        index = int(order[position % self._samples])
+        if self._ends is not None:
+            first, end = self._ends[index : index + 2]
+            index = int(_generator("group", self._seed, epoch, position).integers(first, end))
+        return epoch, position, index
 
     def __getitem__(self, item: int) -> dict[str, np.ndarray]:
         """Reads and augments one sample.

@@ -21,7 +21,7 @@ import numpy as np
 from memseg_jax import config_rules
 from memseg_jax.checkpoint import prepare_workdir
 from memseg_jax.data import open_split
-from memseg_jax.data.pipeline import steps_per_epoch, train_batches
+from memseg_jax.data.pipeline import samples_per_epoch, steps_per_epoch, train_batches
 from memseg_jax.errors import UserError
 from memseg_jax.hlo.chips import arithmetic, nominal_peak
 from memseg_jax.hlo.flops import network_flops
@@ -130,7 +130,7 @@ def _measure_training(
     """Compiles and runs the training step; the result also holds "state"."""
     batch_size, crop = config.train.batch_size, tuple(config.augment.crop)
     # Without data, any epoch length will do.
-    count = 1000 * batch_size if source is None else len(source)
+    count = 1000 * batch_size if source is None else samples_per_epoch(source)
     epoch_steps = steps_per_epoch(count, batch_size, config.replica_groups)
     program = training_program(config, model, mesh, epoch_steps)
     local_size = batch_size // sharding.piece_of_process(mesh)[1]

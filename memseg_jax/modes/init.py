@@ -1,7 +1,8 @@
 """Mode init: looks at a folder of images and labels, and writes a config for it.
 
-It reads no more than names, headers and labels, prints what it saw and what it guessed, and writes
-one file, which it never replaces. What cannot be trained on is refused as training would refuse it.
+A published data set is known by its official folders. Of others, it reads no more than names,
+headers and labels, prints what it saw and what it guessed. It writes one file, which it never
+replaces. What cannot be trained on is refused as training would refuse it.
 """
 
 import json
@@ -18,10 +19,11 @@ import numpy as np
 
 from memseg_jax import config_rules
 from memseg_jax.command_line import load_config
-from memseg_jax.data import IGNORE_LABEL, label_survey, layout, open_split
+from memseg_jax.data import IGNORE_LABEL, label_survey, layout, official, open_split
 from memseg_jax.data.images import image_size
 from memseg_jax.data.labels import SUFFIXES
 from memseg_jax.data.pairing import pairs_of
+from memseg_jax.data.pipeline import samples_per_epoch
 from memseg_jax.data.reading import map_ahead
 from memseg_jax.errors import UserError
 from memseg_jax.runtime.files import on_disk, write_text
@@ -87,14 +89,19 @@ def run(root: str, output: str | None = None) -> int:
             f"{path} exists, and is never replaced. Give another file: --output "
             f"{path.with_stem(path.stem + '_2')}; or remove it."
         )
-    fields = layout.find_layout(folder)
-    found = _labels(folder, fields)
-    fields |= found.fields
+    if published := official.data_set_at(folder):
+        fields, found = _of_published(*published)
+    else:
+        fields = layout.find_layout(folder)
+        found = _labels(folder, fields)
+        fields |= found.fields
     data = _config_of(config_text(folder, fields)).data
     sources = [open_split(data, split) for split in _splits(data)]
     sides = [image_size(sources[0].images[k]) for k in _spread(len(sources[0]), _SIZES)]
-    sizes = choose_sizes(sides, len(sources[0]), *_device())
-    if Path.cwd().is_relative_to((folder / data.image_dir.split("{split}")[0]).resolve()):
+    sizes = choose_sizes(sides, samples_per_epoch(sources[0]), *_device())
+    if not published and Path.cwd().is_relative_to(
+        (folder / data.image_dir.split("{split}")[0]).resolve()
+    ):
         found.guesses.append(
             "pictures that runs write below this folder would count as images: start them elsewhere"
         )
@@ -124,6 +131,20 @@ def _splits(data: Any) -> tuple[str, str]:
 def _spread(length: int, count: int) -> list[int]:
     """Some numbers of range(length), spread over it."""
     return np.unique(np.linspace(0, length - 1, min(count, length)).astype(int)).tolist()
+
+
+def _of_published(name: str, module: Any) -> tuple[dict[str, Any], label_survey.Found]:
+    """Fields of `config.data` for a published data set, and what is said about its labels."""
+    data_set = module.DATA_SET
+    fields = {
+        "name": name,
+        "class_names": module.CLASS_NAMES,
+        "palette": module.PALETTE,
+        "train_split": data_set.splits[0],
+        "eval_split": data_set.splits[1],
+    }
+    guess = f"the folder is that of {data_set.title}, with its own splits and classes"
+    return fields, label_survey.Found({}, f"those of {data_set.title}", [guess])
 
 
 def _labels(root: Path, fields: dict[str, Any]) -> label_survey.Found:
@@ -296,9 +317,12 @@ def _report(
     names = f", called {data.label_name}" if data.label_name else ""
     how = f"split by {data.list_file}" if data.list_file else ""
     how = how or (f"{data.val_share:g} of them by a hash of the name" if data.val_share else "")
+    image_dir, label_dir = f"{data.image_dir}: ", f"{data.label_dir}{names}: "
+    if data.name != "folder":  # such fields are not read
+        image_dir = label_dir = ""
     lines = [
-        f"  images   {data.image_dir}: {counts}{how and f' ({how})'}; {spread} pixels",
-        f"  labels   {data.label_dir}{names}: {found.form}, {len(data.class_names)} classes",
+        f"  images   {image_dir}{counts}{how and f' ({how})'}; {spread} pixels",
+        f"  labels   {label_dir}{found.form}, {len(data.class_names)} classes",
         f"  crop     {sizes.crop} x {sizes.crop}, {sizes.batch_size} in a batch"
         + (f"; {format_bytes(sizes.memory)} of memory" if sizes.memory else ""),
     ]

@@ -245,6 +245,7 @@ def _plan(source: Any, data_config: Any, split: str, folder: Path) -> packed.Man
             packed.Shard(f"{stem}-{k:05d}-of-{number:05d}", bounds[k + 1] - bounds[k])
             for k in range(number)
         ),
+        groups=tuple(getattr(source, "groups", ())),
     )
     packed.write_manifest(folder, manifest)
     return manifest

@@ -20,6 +20,7 @@ import ml_collections
 from memseg_jax import config_rules
 from memseg_jax.checkpoint import prepare_workdir
 from memseg_jax.data import open_split
+from memseg_jax.data.pipeline import samples_per_epoch
 from memseg_jax.errors import UserError
 from memseg_jax.hlo import topologies
 from memseg_jax.hlo.chips import arithmetic, peak
@@ -230,14 +231,15 @@ def format_search(result: dict[str, Any], devices: Devices) -> str:
 
 
 def epoch_images(data: ml_collections.ConfigDict) -> int | None:
-    """Number of training images: of the data if they are there, else of the official data set."""
+    """Images of an epoch: of the data if they are there, else of the official data set."""
     data = data.copy_and_resolve_references()
     data.stage = "none"  # they are counted, not read
     try:
-        return len(open_split(data, data.train_split))
+        return samples_per_epoch(open_split(data, data.train_split))
     except UserError:
         module = importlib.import_module(f"memseg_jax.data.{data.name}")
-        return getattr(module, "SPLIT_SIZES", {}).get(data.train_split)
+        sizes = getattr(module, "EPOCH_SIZES", None) or getattr(module, "SPLIT_SIZES", {})
+        return sizes.get(data.train_split)
 
 
 # ---- Advice --------------------------------------------------------------------------------------

@@ -15,7 +15,7 @@ from memseg_jax import checkpoint, config_rules
 from memseg_jax.checkpoint import Checkpointer, RunLock
 from memseg_jax.data import open_split
 from memseg_jax.data.classes import palette_of
-from memseg_jax.data.pipeline import check_batch, steps_per_epoch, train_batches
+from memseg_jax.data.pipeline import check_batch, samples_per_epoch, steps_per_epoch, train_batches
 from memseg_jax.errors import UserError
 from memseg_jax.models.segmentor import build_segmentor
 from memseg_jax.runtime import compilation, distributed, files, sharding, sharding_rules
@@ -85,7 +85,9 @@ def _run(
     model = build_segmentor(config)
     sharding_rules.check(config, mesh, model.coarsest_stride)
     optimizer.check_names(config, abstract_variables(model)["params"])
-    epoch_steps = steps_per_epoch(len(train_source), batch_size, config.replica_groups)
+    epoch_steps = steps_per_epoch(
+        samples_per_epoch(train_source), batch_size, config.replica_groups
+    )
     total_steps = train.epochs * epoch_steps
     optimizer.check_warmup(config, total_steps)
     evaluator = Evaluator(config, model, eval_source)

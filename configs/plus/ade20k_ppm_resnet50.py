@@ -1,0 +1,31 @@
+r"""ADE20K, PSPNet with ResNet-50-D8 and MCIBI++: 43.88 mIoU (single scale).
+
+    python -m memseg_jax.main --config configs/plus/ade20k_ppm_resnet50.py \
+        --config.data.root=DATA --config.init.backbone=resnet50_v1c-2cccc1ad.pth
+    python -m memseg_jax.main --config configs/plus/ade20k_ppm_resnet50.py \
+        --config.data.root=DATA --mode evaluate
+
+where DATA holds `ADEChallengeData2016/`. Recipe: batch 16, learning rate 0.01, 130 epochs of 1263
+steps, crops of 512x512. The published model is mcibiplusplus_ppm_resnet50os8_ade20k.pth; it starts
+from ImageNet weights:
+https://download.openmmlab.com/pretrain/third_party/resnet50_v1c-2cccc1ad.pth
+
+`--config configs/plus/ade20k_ppm_resnet50.py:ms_flip` is the test with several scales and mirror
+images (ms + flip); for `--mode evaluate` add `--workdir runs/ade20k_ppm_resnet50`.
+"""
+
+import ml_collections
+
+from configs import ade20k_resnet50
+from configs.plus import recipe
+
+
+def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
+    """Returns the recipe, in the 8 groups of the published models.
+
+    Args:
+        arg: "ms_flip" for the test with several scales and mirror images.
+    """
+    config = recipe.start(ade20k_resnet50.get_config(arg), "pyramid_pooling")
+    config.model.memory.read_by = "pixels"
+    return config
