@@ -13,16 +13,22 @@ from memseg_jax.training import optimizer
 from memseg_jax.training.program import random_batch
 from memseg_jax.training.state import TrainState, init_variables
 from memseg_jax.training.step import make_train_step
-from tests.small_models import FAST_COMPILE, random_variables, small_config
+from tests.small_models import FAST_COMPILE, ThreeConvolutions, random_variables, small_config
 from tests.training.test_accumulation import WithRunningStatistics
 from tests.training.test_step import assert_close, largest_difference
 
 pytestmark = pytest.mark.usefixtures("double_precision")
 BATCH, CROP, STEPS = 8, (67, 32), 2
 PLUS_PLUS = {"method": "mcibi_plus_plus", "memory.momentum": 0.1, "memory.base_lr": 0.0}
-PYRAMID = {"context": "pyramid_pooling", "fpn": True, "fpn_out_dim": 12}
+PYRAMID = {"context": "pyramid_pooling", "fpn": True, "fpn_dim": 16, "fpn_out_dim": 12}
 CASES = {
-    "upernet": {**PLUS_PLUS, **PYRAMID, "memory.fuse_before_fpn": True, "remat": "blocks"},
+    "upernet": {
+        **PLUS_PLUS,
+        **PYRAMID,
+        "memory.fuse_before_fpn": True,
+        "fpn_dim": 32,
+        "remat": "blocks",
+    },
     "late fusion": {**PLUS_PLUS, **PYRAMID, "memory.within_image_context": False},
     "aspp": {**PLUS_PLUS, "memory.downsample": 2, "memory.read_by": "pixels"},
     "fcn": {**PLUS_PLUS, "context": "none", "memory.read_by": "pixels", "memory.hard": True},
@@ -31,6 +37,12 @@ CASES = {
     "plain upernet": {**PYRAMID, "memory.enabled": False},
     "plain fcn": {"context": "none", "memory.enabled": False},
 }
+
+
+class ThreeMaps(ThreeConvolutions):
+    """Maps at strides 2, 4 and 8."""
+
+    finest_stride = 2
 
 
 def config_of(case):
@@ -52,7 +64,7 @@ def setting(case, parts=1, frozen=False):
     config.train.accumulate = parts
     config.model.dropout = 0.0 if frozen else 0.1
     model = build_segmentor(config)
-    model = model.clone(dtype=np.float64, backbone=model.backbone.clone(dtype=np.float64))
+    model = model.clone(dtype=np.float64, backbone=ThreeMaps(np.float64))
     schedule = optimizer.schedule_from_config(config, STEPS + 1)
     tx = optimizer.from_config(config, schedule)
     variables = jax.tree.map(lambda x: x.astype(np.float64), random_variables(model, 0))
