@@ -206,8 +206,8 @@ def get_config() -> ml_collections.ConfigDict:
     # Gradient accumulation: parts in which a batch is computed, one after the other, where it does
     # not fit into memory as a whole. Losses, gradients and memory are those of the whole batch,
     # with two exceptions: every part is normalised with its own batch statistics, as if it were the
-    # batch, and draws its own dropout. Costs one more forward pass of the backbone: the memory's
-    # update comes first.
+    # batch, and draws its own dropout. Costs one more forward pass of the backbone, as the memory's
+    # update comes first; not with MCIBI++.
     train.accumulate = 1
     train.epochs = 130
     train.log_every = 50  # steps

@@ -149,9 +149,11 @@ class TrainedModel:
 
     @property
     def memory(self) -> np.ndarray:
-        """What the feature memory holds of each class, float32 [K, slots, channels].
+        """What the memory holds of each class: float32, of a shape that the method decides on.
 
-        A row that is all zero was never written. A model without memory has no row.
+        MCIBI: features [K, slots, channels]; a row that is all zero was never written. MCIBI++:
+        mean and standard deviation of its features [K, 2], 0 and 1 at first. A model without memory
+        has no row.
         """
         return np.asarray(self._variables["memory"])
 

@@ -20,6 +20,9 @@ from memseg_jax.runtime.text import first_few
 
 # Fields that decide the shapes of the arrays: named when a checkpoint does not fit.
 _SHAPE_FIELDS = (
+    "model.method",
+    "model.context",
+    "model.fpn",
     "model.backbone",
     "model.backbone_width",
     "model.feature_dim",

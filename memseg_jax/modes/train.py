@@ -147,7 +147,14 @@ def _run(
     # ---- Things that the loop uses --------------------------------------------------------------
     health = None
     if model.memory_enabled:
-        health = MemoryHealth(class_names, first_step, state.memory, meta.get("memory_ages"))
+        health = MemoryHealth(
+            class_names,
+            first_step,
+            state.memory,
+            meta.get("memory_ages"),
+            model.initial_memory(),
+            model.rows_of,
+        )
     progress = TrainingLog(folder, config, total_steps, epoch_steps, first_step, health)
     stack.callback(progress.close)
     profiler = stack.enter_context(StepProfiler(folder, first_step, train.profile_steps))

@@ -1,6 +1,7 @@
 """How the feature memory is doing: the norms of its rows, and how long ago they changed."""
 
-from collections.abc import Sequence
+import functools
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -19,8 +20,12 @@ class MemoryHealth:
     Args:
         class_names: one per class.
         step: number of completed steps.
-        memory: at this step, [classes, slots, channels].
+        memory: at this step, [classes, ...].
         ages: what `ages` returned at this step, if it was kept; None: counting starts now.
+        initial: what the memory of a class is before it is seen, of the memory's shape, or a number
+            that it is full of.
+        rows_of: makes a memory the rows that are read, [classes, rows of a class, channels]; None:
+            it is these rows.
     """
 
     def __init__(
@@ -29,11 +34,14 @@ class MemoryHealth:
         step: int,
         memory: jax.Array,
         ages: Sequence[int] | None = None,
+        initial: np.ndarray | float = 0.0,
+        rows_of: Callable[[jax.Array], jax.Array] | None = None,
     ):
         self._names = tuple(class_names)
         self._changed = step - np.array(ages if ages else [0] * len(self._names), np.int64)
         self._step = step
-        self._program = jax.jit(_rows, out_shardings=_everywhere(memory))
+        inspect = functools.partial(_inspect, initial=initial, rows_of=rows_of)
+        self._program = jax.jit(inspect, out_shardings=_everywhere(memory))
         self._sums = jax.device_get(self._program(memory))[1]
 
     @property
@@ -46,16 +54,15 @@ class MemoryHealth:
 
         Args:
             step: number of completed steps.
-            memory: at this step, [classes, slots, channels].
+            memory: at this step, [classes, ...].
 
         Returns:
             Numbers for the metrics, and a line of text. Norms are of the rows of classes that were
             seen, ages are in steps, of the same classes.
         """
-        norms, sums = jax.device_get(self._program(memory))
+        norms, sums, seen = jax.device_get(self._program(memory))
         self._changed[np.any(sums != self._sums, axis=-1)] = step
         self._sums, self._step = sums, step
-        seen = np.any(norms > 0, axis=-1)
         of_seen = norms[seen] if seen.any() else np.zeros((1, 1))
         ages = np.where(seen, step - self._changed, -1)
         oldest = int(np.argmax(ages))
@@ -82,13 +89,25 @@ class MemoryHealth:
         return values, line
 
 
-def _rows(memory: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Norm, and a number that changes with the bits, of every row: [classes, slots]."""
-    memory = memory.astype(jnp.float32)
+def _inspect(
+    memory: jax.Array,
+    initial: np.ndarray | float,
+    rows_of: Callable[[jax.Array], jax.Array] | None,
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """What is looked at on the devices.
+
+    Returns:
+        The norm of every row [classes, rows of a class]; a number that changes with the bits of
+        every vector of the memory [classes, ...]; and whether a class was seen, bool [classes].
+    """
+    rows = memory if rows_of is None else rows_of(memory)
+    norms = jnp.sqrt(jnp.sum(jnp.square(rows.astype(jnp.float32)), axis=-1))
+    seen = jnp.any(memory != initial, axis=tuple(range(1, memory.ndim)))
+    memory = memory.astype(jnp.float32).reshape(len(memory), -1, memory.shape[-1])
     bits = jax.lax.bitcast_convert_type(memory, jnp.uint32)
     odd = 2 * jnp.arange(memory.shape[-1], dtype=jnp.uint32) + 1
     sums = jnp.sum(bits * odd * jnp.uint32(0x9E3779B1), axis=-1, dtype=jnp.uint32)
-    return jnp.sqrt(jnp.sum(jnp.square(memory), axis=-1)), sums
+    return norms, sums, seen
 
 
 def _everywhere(memory: Any) -> Any:

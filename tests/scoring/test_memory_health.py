@@ -56,3 +56,19 @@ def test_ages_go_on_after_a_stop():
         one.look(9, memory(1, 3, 4))
         assert one.ages == [9, 0, 2]
     assert MemoryHealth(NAMES, 7, memory(1, 2, 4)).ages == [0, 0, 0]
+
+
+def test_a_memory_of_statistics():
+    """Rows are what is drawn from it; a class is unseen as long as it has what it began with."""
+    initial = np.tile(np.array([0, 1], np.float32), (3, 1))
+    before = jnp.asarray(initial)
+
+    def rows_of(memory):
+        return memory[:, :1, None] + memory[:, 1:, None] * jnp.array([3.0, 4.0])
+
+    health = MemoryHealth(NAMES, 0, before, None, initial, rows_of)
+    values, line = health.look(5, before.at[1].set(jnp.array([0.0, 2.0])))
+    assert values["memory_never_seen"] == pytest.approx(2 / 3)
+    assert values["memory_norm_min"] == values["memory_norm_max"] == pytest.approx(10)
+    assert line.endswith("never seen: sky, car")
+    assert health.ages == [5, 0, 5]
