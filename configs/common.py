@@ -133,8 +133,7 @@ def get_config() -> ml_collections.ConfigDict:
     model.aspp_dilations = (1, 12, 24, 36)
     model.pool_scales = (1, 2, 3, 6)  # cells per side of pyramid pooling
     model.fpn = False  # feature pyramid over the backbone's maps and the context: UPerNet
-    model.fpn_dim = 1024  # channels of its laterals
-    model.fpn_out_dim = 512  # channels of its outputs; the coarsest has fpn_dim
+    model.fpn_dim = 512  # channels of its outputs but the top, which stays as it is
     model.drop_path = 0.0  # Swin: rate of the last block, rising linearly from 0
     # MCIBI++: kernel of the first convolution of the decoders that predict from the pixels'
     # features, from the context's, and from all of them.

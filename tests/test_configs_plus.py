@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from memseg_jax import config_rules, models
+from memseg_jax import config_rules
 from memseg_jax.command_line import load_config
 from memseg_jax.data import transforms
 from memseg_jax.data.pipeline import steps_per_epoch
@@ -53,11 +53,6 @@ def images_of(config):
     if config.data.name == "cityscapes":
         return {"train": 2975, "trainval": 3475}[config.data.train_split]
     return IMAGES[config.data.name]
-
-
-def needs_swin(name):
-    marks = [] if "swinlarge" in models.backbones() else [pytest.mark.skip(reason="no Swin here")]
-    return pytest.param(name, marks=marks if "swin" in name else [])
 
 
 # ---- What our configs say about each fact --------------------------------------------------------
@@ -135,11 +130,10 @@ def head_facts(config):
     if model.fpn:
         assert memory.fuse_before_fpn
         facts["fuse_memory_cwi_before_fpn"] = True
-        facts["fpn/feats_channels"] = model.fpn_dim
-        facts["fpn/out_channels"] = model.fpn_out_dim
+        facts["fpn/feats_channels"] = channels
+        facts["fpn/out_channels"] = model.fpn_dim
         facts["fpn/in_channels_list"] = [*widths[:3], channels]
-        assert channels == model.fpn_dim
-        channels = 3 * model.fpn_out_dim + model.fpn_dim
+        channels += 3 * model.fpn_dim
     for decoder, kernel, inputs in (
         ("pr", model.decoder_kernels.pixels, model.feature_dim),
         ("cwi", model.decoder_kernels.context, model.feature_dim),
@@ -316,7 +310,7 @@ def test_published_recipe(name):
     assert not different
 
 
-@pytest.mark.parametrize("name", [needs_swin(name) for name in NAMES])
+@pytest.mark.parametrize("name", NAMES)
 def test_the_rules_allow_it(name):
     for argument in ("", ":ms_flip"):
         config_rules.check(load_config(f"{CONFIGS / name}.py{argument}"))

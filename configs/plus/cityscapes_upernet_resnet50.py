@@ -28,7 +28,7 @@ def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
     """
     config = recipe.start(cityscapes_resnet50.get_config(arg), "pyramid_pooling", fpn=True)
     config.data.train_split = "train"
-    config.model.fpn_out_dim = 1024
+    config.model.fpn_dim = 1024
     config.model.memory.within_image_context = False
     config.train.batch_size = 8
     config.train.epochs = 220

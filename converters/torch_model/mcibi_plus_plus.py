@@ -88,12 +88,11 @@ class MCIBIPlusPlus(nn.Module):
         self.lateral_convs = self.fpn_convs = None
         if config.fpn:
             below = channels[:-1]
-            outputs = len(below), config.fpn_dim, config.fpn_out_dim
-            self.lateral_convs = pyramid.laterals(below, config.fpn_dim, activate)
-            self.fpn_convs = pyramid.outputs(*outputs, activate)
+            # All maps get the channels of the top, to be added to it.
             top = joined if self.fuse_before_fpn else config.aspp_dim
-            rest = 0 if self.fuse_before_fpn else features
-            joined = len(below) * config.fpn_out_dim + top + rest
+            self.lateral_convs = pyramid.laterals(below, top, activate)
+            self.fpn_convs = pyramid.outputs(len(below), top, config.fpn_dim, activate)
+            joined += len(below) * config.fpn_dim
         tail = (features, num_classes)
         end = (config.dropout, activate)
         self.decoder_pr = named_decoder(features, *tail, kernels.pixels, *end)

@@ -127,7 +127,6 @@ RULES = {
     "model.pool_scales": Several(Whole(1, 2**10), 1, 100, "cells per side", (1, 2, 3, 6)),
     "model.fpn": Switch(),
     "model.fpn_dim": _CHANNELS,
-    "model.fpn_out_dim": _CHANNELS,
     "model.drop_path": Number(0, 1, below=True),
     "model.decoder_kernels.pixels": Choice((1, 3)),
     "model.decoder_kernels.context": Choice((1, 3)),

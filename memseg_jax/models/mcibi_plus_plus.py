@@ -51,11 +51,6 @@ class MCIBIPlusPlus(Segmentor):
     kernels: tuple[int, int, int] = (1, 1, 1)
 
     @property
-    def pyramid_dim(self) -> int:
-        """See `Segmentor.pyramid_dim`."""
-        return self.aspp_dim + (self.feature_dim if self.fuse_before_fpn else 0)
-
-    @property
     def coarsest_stride(self) -> int:
         """See `Segmentor.coarsest_stride`; inside the memory module there may be a coarser map."""
         last = self.backbone.output_stride * self.downsample
@@ -124,7 +119,7 @@ class MCIBIPlusPlus(Segmentor):
         maps, auxiliary = self.encode_maps(images, **on)
         on["remat"] = self.remat
         out = {"auxiliary": auxiliary}
-        if self.fpn_out_dim:
+        if self.fpn_dim:
             out["maps"] = maps[:-1]
         if self.has_context:
             out["context"] = rematerialise.call(self.context, maps[-1], **on)
@@ -169,7 +164,7 @@ class MCIBIPlusPlus(Segmentor):
             return read
         context = encoded["context"]
         both = jnp.concatenate([read, context], axis=-1)
-        if not self.fpn_out_dim:
+        if not self.fpn_dim:
             return both
         on = {"train": train, "valid_size": valid_size}
         if self.fuse_before_fpn:

@@ -22,7 +22,7 @@ class Plain(Segmentor):
     def setup(self) -> None:
         """Names the parts; the context's width is its own, as the classifier sits right on it."""
         super().setup()
-        if self.fpn_out_dim or not self.has_context:
+        if self.fpn_dim or not self.has_context:
             kw = {"activation": self.activation, "dtype": self.dtype}
             self.bottleneck = ConvNorm(self.feature_dim, 3, **kw)
         self.classifier = Classifier(self.num_classes, self.dropout, self.dtype)
@@ -45,9 +45,9 @@ class Plain(Segmentor):
         x = maps[-1]
         if self.has_context:
             x = rematerialise.call(self.context, x, remat=self.remat, **on)
-        if self.fpn_out_dim:
+        if self.fpn_dim:
             x = self.fpn(maps[:-1], x, **on)
-        if self.fpn_out_dim or not self.has_context:
+        if self.fpn_dim or not self.has_context:
             x = rematerialise.call(self.bottleneck, x, remat=self.remat, **on)
         return {"context": x, "auxiliary": auxiliary}
 

@@ -51,7 +51,7 @@ class Segmentor(nn.Module):
     aspp_dim: int
     aspp_dilations: tuple[int, ...]
     pool_scales: tuple[int, ...]
-    fpn_out_dim: int | None
+    fpn_dim: int | None
     dropout: float
     activation: str
     auxiliary: bool
@@ -70,14 +70,9 @@ class Segmentor(nn.Module):
         return self.context_type != "none"
 
     @property
-    def pyramid_dim(self) -> int:
-        """Channels of the top of the feature pyramid, and so of all of its maps."""
-        return self.aspp_dim
-
-    @property
     def output_stride(self) -> int:
         """Pixels of the input per position of the logits, in each direction."""
-        if self.fpn_out_dim:
+        if self.fpn_dim:
             return self.backbone.finest_stride
         return self.backbone.output_stride * self.downsample
 
@@ -98,8 +93,8 @@ class Segmentor(nn.Module):
                 ),
             }
             self.context = contexts[self.context_type](**kw)
-        if self.fpn_out_dim:
-            self.fpn = FPN(self.fpn_out_dim, remat=self.remat, **kw)
+        if self.fpn_dim:
+            self.fpn = FPN(self.fpn_dim, remat=self.remat, **kw)
         if self.backbone.normalise_maps:
             self.norm_layers = [LayerNorm(dtype=self.dtype) for _ in range(4)]
         if self.downsample > 1:
@@ -308,7 +303,7 @@ def build_segmentor(config: ml_collections.ConfigDict) -> Segmentor:
         "aspp_dim": model.aspp_dim,
         "aspp_dilations": tuple(model.aspp_dilations),
         "pool_scales": tuple(model.pool_scales),
-        "fpn_out_dim": model.fpn_out_dim if model.fpn else None,
+        "fpn_dim": model.fpn_dim if model.fpn else None,
         "dropout": model.dropout,
         "activation": model.activation,
         "auxiliary": model.auxiliary,
@@ -319,11 +314,4 @@ def build_segmentor(config: ml_collections.ConfigDict) -> Segmentor:
         # would take several passes.
         "precision": model.precision if model.compute_dtype == "float32" else "default",
     }
-    built = method.build(config, shared)
-    if model.fpn and model.fpn_dim != built.pyramid_dim:
-        raise UserError(
-            f"config.model.fpn_dim is {model.fpn_dim}; expected {built.pyramid_dim}, the channels "
-            "of the top of the pyramid, to which all its other maps are added: config.model."
-            "aspp_dim, and config.model.feature_dim more with config.model.memory.fuse_before_fpn"
-        )
-    return built
+    return method.build(config, shared)

@@ -97,7 +97,7 @@ def test_checkpoints_from_before_there_was_a_choice_of_methods():
     config = common.get_config()
     meta = make_meta(5, config)
     model = meta["config"]["model"]
-    for name in ("method", "context", "pool_scales", "fpn", "fpn_dim", "fpn_out_dim", "drop_path"):
+    for name in ("method", "context", "pool_scales", "fpn", "fpn_dim", "drop_path"):
         del model[name]
     for name in ("downsample", "read_by", "fuse_before_fpn"):
         del model["memory"][name]

@@ -22,7 +22,7 @@ def plus_config(**fields):
     config.model.backbone_width = 0.01  # one head
     config.model.context = "pyramid_pooling"
     config.model.fpn = True
-    config.model.fpn_dim, config.model.fpn_out_dim = 32, 8
+    config.model.fpn_dim = 8
     config.model.memory.fuse_before_fpn = True
     config.model.memory.base_lr = 0.0
     config.model.memory.momentum = 0.1

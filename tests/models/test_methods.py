@@ -40,7 +40,7 @@ def test_parts_and_strides(case):
         images,
         abstract["memory"],
     )
-    assert model.output_stride == (4 if model.fpn_out_dim else 8)
+    assert model.output_stride == (4 if model.fpn_dim else 8)
     small = [-(-side // model.output_stride) for side in (33, 50)]
     assert out["logits"].shape == (1, *small, 5)
     assert out["logits"].dtype == jnp.float32
@@ -76,10 +76,6 @@ def test_bfloat16_is_close():
         (
             {"fpn": True, "downsample": 2, "auxiliary": False},
             "config.model.downsample = 1, found 2",
-        ),
-        (
-            {"fpn": True, "memory": {"enabled": False}},
-            "config.model.fpn_dim is 1024; expected 16, the channels of the top",
         ),
         ({"fpn": True, "backbone": "vitbase"}, "all maps of vitbase are of one size"),
     ],

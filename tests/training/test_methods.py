@@ -20,13 +20,12 @@ from tests.training.test_step import assert_close, largest_difference
 pytestmark = pytest.mark.usefixtures("double_precision")
 BATCH, CROP, STEPS = 8, (67, 32), 2
 PLUS_PLUS = {"method": "mcibi_plus_plus", "memory.momentum": 0.1, "memory.base_lr": 0.0}
-PYRAMID = {"context": "pyramid_pooling", "fpn": True, "fpn_dim": 16, "fpn_out_dim": 12}
+PYRAMID = {"context": "pyramid_pooling", "fpn": True, "fpn_dim": 12}
 CASES = {
     "upernet": {
         **PLUS_PLUS,
         **PYRAMID,
         "memory.fuse_before_fpn": True,
-        "fpn_dim": 32,
         "remat": "blocks",
     },
     "late fusion": {**PLUS_PLUS, **PYRAMID, "memory.within_image_context": False},
