@@ -1,5 +1,6 @@
 """The optimiser of MCIBI++'s Swin recipes: what has no decay, the rate, and PyTorch's AdamW."""
 
+import functools
 import importlib
 
 import jax
@@ -7,54 +8,34 @@ import numpy as np
 import optax
 import pytest
 
+from converters import names
+from memseg_jax.models.segmentor import build_segmentor
 from memseg_jax.training import optimizer
+from memseg_jax.training.state import abstract_variables
 
 RECIPES = [
     f"{data_set}_upernet_swinlarge"
     for data_set in ("ade20k", "cocostuff10k", "lip", "pascalcontext59", "vspw")
 ]
+NAME = RECIPES[0]
 WORDS = ("absolute_pos_embed", "relative_position_bias_table", "norm")  # of the reference
-BLOCK, OUR_BLOCK = "backbone_net.stages.2.blocks.17.", "backbone/stages_2_blocks_17/"
-# Our parameter -> the reference's name of it: one of every kind, and of every normalisation.
-NAMES = {
-    "backbone/patch_embed/projection/kernel": "backbone_net.patch_embed.projection.weight",
-    "backbone/patch_embed/projection/bias": "backbone_net.patch_embed.projection.bias",
-    "backbone/patch_embed/norm/scale": "backbone_net.patch_embed.norm.weight",
-    "backbone/patch_embed/norm/bias": "backbone_net.patch_embed.norm.bias",
-    f"{OUR_BLOCK}norm1/scale": f"{BLOCK}norm1.weight",
-    f"{OUR_BLOCK}norm1/bias": f"{BLOCK}norm1.bias",
-    f"{OUR_BLOCK}attn/relative_position_bias_table": (
-        f"{BLOCK}attn.w_msa.relative_position_bias_table"
-    ),
-    f"{OUR_BLOCK}attn/qkv/kernel": f"{BLOCK}attn.w_msa.qkv.weight",
-    f"{OUR_BLOCK}attn/qkv/bias": f"{BLOCK}attn.w_msa.qkv.bias",
-    f"{OUR_BLOCK}attn/proj/kernel": f"{BLOCK}attn.w_msa.proj.weight",
-    f"{OUR_BLOCK}norm2/scale": f"{BLOCK}norm2.weight",
-    f"{OUR_BLOCK}ffn/fc1/kernel": f"{BLOCK}ffn.layers.0.0.weight",
-    f"{OUR_BLOCK}ffn/fc2/bias": f"{BLOCK}ffn.layers.1.bias",
-    "backbone/stages_0_downsample/norm/scale": "backbone_net.stages.0.downsample.norm.weight",
-    "backbone/stages_0_downsample/reduction/kernel": (
-        "backbone_net.stages.0.downsample.reduction.weight"
-    ),
-    "backbone/norm0/scale": "backbone_net.norm0.weight",
-    "backbone/norm3/bias": "backbone_net.norm3.bias",
-    # Batch normalisations of the head have no such word in the reference's names.
-    "context/branch_0/norm/scale": "context_within_image_module.parallel_branches.0.1.weight",
-    "bottleneck/conv/kernel": "bottleneck.0.weight",
-    "bottleneck/norm/scale": "bottleneck.1.weight",
-    "bottleneck/norm/bias": "bottleneck.1.bias",
-    "decoder_stage1/project/norm/scale": "decoder_pr.bn1.weight",
-    "decoder_stage2/classifier/bias": "decoder_cls.conv2.bias",
-    "memory_module/self_attention/query_project_0/norm/scale": (
-        "memory_module.self_attention.query_project.0.1.weight"
-    ),
-    "fpn/lateral_0/norm/scale": "lateral_convs.0.1.weight",
-    "auxiliary_decoders_0/project/norm/bias": "auxiliary_decoder.1.bias",
-}
 
 
 def load(name):
     return importlib.import_module(f"configs.plus.{name}").get_config()
+
+
+@functools.cache
+def reference_names(name):
+    """{our parameter: the reference's name of it}, all of them."""
+    params = abstract_variables(build_segmentor(load(name)))["params"]
+    return {
+        path: names.torch_key(f"params/{path}", "mcibi_plus_plus") for path in names.flatten(params)
+    }
+
+
+def has_decay(theirs):
+    return not any(word in theirs for word in WORDS)
 
 
 def keys_of(path):
@@ -64,11 +45,14 @@ def keys_of(path):
 @pytest.mark.parametrize("name", RECIPES)
 def test_what_has_no_decay(name):
     multipliers = dict(load(name).optimizer.multipliers.items())
-    without = [path for path, theirs in NAMES.items() if any(word in theirs for word in WORDS)]
-    assert len(without) == 9
-    for path in NAMES:
-        expected = (1.0, 0.0 if path in without else 1.0)
-        assert optimizer.multiplier(keys_of(path), multipliers) == expected, path
+    decayed = {path: has_decay(theirs) for path, theirs in reference_names(name).items()}
+    # Four normalisations of maps, three of patch merging, one of the patches, two of each of 24
+    # blocks, each with scale and bias; the blocks' tables. None is a batch normalisation.
+    assert list(decayed.values()).count(False) == 2 * (4 + 3 + 1 + 48) + 24
+    assert decayed["bottleneck/norm/scale"]
+    for path, expected in decayed.items():
+        found = optimizer.multiplier(keys_of(path), multipliers)
+        assert found == (1.0, float(expected)), path
 
 
 @pytest.mark.parametrize("name", RECIPES)
@@ -84,7 +68,7 @@ def test_the_rate_is_that_of_the_formula(double_precision, name):
 
 def tree_of(seed):
     rng = np.random.default_rng(seed)
-    return {path: rng.standard_normal(3) for path in NAMES}
+    return {path: rng.standard_normal(3) for path in reference_names(NAME)}
 
 
 def nested(flat):
@@ -101,13 +85,13 @@ def nested(flat):
 def test_six_steps_are_those_of_pytorch(double_precision):
     """With the reference's own groups: a decay of 0 where the name has one of its words."""
     torch = pytest.importorskip("torch")
-    config = load("ade20k_upernet_swinlarge")
+    config = load(NAME)
     config.optimizer.warmup_steps, total = 3, 6
     # Larger than in the recipe, so that the decay is seen in six steps.
     config.optimizer.lr = 0.1
     theirs = {path: torch.tensor(value, requires_grad=True) for path, value in tree_of(0).items()}
     groups = [
-        {"params": [p], "weight_decay": 0.0 if any(w in NAMES[path] for w in WORDS) else 0.01}
+        {"params": [p], "weight_decay": 0.01 * has_decay(reference_names(NAME)[path])}
         for path, p in theirs.items()
     ]
     reference = torch.optim.AdamW(groups, lr=0.1, betas=(0.9, 0.999), eps=1e-8)
