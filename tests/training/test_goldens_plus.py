@@ -62,10 +62,10 @@ def draws_of_pytorch(classes, features):
 
 
 def rows_of_pytorch(memory, features):
-    """The rows to the bit: fused with the sum, the product would not be rounded."""
-    mean, deviation = memory[:, :1].astype(np.float32), memory[:, 1:].astype(np.float32)
-    product = draws_of_pytorch(len(memory), features) * deviation
-    return jax.lax.optimization_barrier(product) + mean
+    """The rows to the bit: fused with the sum, a product in float32 would not be rounded."""
+    mean, deviation = (memory[:, i : i + 1].astype(np.float32) for i in (0, 1))
+    product = draws_of_pytorch(len(memory), features).astype(np.float64) * deviation
+    return product.astype(np.float32) + mean
 
 
 def assert_norms(golden, name, key_names, arrays, limit):
