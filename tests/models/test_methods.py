@@ -51,6 +51,7 @@ def test_padding_changes_no_number(case):
     assert_padding_changes_nothing(build_segmentor(config_of(case)), [(33, 47), (9, 5)])
 
 
+@pytest.mark.slow
 def test_bfloat16_is_close():
     config = config_of("upernet")
     model = build_segmentor(config)

@@ -13,7 +13,13 @@ from memseg_jax.training import optimizer
 from memseg_jax.training.program import random_batch
 from memseg_jax.training.state import TrainState, init_variables
 from memseg_jax.training.step import make_train_step
-from tests.small_models import FAST_COMPILE, ThreeConvolutions, random_variables, small_config
+from tests.small_models import (
+    FAST_COMPILE,
+    ThreeConvolutions,
+    fast_jit,
+    random_variables,
+    small_config,
+)
 from tests.training.test_accumulation import WithRunningStatistics
 from tests.training.test_step import assert_close, largest_difference
 
@@ -128,14 +134,15 @@ def test_losses_and_memory(case):
 def test_the_memory_of_statistics_moves_by_its_rule():
     _, model, start, _ = setting("upernet")
     batch = batch_of(0)
-    encoded, _ = model.apply(
-        {"params": start.params, "batch_stats": start.batch_stats},
-        batch["image"],
+    encode = functools.partial(
+        model.apply,
         train=True,
         mutable=["batch_stats"],
         rngs={"dropout": jax.random.key(0)},
         method="encode",
     )
+    weights = {"params": start.params, "batch_stats": start.batch_stats}
+    encoded, _ = fast_jit(encode)(weights, batch["image"])
     expected, local = update_statistics(
         start.memory, encoded["memory_input"], batch["label"], 0.1, groups=2
     )
@@ -161,7 +168,7 @@ def test_parts_are_the_whole_batch(case):
             assert_close(getattr(found["state"], name), getattr(expected["state"], name), 1e-9)
 
 
-@pytest.mark.parametrize("case", slow_but("upernet"))
+@pytest.mark.parametrize("case", slow_but())
 def test_devices_that_share_images_by_rows(case):
     for number, limit in enumerate((1e-9, 1e-7)):
         pairs = zip(
