@@ -9,7 +9,7 @@ import numpy as np
 
 from configs import common
 from converters import names
-from memseg_jax.models import hrnet
+from memseg_jax.models import hrnet, swin
 from memseg_jax.models.backbone import Backbone
 from memseg_jax.models.layers import ConvNorm
 from memseg_jax.models.segmentor import Segmentor
@@ -42,6 +42,12 @@ def shallow_hrnet(monkeypatch):
     """Lets HRNets have one module a stage and one block a branch; the others repeat them."""
     monkeypatch.setattr(hrnet, "MODULES", dict.fromkeys(hrnet.MODULES, 1))
     monkeypatch.setattr(hrnet, "BLOCKS", 1)
+
+
+def shallow_swin(monkeypatch):
+    """Lets Swins have one block a stage, and a second one, shifted, in the first and the last."""
+    for name, (_, heads, window) in swin.VARIANTS.items():
+        monkeypatch.setitem(swin.VARIANTS, name, ((2, 1, 1, 2), heads, window))
 
 
 class ThreeConvolutions(Backbone):

@@ -104,6 +104,7 @@ def test_every_tensor_of_ours_has_its_counterpart(name):
     config = SMALL[name]
     ours = names.flatten(abstract_variables(build_segmentor(config)))
     shapes = {names.torch_key(path): names.torch_shape(leaf.shape) for path, leaf in ours.items()}
+    shapes |= {key: index.shape for key, index in names.index_buffers(shapes).items()}
     theirs = {key: shape for key, shape, _ in listed(built_without_memory(config))}
     counters = {key for key in theirs if key.endswith("num_batches_tracked")}
     assert counters == set(names.counter_keys(shapes))

@@ -13,15 +13,26 @@ from memseg_jax.training import optimizer
 from memseg_jax.training.program import random_batch
 from memseg_jax.training.state import TrainState
 from memseg_jax.training.step import make_train_step
-from tests.small_models import FAST_COMPILE, random_variables, shallow_hrnet, small_config
+from tests.small_models import (
+    FAST_COMPILE,
+    random_variables,
+    shallow_hrnet,
+    shallow_swin,
+    small_config,
+)
 
 pytestmark = pytest.mark.usefixtures("double_precision", "small_arrays_are_split_too")
 STEPS = 3  # with a shared update
 BATCH = 8
 # Heights of which no part is like another, with eight rows or more on the coarsest map.
-CROPS = {"hrnetv2w48": (228, 32), "vitbase": (117, 48), "vitlarge": (117, 48)}
+CROPS = {
+    "hrnetv2w48": (228, 32),
+    "vitbase": (117, 48),
+    "vitlarge": (117, 48),
+    "swintiny": (230, 32),
+}
 NARROW = {"hrnetv2w48": 1 / 12, "vitbase": 1 / 12}
-BACKBONES = ("resnet50", "resnet101", "resnest101", "hrnetv2w48", "vitbase", "vitlarge")
+BACKBONES = ("resnet50", "resnet101", "resnest101", "hrnetv2w48", "vitbase", "vitlarge", "swintiny")
 LAYOUTS = ({"data": 4, "rows": 2}, {"data": 2, "rows": 4}, {"data": 1, "rows": 8})
 
 
@@ -38,6 +49,7 @@ def setting(backbone, accumulate):
     config.model.backbone_width = NARROW.get(backbone, 1 / 16)
     config.model.auxiliary = backbone != "hrnetv2w48"
     config.model.dropout = 0.1
+    config.model.drop_path = 0.1 if backbone == "swintiny" else 0.0
     config.augment.crop = CROPS.get(backbone, (67, 32))
     config.train.batch_size = BATCH
     config.train.accumulate = accumulate
@@ -97,7 +109,7 @@ def assert_same(backbone, layout, accumulate=1):
 
 
 # Every backbone in one layout, all of them in some; the rest is `exhaustive`.
-CHOSEN = {"resnet50": 1, "resnest101": 0, "hrnetv2w48": 2, "vitbase": 1}
+CHOSEN = {"resnet50": 1, "resnest101": 0, "hrnetv2w48": 2, "vitbase": 1, "swintiny": 1}
 CASES = [
     pytest.param(
         backbone,
@@ -119,6 +131,7 @@ def test_split_images_give_the_numbers_of_one_device(monkeypatch, backbone, layo
     if backbone == "resnest101":
         block, _ = resnest.VARIANTS[backbone]
         monkeypatch.setitem(resnest.VARIANTS, backbone, (block, (2, 2, 2, 2)))
+    shallow_swin(monkeypatch)
     assert_same(backbone, layout)
 
 
