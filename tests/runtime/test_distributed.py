@@ -282,12 +282,12 @@ def rows(workdir, column="loss"):
     return [row for row in csv.DictReader(text.splitlines()) if row[column]]
 
 
-def assert_same_run(workdir, other):
+def assert_same_run(workdir, other, losses=LOSSES):
     """Losses of every step to the last of nine digits or nearly so; the scores exactly."""
     ours, theirs = rows(workdir), rows(other)
     assert [row["step"] for row in ours] == [str(step) for step in range(1, STEPS + 1)]
     for a, b in zip(ours, theirs, strict=True):
-        for name in LOSSES:
+        for name in losses:
             assert float(a[name]) == pytest.approx(float(b[name]), rel=1e-7, abs=1e-12)
     for name in ("metrics.json", "per_class.csv", "examples.png"):
         assert (workdir / name).read_bytes() == (other / name).read_bytes()
@@ -301,11 +301,14 @@ def alone(tmp_path_factory):
     return workdir
 
 
-def kill_two_and_go_on(alone, workdir, *arguments, homes=None, **options):
-    """Kills two processes twice, once as they go on; the rest is done by one."""
+def kill_two_and_go_on(alone, workdir, *arguments, homes=None, model=(), losses=LOSSES, **options):
+    """Kills two processes twice, once as they go on; the rest is done by one.
+
+    `arguments` are of the two alone, `model` of the one, too.
+    """
     done = 0
     for _ in range(2):
-        processes = start(2, workdir, *arguments, homes=homes, **options)
+        processes = start(2, workdir, *model, *arguments, homes=homes, **options)
         wait_for(lambda last=done: max(checkpoint.all_steps(workdir), default=0) > last, processes)
         for process in processes:
             os.kill(process.pid, signal.SIGKILL)
@@ -314,9 +317,9 @@ def kill_two_and_go_on(alone, workdir, *arguments, homes=None, **options):
         assert f"resuming at step {done} of {STEPS}" in logs[0] or not done
         done = checkpoint.all_steps(workdir)[-1]
     assert done < STEPS
-    (log,) = run(1, workdir, homes=homes)
+    (log,) = run(1, workdir, *model, homes=homes)
     assert f"resuming at step {done} of {STEPS}" in log
-    assert_same_run(workdir, alone)
+    assert_same_run(workdir, alone, losses)
 
 
 @pytest.mark.slow
@@ -334,6 +337,17 @@ def kill_two_and_go_on(alone, workdir, *arguments, homes=None, **options):
 def test_two_processes_are_killed_and_go_on_as_two_and_as_one(alone, tmp_path, devices, layout):
     flags = [f"--config.sharding.{name}={value}" for name, value in layout.items()]
     kill_two_and_go_on(alone, tmp_path / "run", *flags, devices=devices)
+
+
+@pytest.mark.slow
+def test_so_do_two_processes_with_the_memory_of_mcibi_plus_plus(tmp_path):
+    model = {"model.method": "mcibi_plus_plus", "loss.consistency": 0.0}
+    model |= {"model.memory.momentum": 0.1, "model.memory.base_lr": 0.0}
+    model = [f"--config.{name}={value}" for name, value in model.items()]
+    run(1, tmp_path / "alone", *model)
+    losses = ("loss", "loss_context", "loss_stage1", "loss_stage2", "loss_aux", "lr")
+    rows = ("--config.sharding.rows=2", "--config.sharding.weight_update=shared")
+    kill_two_and_go_on(tmp_path / "alone", tmp_path / "run", *rows, model=model, losses=losses)
 
 
 @pytest.mark.slow
