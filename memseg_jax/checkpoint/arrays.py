@@ -20,9 +20,6 @@ from memseg_jax.runtime.text import first_few
 
 # Fields that decide the shapes of the arrays: named when a checkpoint does not fit.
 _SHAPE_FIELDS = (
-    "model.method",
-    "model.context",
-    "model.fpn",
     "model.backbone",
     "model.backbone_width",
     "model.feature_dim",
@@ -31,6 +28,9 @@ _SHAPE_FIELDS = (
     "model.memory.enabled",
     "model.memory.attention_dim",
     "model.memory.slots",
+    "model.method",
+    "model.context",
+    "model.fpn",
 )
 
 
