@@ -164,6 +164,7 @@ def test_attention(run):
     assert "attention and gradients: 1 x 16 x 4, float32" in printed
 
 
+@pytest.mark.slow
 def test_convolutions(run):
     options = ("--crop=40x48", "--batch=1", "--only=3x3 256 -> 512, dilation 2", "--all")
     ((found,), printed) = run("convolutions", *options, "--pass=filter")

@@ -194,6 +194,7 @@ def test_sliding_windows_of_exact_sizes(matrix):
     assert moved(matrix(window=(64, 64)), matrix(mode="whole")) < 1e-3
 
 
+@pytest.mark.slow
 def test_copies_of_split_weights_are_gone_after_the_evaluation(root, compilations):
     config = tiny.get_config()
     config.data.root = str(root)

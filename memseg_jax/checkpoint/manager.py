@@ -168,13 +168,18 @@ class Checkpointer:
             self._saving, self._untidy = step, True
             self._name = f"save/{next(_saves)}"
             self._almost_saved.clear()
-            self._checkpointer.save(
-                self._folder / str(step),
-                args=ocp.args.Composite(
-                    state=ocp.args.PyTreeSave(tree), meta=ocp.args.JsonSave(meta)
-                ),
-                force=True,  # only the first process looks whether the folder is there
-            )
+            args = ocp.args.Composite(state=ocp.args.PyTreeSave(tree), meta=ocp.args.JsonSave(meta))
+            for last in (False, False, True):
+                try:
+                    # With force, only the first process looks whether the folder is there.
+                    self._checkpointer.save(self._folder / str(step), args=args, force=True)
+                    break
+                except FileExistsError:
+                    # A write of a save that has failed was still under way when what it left was
+                    # removed, and has made the unfinished folder again.
+                    if last:
+                        raise
+                    self._remove_leftovers()
         if retry:
             self.wait_until_finished()
 

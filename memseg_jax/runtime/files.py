@@ -284,7 +284,11 @@ def remove_unfinished(folder: Place) -> None:
         return
     for name in names(folder):
         if UNFINISHED in name:
-            shutil.rmtree(folder / name, ignore_errors=True)
+            for _ in range(20):  # writes that are still under way make files in the meantime
+                shutil.rmtree(folder / name, ignore_errors=True)
+                if not (folder / name).exists():
+                    break
+                time.sleep(0.05)
 
 
 def flush_unfinished(folder: Place, name: str) -> None:

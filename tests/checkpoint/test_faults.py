@@ -1,6 +1,7 @@
 """Checkpoints and mishaps: kills, full disks, unwritable folders, damaged files."""
 
 import contextlib
+import errno
 import gc
 import os
 import resource
@@ -13,6 +14,7 @@ import threading
 import time
 from pathlib import Path
 
+import orbax.checkpoint as ocp
 import pytest
 
 from memseg_jax import checkpoint
@@ -135,6 +137,23 @@ def test_disk_full_in_the_background_is_reported_and_the_save_retried(tmp_path, 
         assert_same(checkpointer.restore(abstract(large), step=2)[0], large)
     assert leftovers(tmp_path) == []
     assert checkpoint.all_steps(tmp_path) == [1, 2, 3]
+
+
+def test_a_late_write_of_a_failed_save_makes_its_folder_again(tmp_path, monkeypatch):
+    late = tmp_path / checkpoint.FOLDER / "2.orbax-checkpoint-tmp" / "state"
+    save = ocp.AsyncCheckpointer.save
+
+    def as_a_write_ends(*args, **kwargs):  # between Orbax's look and its making of the folder
+        monkeypatch.setattr(ocp.AsyncCheckpointer, "save", save)
+        late.mkdir(parents=True)
+        raise FileExistsError(errno.EEXIST, "File exists", str(late.parent))
+
+    monkeypatch.setattr(ocp.AsyncCheckpointer, "save", as_a_write_ends)
+    with Checkpointer(tmp_path, keep=5) as checkpointer:
+        checkpointer.save(make_state(2), make_meta(2))
+        checkpointer.wait_until_finished()
+        assert_same(checkpointer.restore(abstract(make_state(2)))[0], make_state(2))
+    assert leftovers(tmp_path) == []
 
 
 @contextlib.contextmanager

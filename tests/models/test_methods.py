@@ -46,7 +46,7 @@ def test_parts_and_strides(case):
     assert out["logits"].dtype == jnp.float32
 
 
-@pytest.mark.parametrize("case", slow_but("late fusion"))
+@pytest.mark.parametrize("case", slow_but())
 def test_padding_changes_no_number(case):
     assert_padding_changes_nothing(build_segmentor(config_of(case)), [(33, 47), (9, 5)])
 

@@ -154,6 +154,7 @@ def test_drop_path_rises_from_nothing_and_skips_whole_branches():
     assert not np.array_equal(maps[1], other[1])
 
 
+@pytest.mark.slow
 def test_drop_path_divides_what_is_kept_by_its_share():
     backbone = tiny(depths=(2, 0, 0, 0), drop_path=0.5)
     kept = {k: v for k, v in params().items() if "blocks" not in k or "stages_0" in k}

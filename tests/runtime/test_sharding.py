@@ -205,6 +205,7 @@ def test_split_parameters_give_the_same_numbers(double):
     assert_same_numbers((2, 4))
 
 
+@pytest.mark.slow
 def test_split_images_and_a_shared_update_give_the_same_numbers(double):
     assert_same_numbers((2, 1, 4), "shared")
 

@@ -185,6 +185,7 @@ def test_no_labels_at_all():
 # ---- Devices and memory -------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_eight_devices_give_the_numbers_of_one():
     one, eight = (run(parts=2, groups=2, **on) for on in ({}, {"devices": 8}))
     assert_same_step(eight, one)

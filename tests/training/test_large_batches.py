@@ -70,6 +70,7 @@ def test_a_run_goes_on_bit_for_bit(tmp_path):
     assert int(adam.count) == 3
 
 
+@pytest.mark.slow
 def test_a_bad_batch_moves_the_warmup_and_nothing_else():
     state, _ = advance(start()[1], 0, 1)
     bad = batch(1)

@@ -159,7 +159,7 @@ def test_a_memory_of_statistics_starts_at_zero_and_one():
     np.testing.assert_array_equal(memory, [[0, 1]] * 5)
 
 
-@pytest.mark.parametrize("case", slow_but("fcn"))
+@pytest.mark.parametrize("case", slow_but())
 def test_parts_are_the_whole_batch(case):
     whole, parts = run(case, frozen=True), run(case, parts=4, frozen=True)
     for expected, found in zip(whole, parts):
