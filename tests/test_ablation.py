@@ -1,0 +1,85 @@
+"""The benchmark that trains variants of a config with several seeds."""
+
+import csv
+import json
+
+import pytest
+from scipy import stats
+
+from memseg_jax import command_line
+from memseg_jax.errors import UserError
+from tests import tiny
+
+pytest.importorskip("torch")  # the benchmarks' command line sets its threads
+
+
+@pytest.fixture
+def ablation():
+    from benchmarks import ablation
+
+    return ablation
+
+
+def test_differences_are_those_of_the_seeds_that_both_have(ablation):
+    a, b = {0: 0.5, 1: 0.6, 2: 0.7, 7: 0.1}, {0: 0.6, 1: 0.65, 2: 0.85, 9: 0.9}
+    low, mean, high = ablation.paired(a, b)
+    expected = stats.ttest_rel([b[i] for i in range(3)], [a[i] for i in range(3)])
+    assert mean == pytest.approx(0.1)
+    interval = expected.confidence_interval(0.95)
+    assert (low, high) == pytest.approx((interval.low, interval.high))
+
+
+def test_one_seed_has_no_interval(ablation):
+    rows = [{"variant": name, "seed": 3, "mIoU": score} for name, score in (("a", 0.5), ("b", 0.4))]
+    assert ablation.table(rows).splitlines()[2:] == [
+        "| a | 3 | 0.5000 | - | +0.0000 | - to - |",
+        "| b | 3 | 0.4000 | - | -0.1000 | - to - |",
+    ]
+
+
+@pytest.mark.parametrize("text", ["[]", "{}", '{"a": "model.fpn=True"}', '{"a": ["fpn"]}', "{"])
+def test_another_file_is_refused(ablation, tmp_path, text):
+    (tmp_path / "variants.json").write_text(text)
+    with pytest.raises(UserError, match=r"--variants=.*variants\.json"):
+        ablation.read_variants(str(tmp_path / "variants.json"))
+
+
+def test_seeds_are_numbers(ablation):
+    assert ablation.read_seeds("0, 4") == [0, 4]
+    with pytest.raises(UserError, match="--seeds=0,x: expected numbers"):
+        ablation.read_seeds("0,x")
+
+
+def test_the_methods_are_what_the_rules_allow():
+    """The file that comes with it, with the quickstart."""
+    variants = json.loads((tiny.ROOT / "benchmarks" / "methods.json").read_text())
+    for settings in variants.values():
+        flags = ["--config=configs/quickstart.py", *(f"--config.{x}" for x in settings)]
+        assert command_line.parse(["x", *flags], {}).config.data.name == "shapes"  # no UserError
+
+
+@pytest.mark.slow
+def test_what_is_there_is_not_trained_again(ablation, tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tiny.ROOT)
+    variants = {"plain": ["model.memory.enabled=False", "loss.consistency=0.0"], "memory": []}
+    (tmp_path / "variants.json").write_text(json.dumps(variants))
+
+    def run(seeds):
+        flags = [f"--variants={tmp_path / 'variants.json'}", f"--workdir={tmp_path / 'runs'}"]
+        flags += [f"--seeds={seeds}", f"--config={tiny.CONFIG}"]
+        data = f"--config.data.root={tiny.data_root()}"
+        assert ablation.main(["ablation", *flags, data]) == 0
+        with open(tmp_path / "runs" / ablation.RESULTS) as file:
+            rows = list(csv.DictReader(file))
+        return rows, capsys.readouterr().out
+
+    rows, printed = run("0")
+    assert [(row["variant"], row["seed"]) for row in rows] == [("plain", "0"), ("memory", "0")]
+    checkpoint = next((tmp_path / "runs" / "memory_0" / "checkpoints").iterdir())
+    written = checkpoint.stat().st_mtime
+    more, printed = run("0,1")
+    assert checkpoint.stat().st_mtime == written
+    scores = [{name: row[name] for name in ("mIoU", "mAcc", "aAcc")} for row in (rows[1], more[1])]
+    assert scores[0] == scores[1]
+    assert len(more) == 4
+    assert "| memory | 0, 1 | " in printed
