@@ -181,6 +181,7 @@ def test_wrong_root(tmp_path, workdir, capsys, mode, wrong):
         assert str(tmp_path / wrong) in text
 
 
+@pytest.mark.slow
 def test_training_is_stopped_by_the_real_program(root, tmp_path):
     # Found while it trains, in a worker process; what was trained before stays.
     parts = label_200(root, "train")

@@ -58,6 +58,7 @@ def test_without_data_and_workdir(
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.slow
 def test_with_data_and_workdir(quick, quiet_entry, three_convolutions, capsys, tmp_path):
     arguments = (f"--config.data.root={tiny.data_root()}", "--workdir", tmp_path / "run")
     assert tiny.run("--mode", "benchmark", *arguments) == 0

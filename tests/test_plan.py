@@ -482,6 +482,7 @@ def test_a_search_with_this_machines_compiler(no_compilers, three_convolutions, 
     assert rows == {"1", "2", "4"}
 
 
+@pytest.mark.slow
 def test_what_does_not_fit_is_said_with_advice(no_compilers, quiet_entry, capsys, monkeypatch):
     def refuse(*args, **options):
         raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Used 20.5G of 15.75G hbm")

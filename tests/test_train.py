@@ -116,6 +116,7 @@ def test_what_is_written():
     assert [tuple(colour) for colour in meta["palette"]] == list(config.data.palette)
 
 
+@pytest.mark.slow
 def test_baseline_on_generated_images_with_eight_devices(
     tmp_path, capsys, monkeypatch, three_convolutions
 ):
@@ -358,6 +359,7 @@ def test_the_last_evaluation_is_made_up_for(
     assert checkpoint.read_scores(tmp_path / "run")[STEPS]["mIoU"] > 0
 
 
+@pytest.mark.slow
 def test_a_run_ends_when_the_scores_no_longer_rise(
     tmp_path, capsys, caplog, monkeypatch, compilations, three_convolutions
 ):

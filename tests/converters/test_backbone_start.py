@@ -53,6 +53,7 @@ def weights(workdir):
 
 
 @pytest.mark.usefixtures("quiet_entry", "compilations")
+@pytest.mark.slow
 def test_training_starts_from_the_file_and_goes_on_without_it(
     tmp_path, capsys, caplog, monkeypatch
 ):

@@ -296,6 +296,7 @@ def child(*arguments):
     return subprocess.run(command, cwd=tiny.ROOT, env=env, capture_output=True, text=True)
 
 
+@pytest.mark.slow
 def test_the_real_program():
     result = child(
         "--checkpoint", checkpoint(), "--config", tiny.CONFIG, "--size=33x46", "--nobfloat16"

@@ -217,6 +217,7 @@ def test_the_era_is_told_from_the_position_table(tmp_path, config):
     assert model.auxiliary
 
 
+@pytest.mark.slow
 def test_a_halving_convolution_tells_the_data_set(tmp_path):
     of_file, of_config = narrow("hrnetv2w48"), narrow("hrnetv2w48")
     of_file.model.downsample = 2

@@ -266,6 +266,7 @@ def write_program(folder, body):
     return [sys.executable, str(path)], environment
 
 
+@pytest.mark.slow
 def test_workers_give_the_same_samples_and_leave_nothing_behind(tmp_path):
     command, environment = write_program(
         tmp_path,

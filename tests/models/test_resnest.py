@@ -118,6 +118,7 @@ def test_pools_of_padded_maps(pool, size):
 # ---- the whole backbone ----------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_padding_changes_no_number():
     model, variables = short_backbone()
     forward = fast_jit(functools.partial(model.apply, train=False))
@@ -137,6 +138,7 @@ def test_padding_changes_no_number():
             assert not outside.any()
 
 
+@pytest.mark.slow
 def test_every_parameter_gets_a_gradient_and_every_statistic_moves():
     model, variables = short_backbone()
     images = draw_images(4, 33, 47)

@@ -201,6 +201,7 @@ def assert_same_numbers(layout, update="each", name="sgd"):
         assert x.sharding.is_equivalent_to(shape.sharding, x.ndim)
 
 
+@pytest.mark.slow
 def test_split_parameters_give_the_same_numbers(double):
     assert_same_numbers((2, 4))
 

@@ -165,6 +165,7 @@ def test_split_without_labels_is_segmented_for_the_server(tmp_path, capsys):
 
 
 @entry
+@pytest.mark.slow
 def test_label_maps_of_a_scored_split_give_the_scores(tmp_path, capsys):
     workdir = tiny.save_random_model(tmp_path / "run")
     root, out = tiny.data_root(), tmp_path / "out"

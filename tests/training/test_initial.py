@@ -91,6 +91,7 @@ def test_two_things_to_start_from_are_one_too_many(trained):
 
 
 @pytest.mark.usefixtures("quiet_entry", "compilations")
+@pytest.mark.slow
 def test_training_starts_from_a_checkpoint(trained, tmp_path, monkeypatch):
     tiny.count_steps(monkeypatch)
     arguments = [f"--config.data.root={tiny.data_root()}", "--workdir", tmp_path / "run"]

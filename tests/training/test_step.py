@@ -130,6 +130,7 @@ def test_eight_devices_give_the_numbers_of_one(groups):
     assert largest_difference(one[0][-1].params, one[0][0].params) > 0.01
 
 
+@pytest.mark.slow
 def test_a_request_to_stop_of_any_process_comes_back_to_all():
     _, metrics = run(devices=8)
     assert [int(step["stop"]) for step in metrics] == [0, 0, 1]
