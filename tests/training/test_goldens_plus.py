@@ -88,10 +88,17 @@ def assert_slices(golden, prefix, arrays, limit):
         assert worst <= limit, f"{key}: {worst:.1e}"
 
 
+# In CI, an HRNet has the steps of MCIBI (test_goldens.py): compiling it takes minutes.
+CASES = [
+    pytest.param(name, marks=[pytest.mark.exhaustive] * ("hrnet" in name), id=name)
+    for name in golden_files("train")
+]
+
+
 @pytest.mark.golden
 @pytest.mark.slow
 @pytest.mark.large  # a whole network in double precision
-@pytest.mark.parametrize("name", golden_files("train"))
+@pytest.mark.parametrize("name", CASES)
 def test_two_steps_equal_the_reference(name, double_precision, monkeypatch):
     monkeypatch.setattr(statistics_memory, "draw_rows", rows_of_pytorch)
     tag, golden = pathlib.Path(name).stem, load(name)
