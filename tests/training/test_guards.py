@@ -311,7 +311,6 @@ def test_skip(run, tmp_path, capsys, caplog):
     assert all(np.isfinite(float(x)) for x in rows(tmp_path, "eval_mIoU").values())
 
 
-@pytest.mark.slow
 def test_skip_gives_up_after_too_many_in_a_row(run, tmp_path, capsys):
     limit = "--config.train.max_nonfinite=3"
     assert run({2, 3, 5, *range(8, 17)}, "--config.train.on_nonfinite=skip", limit, KEEP) == 1
