@@ -17,6 +17,7 @@ import os
 import pathlib
 import re
 import zlib
+from collections.abc import Mapping
 
 import numpy as np
 
@@ -233,6 +234,26 @@ def take_slice(array: np.ndarray, n: int) -> np.ndarray:
     """Returns about n evenly spread elements of an array (PyTorch's layout), as stored in files."""
     flat = np.asarray(array).reshape(-1)
     return flat[:: max(1, -(-flat.size // n))]
+
+
+def assert_slices(
+    golden: Mapping[str, np.ndarray], prefix: str, arrays: Mapping[str, np.ndarray], limit: float
+) -> None:
+    """Compares the arrays of which a file of training steps has slices of 64 elements.
+
+    Args:
+        golden: the file.
+        prefix: of its entries, "<prefix>/<reference name>".
+        arrays: by reference name, in PyTorch's layout.
+        limit: of the largest difference, relative to the largest element of the stored slice.
+    """
+    keys = [key for key in golden if key.startswith(f"{prefix}/")]
+    assert keys
+    for key in keys:
+        value = arrays[key.removeprefix(f"{prefix}/")]
+        scale = max(np.abs(golden[key]).max(), 1e-12)
+        worst = np.abs(take_slice(value, 64) - golden[key]).max() / scale
+        assert worst <= limit, f"{key}: {worst:.1e}"
 
 
 def stats(array: np.ndarray) -> np.ndarray:

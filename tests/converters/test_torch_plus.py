@@ -13,7 +13,7 @@ from converters.torch_model import taps_of
 from converters.torch_model.statistics_memory import draw_rows, update_statistics
 from converters.torch_model.training import build_optimizer, train_step
 from memseg_jax.data import IGNORE_LABEL
-from tests.goldens import pixels, stored_taps, take_slice
+from tests.goldens import assert_slices, pixels, stored_taps, take_slice
 from tests.goldens_plus import (
     assert_forward,
     golden_files,
@@ -120,15 +120,6 @@ def assert_norms(golden, name, key_names, arrays, limit):
     for key, expected in zip(golden[key_names], golden[name]):
         found = np.linalg.norm(arrays[str(key)])
         assert abs(found - expected) <= limit * max(expected, 1e-8), f"{name} {key}"
-
-
-def assert_slices(golden, prefix, arrays, limit):
-    keys = [key for key in golden if key.startswith(f"{prefix}/")]
-    assert keys
-    for key in keys:
-        scale = max(np.abs(golden[key]).max(), 1e-12)
-        worst = np.abs(take_slice(arrays[key.removeprefix(f"{prefix}/")], 64) - golden[key]).max()
-        assert worst <= limit * scale, f"{key}: {worst / scale:.1e}"
 
 
 @pytest.mark.golden

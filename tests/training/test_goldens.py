@@ -12,6 +12,7 @@ from memseg_jax.training import optimizer
 from memseg_jax.training.state import TrainState
 from memseg_jax.training.step import make_train_step
 from tests.goldens import (
+    assert_slices,
     golden_files,
     load,
     rule_train_image,
@@ -60,16 +61,6 @@ def by_torch_key(collection, tree):
         value = value.T if value.ndim == 2 else value
         result[names.torch_key(f"{collection}/{path}")] = value
     return result
-
-
-def assert_slices(golden, prefix, arrays, limit):
-    keys = [key for key in golden if key.startswith(f"{prefix}/")]
-    assert keys
-    for key in keys:
-        value = arrays[key.removeprefix(f"{prefix}/")]
-        scale = max(np.abs(golden[key]).max(), 1e-12)
-        worst = np.abs(take_slice(value, 64) - golden[key]).max() / scale
-        assert worst <= limit, f"{key}: {worst:.1e}"
 
 
 def assert_norms(golden, name, key_names, arrays, limit):

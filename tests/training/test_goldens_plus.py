@@ -13,7 +13,7 @@ from memseg_jax.models import statistics_memory
 from memseg_jax.training import optimizer
 from memseg_jax.training.state import TrainState
 from memseg_jax.training.step import make_train_step
-from tests.goldens import take_slice
+from tests.goldens import assert_slices, take_slice
 from tests.goldens_plus import golden_files, load, rule_train_image, rule_train_label
 from tests.reference_models_plus import METHOD, reference_config, reference_model, rule_variables
 
@@ -76,16 +76,6 @@ def assert_norms(golden, name, key_names, arrays, limit):
             worst[key] = abs(np.linalg.norm(arrays[str(key)]) - expected) / scale
     key = max(worst, key=worst.get)
     assert worst[key] <= limit, f"{name} {key}: {worst[key]:.1e}"
-
-
-def assert_slices(golden, prefix, arrays, limit):
-    keys = [key for key in golden if key.startswith(f"{prefix}/")]
-    assert keys
-    for key in keys:
-        value = arrays[key.removeprefix(f"{prefix}/")]
-        scale = max(np.abs(golden[key]).max(), 1e-12)
-        worst = np.abs(take_slice(value, 64) - golden[key]).max() / scale
-        assert worst <= limit, f"{key}: {worst:.1e}"
 
 
 # In CI, an HRNet has the steps of MCIBI (test_goldens.py): compiling it takes minutes.
