@@ -311,10 +311,10 @@ def test_published_settings_with_several_scales_and_flip(row):
 
 
 def tracing_takes_long(name):
-    """Marks the recipes whose backbone a recipe of an earlier line has, too."""
+    """Marks the recipes whose backbone a recipe of an earlier line has, too: not in CI."""
     first = next(other for other in PARAMETERS if other.partition("_")[2] == name.partition("_")[2])
     slow = name != first
-    return pytest.param(name, marks=[pytest.mark.slow] if slow else [])
+    return pytest.param(name, marks=[pytest.mark.slow, pytest.mark.exhaustive] if slow else [])
 
 
 @pytest.mark.parametrize("name", [tracing_takes_long(name) for name in sorted(PARAMETERS)])

@@ -217,7 +217,7 @@ def test_eight_devices_train_the_same(name, walks):
     np.testing.assert_allclose(found[EARLY], expected[EARLY], rtol=1e-3)
 
 
-@pytest.mark.parametrize("name", DATA_SETS)
+@pytest.mark.parametrize("name", ON_ANY)
 def test_packed(name, walks):
     walk = walks(name)
     scores, maps = walk.evaluated()

@@ -74,7 +74,7 @@ def assert_equal_maps(ours, theirs) -> None:
 
 DEPTHS = [
     "resnet18",
-    pytest.param("resnet50", marks=pytest.mark.slow),
+    pytest.param("resnet50", marks=[pytest.mark.slow, pytest.mark.exhaustive]),
     pytest.param("resnet101", marks=pytest.mark.slow),
 ]
 

@@ -55,11 +55,17 @@ def cached_model(tag):
 
 
 def forward_cases():
-    """Quick is that with the smallest images of the smallest model."""
+    """Quick is that with the smallest images of the smallest model.
+
+    In CI, all at their odd size.
+    """
     cases = sorted(golden_files("forward"), key=lambda name: (pixels(name[5:]), len(name)))
     smallest = next(name for name in cases if "/resnet50" in name)
+    largest = {name.split("__")[0]: name for name in cases}.values()
     for name in golden_files("forward"):
-        yield pytest.param(name, marks=[] if name == smallest else [pytest.mark.slow], id=name)
+        marks = [] if name == smallest else [pytest.mark.slow]
+        marks += [pytest.mark.exhaustive] * (name != smallest and name not in largest)
+        yield pytest.param(name, marks=marks, id=name)
 
 
 @pytest.mark.golden

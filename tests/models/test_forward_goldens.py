@@ -12,12 +12,13 @@ from tests.goldens import assert_forward, golden_files, load, pixels, rule_image
 from tests.reference_models import reference_config, rule_variables
 from tests.small_models import FAST_COMPILE
 
-# In CI, the same model at an odd size; and of HRNets without the first ReLU, the comparison of a
-# converted model with PyTorch (test_published_rows.py), whose model has the golden numbers, too.
-# LIP's HRNet has its training steps.
+# In CI, the same model, or that of another data set, at an odd size; of HRNets, one with the first
+# ReLU, and as to those without it the training steps of LIP's.
 EXHAUSTIVE = {
     "forward/resnest101os8_cocostuff10k__2x3x64x96.npz",
     "forward/resnet50os8_lip__2x3x64x96.npz",
+    "forward/resnet50os8_ade20k__1x3x97x129.npz",
+    "forward/resnet101os8_lip__2x3x64x96.npz",
     "forward/hrnetv2w48_cityscapes__2x3x64x96.npz",
     "forward/hrnetv2w48_lip__1x3x97x129.npz",
 }

@@ -9,7 +9,7 @@ import pytest
 
 from converters import names, taps
 from memseg_jax.training.state import abstract_variables
-from tests.goldens import stored_taps
+from tests.goldens import pixels, stored_taps
 from tests.goldens_plus import (
     assert_forward,
     golden_files,
@@ -26,6 +26,7 @@ QUICK = {
     "plus/forward/resnet50os8_ade20k__2x3x64x96.npz",
     "plus/forward/upernet_swinreduced_ade20k__2x3x64x96.npz",
 }
+IN_CI = {name.split("__")[0]: name for name in sorted(golden_files("forward"), key=pixels)}
 # What our modules offer besides, and the files do not have.
 OTHER_TAPS = (
     r"stem|stem_bn1|maxpool|layer\d(_block\d)?|stage\d\.\d|aspp_branch\.\d|aspp_global|aspp"
@@ -37,10 +38,11 @@ def cases():
     """The quick ones check values of programs that XLA hardly optimises.
 
     So do the slow ones of backbones that take minutes to optimise; the others check programs as
-    users run them.
+    users run them. In CI, every model at its odd size.
     """
     for name in golden_files("forward"):
         marks = [] if name in QUICK else [pytest.mark.slow]
+        marks += [pytest.mark.exhaustive] * (name not in (*QUICK, *IN_CI.values()))
         hardly = name in QUICK or re.search("hrnet|resnest|swin", name)
         yield pytest.param(name, FAST_COMPILE if hardly else {}, marks=marks, id=name)
 

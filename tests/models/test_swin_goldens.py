@@ -19,10 +19,11 @@ TAPS = ("patch_embed", "stage0_block", "backbone.")
 
 
 def cases():
-    """Compiling and filling the large network takes long."""
+    """In CI, the large network is a part of its model (test_forward_goldens_plus.py)."""
     for name in golden_files("forward"):
         if "_swin" in name:
-            yield pytest.param(name, marks=[pytest.mark.slow] * ("swinlarge" in name), id=name)
+            marks = [pytest.mark.slow, pytest.mark.exhaustive] if "swinlarge" in name else []
+            yield pytest.param(name, marks=marks, id=name)
 
 
 @functools.lru_cache(maxsize=1)

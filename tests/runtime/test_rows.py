@@ -18,7 +18,7 @@ from memseg_jax.training import losses
 from tests.small_models import fast_jit
 
 pytestmark = pytest.mark.usefixtures("double_precision")
-LAYOUTS = [pytest.param((4, 2), marks=pytest.mark.slow), (2, 4), (1, 8)]
+LAYOUTS = [pytest.param((4, 2), marks=[pytest.mark.slow, pytest.mark.exhaustive]), (2, 4), (1, 8)]
 
 
 def mesh_of(data, height):

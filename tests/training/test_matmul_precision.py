@@ -30,7 +30,7 @@ SIDE = 264  # more positions at the network's stride than attention takes at onc
 BACKBONES = [
     "resnet18",
     pytest.param("vitlarge", marks=pytest.mark.slow),
-    pytest.param("resnest101", marks=pytest.mark.slow),
+    pytest.param("resnest101", marks=[pytest.mark.slow, pytest.mark.exhaustive]),
     pytest.param("hrnetv2w48", marks=pytest.mark.slow),  # shallow, and still the longest
 ]
 WIDTHS = {"resnet18": 1 / 8, "resnest101": 1 / 16, "hrnetv2w48": 1 / 12, "vitlarge": 1 / 16}

@@ -108,8 +108,12 @@ def run(case, rows=1, parts=1, frozen=False):
     return found
 
 
-def slow_but(*quick):
-    return [pytest.param(x, marks=[] if x in quick else pytest.mark.slow, id=x) for x in CASES]
+def slow_but(*quick, in_ci=tuple(CASES)):
+    """All cases but the quick ones are slow; those that are not in CI, exhaustive as well."""
+    for case in CASES:
+        marks = [] if case in quick else [pytest.mark.slow]
+        marks += [pytest.mark.exhaustive] * (case not in (*quick, *in_ci))
+        yield pytest.param(case, marks=marks, id=case)
 
 
 @pytest.mark.parametrize("case", slow_but("upernet"))
@@ -159,7 +163,7 @@ def test_a_memory_of_statistics_starts_at_zero_and_one():
     np.testing.assert_array_equal(memory, [[0, 1]] * 5)
 
 
-@pytest.mark.parametrize("case", slow_but())
+@pytest.mark.parametrize("case", slow_but(in_ci=("late fusion", "mcibi pspnet")))
 def test_parts_are_the_whole_batch(case):
     whole, parts = run(case, frozen=True), run(case, parts=4, frozen=True)
     for expected, found in zip(whole, parts):
@@ -168,7 +172,7 @@ def test_parts_are_the_whole_batch(case):
             assert_close(getattr(found["state"], name), getattr(expected["state"], name), 1e-9)
 
 
-@pytest.mark.parametrize("case", slow_but())
+@pytest.mark.parametrize("case", slow_but(in_ci=("upernet", "mcibi pspnet", "plain fcn")))
 def test_devices_that_share_images_by_rows(case):
     for number, limit in enumerate((1e-9, 1e-7)):
         pairs = zip(
