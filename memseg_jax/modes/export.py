@@ -18,11 +18,11 @@ from memseg_jax.data.transforms import MEAN, STD, evaluation_resize, resize_imag
 from memseg_jax.errors import UserError
 from memseg_jax.exporting import folder as export_folder
 from memseg_jax.exporting import load, program
+from memseg_jax.exporting.agreement import TOLERANCE, Reference, compare
 from memseg_jax.exporting.folding import fold, unfold
 from memseg_jax.exporting.weights import FORMS, pack, unpack
-from memseg_jax.inference import Prediction, Predictor
 from memseg_jax.models.segmentor import Segmentor, build_segmentor
-from memseg_jax.runtime import files, sharding
+from memseg_jax.runtime import files
 from memseg_jax.runtime.suggest import did_you_mean
 from memseg_jax.scoring import visualize
 from memseg_jax.scoring.evaluator import Evaluator
@@ -30,13 +30,6 @@ from memseg_jax.training.state import abstract_variables
 
 log = logging.getLogger(__name__)
 
-# How far an exported program may be from the predictor with the same weights: the share of pixels
-# with another class (where two are as likely, rounding decides), and the largest difference of a
-# probability. By the type that layers compute in.
-TOLERANCE = {
-    "float32": {"labels": 1e-3, "confidence": 1e-3},
-    "bfloat16": {"labels": 0.03, "confidence": 0.1},
-}
 FORMAT_VERSION = 1
 
 
@@ -82,7 +75,7 @@ def run(
 
     Raises:
         UserError: something is wrong with the arguments, the checkpoint or the data; or an exported
-            program differs from the predictor by more than `TOLERANCE`. Nothing is written then.
+            program differs from the predictor by more than `agreement.TOLERANCE`. Nothing is written then.
     """
     config_rules.check(config)
     if form not in FORMS:
@@ -160,19 +153,19 @@ def _fill(
     description = _description(network, model.coarsest_stride)
     export_folder.write(folder, contents, description)
 
-    predictor = _Reference(network)
+    predictor = Reference(config, network.variables)
     checks, stored = [], {}
     for size in [*(sizes or [image.shape[:2]]), None]:
         # One row and column fewer: then the padding of the program for any size matters.
         shown = image[:-1, :-1] if size is None else resize_image(image, size)
         found, expected = load.Model(folder)(shown), predictor.predict(shown)
-        checks.append(_compared(export_folder.program_name(size), found, expected))
+        name, tolerance = export_folder.program_name(size), description["tolerance"]
+        checks.append(dataclasses.asdict(compare(name, found, expected, tolerance)))
         stored = stored or {
             "image": shown,
             "labels": expected.label,
             "confidence": expected.confidence,
         }
-        _refuse_difference(checks[-1], description["tolerance"])
     contents[export_folder.CHECK] = export_folder.archive(stored)
     description |= {"checked": checks, "loss": _loss(network)}
     export_folder.write(folder, contents, description)
@@ -201,55 +194,6 @@ def _description(network: _Network, unit: int) -> dict[str, Any]:
         "tolerance": TOLERANCE[config.model.compute_dtype],
         "versions": versions(),
     }
-
-
-class _Reference:
-    """The predictor of whole pictures at their own size, in one pass."""
-
-    def __init__(self, network: _Network):
-        config = network.config.copy_and_resolve_references()
-        evaluation: Any = config.eval
-        with config.unlocked():
-            evaluation.mode, evaluation.scales, evaluation.flip = "whole", (1.0,), False
-            evaluation.base_size, evaluation.rows, evaluation.batch_size = (), 1, 1
-            evaluation.exact_sizes = 10**6
-        self._variables = network.variables
-        mesh = sharding.local_mesh(1)
-        self._predictor = Predictor(build_segmentor(config), evaluation, mesh, confidence=True)
-
-    def predict(self, image: np.ndarray) -> Prediction:
-        """Segments RGB uint8 [height, width, 3]."""
-        (prediction,) = self._predictor.predict(self._variables, [(None, image)])
-        return prediction
-
-
-def _compared(
-    name: str, found: tuple[np.ndarray, np.ndarray], expected: Prediction
-) -> dict[str, Any]:
-    labels, confidence = found
-    return {
-        "program": name,
-        "size": list(labels.shape),
-        "labels": float(np.mean(labels != expected.label)),
-        "confidence": float(np.max(np.abs(confidence - expected.confidence))),
-    }
-
-
-def _refuse_difference(check: dict[str, Any], tolerance: dict[str, float]) -> None:
-    height, width = check["size"]
-    words = (
-        f"{check['program']} at {height}x{width}: labels differ from the predictor's at "
-        f"{check['labels']:.3%} of pixels, confidences by {check['confidence']:.1e} at most"
-    )
-    # Not the other way round: nothing is below a limit that is not a number.
-    if all(check[name] <= limit for name, limit in tolerance.items()):
-        log.info("%s: ok", words)
-        return
-    raise UserError(
-        f"{words}; allowed are {tolerance['labels']:.1%} and {tolerance['confidence']:.0e}. "
-        "Nothing was written. Another device (JAX_PLATFORMS=cpu) shows whether it is this one's "
-        "rounding; --config.model.precision=highest computes in full float32"
-    )
 
 
 def _loss(network: _Network) -> dict[str, Any] | None:
