@@ -121,7 +121,7 @@ def convert(
         UserError: something is not installed, there is no such checkpoint, the reference has no
             such model, PyTorch cannot export it, the result differs, or it cannot be written.
     """
-    onnxruntime, torch = import_onnx(), import_torch()
+    import_onnx()
     target = files.absolute(output, "--output")
     if target.suffix != ".onnx":
         raise UserError(f"--output {target}: expected a name that ends in .onnx")
@@ -141,25 +141,45 @@ def convert(
     files.make_folder(target.parent, "--output")
     with tempfile.TemporaryDirectory(prefix="memseg_jax_") as folder:
         file = Path(folder, target.name)
-        try:
-            torch.onnx.export(
-                network,
-                (torch.from_numpy(np.ascontiguousarray(image)),),
-                file,
-                input_names=["image"],
-                output_names=["labels", "confidence"],
-                dynamo=True,
-                external_data=False,
-                verbose=False,
-            )
-        except Exception as error:  # of many kinds; what is not supported depends on the release
-            brief = str(error).strip().splitlines()[0]
-            raise UserError(f"PyTorch cannot export this model as ONNX: {brief}") from error
-        session = onnxruntime.InferenceSession(file, providers=["CPUExecutionProvider"])
-        labels, confidence = session.run(None, {"image": image})
-        compare(target.name, (labels, confidence), expected, TOLERANCE["float32"])
+        save(network, image, file)
+        compare(target.name, run(file, image), expected, TOLERANCE["float32"])
         files.copy_file(file, target)
     return target
+
+
+def save(network: Any, image: np.ndarray, file: Path) -> None:
+    """Writes a network as ONNX.
+
+    Args:
+        network: from `picture_network`.
+        image: uint8 [height, width, 3]; the file is for this size.
+        file: to write.
+
+    Raises:
+        UserError: PyTorch cannot export the network.
+    """
+    torch = import_torch()
+    try:
+        torch.onnx.export(
+            network,
+            (torch.from_numpy(np.ascontiguousarray(image)),),
+            file,
+            input_names=["image"],
+            output_names=["labels", "confidence"],
+            dynamo=True,
+            external_data=False,
+            verbose=False,
+        )
+    except Exception as error:  # of many kinds; what is not supported depends on the release
+        brief = str(error).strip().splitlines()[0]
+        raise UserError(f"PyTorch cannot export this model as ONNX: {brief}") from error
+
+
+def run(file: Path, image: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Labels and confidences of a picture, by onnxruntime on the CPU."""
+    session = import_onnx().InferenceSession(file, providers=["CPUExecutionProvider"])
+    labels, confidence = session.run(None, {"image": image})
+    return labels, confidence
 
 
 def _size(text: str | None) -> tuple[int, int] | None:

@@ -58,10 +58,10 @@ def segment(
         valid,
         softmax=softmax_before_resize,
     )
-    return _label_map(scores, image.shape[:2], size, model.output_stride, softmax_before_resize)
+    return label_map(scores, image.shape[:2], size, model.output_stride, softmax_before_resize)
 
 
-def _label_map(
+def label_map(
     scores: Array,
     shape: tuple[Any, Any],
     size: Array | None,

@@ -4,7 +4,6 @@ from typing import Any
 
 import flax.linen as nn
 import jax.numpy as jnp
-import numpy as np
 
 from memseg_jax.models import rematerialise
 from memseg_jax.models.attention import attend

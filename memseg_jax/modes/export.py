@@ -75,7 +75,8 @@ def run(
 
     Raises:
         UserError: something is wrong with the arguments, the checkpoint or the data; or an exported
-            program differs from the predictor by more than `agreement.TOLERANCE`. Nothing is written then.
+            program differs from the predictor by more than `agreement.TOLERANCE`. Nothing is
+            written then.
     """
     config_rules.check(config)
     if form not in FORMS:
@@ -134,9 +135,7 @@ def _without_auxiliary(model: Segmentor) -> Segmentor:
     return model.clone(auxiliary=False)
 
 
-def _fill(
-    folder: Path, network: _Network, image: np.ndarray, sizes: list[tuple[int, int]]
-) -> None:
+def _fill(folder: Path, network: _Network, image: np.ndarray, sizes: list[tuple[int, int]]) -> None:
     """Writes all files of an export and checks its programs."""
     config = network.config
     model = _without_auxiliary(build_segmentor(config))
@@ -145,9 +144,7 @@ def _fill(
     for size in [*(sizes or [image.shape[:2]]), None]:
         name = export_folder.program_name(size)
         started = time.monotonic()
-        exported = program.exported(
-            model, network.table, size, evaluation.softmax_before_resize
-        )
+        exported = program.exported(model, network.table, size, evaluation.softmax_before_resize)
         contents[name] = bytes(exported.serialize())
         log.info("%s: %.1f s, %d bytes", name, time.monotonic() - started, len(contents[name]))
     description = _description(network, model.coarsest_stride)
