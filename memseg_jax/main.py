@@ -20,7 +20,8 @@ from memseg_jax.runtime.suggest import did_you_mean
 
 # Only light imports: `--help` must be quick, and every worker process imports this module.
 MODES = (
-    "train", "evaluate", "predict", "verify", "check_data", "pack", "benchmark", "plan", "init",
+    "train", "evaluate", "predict", "verify", "check_data", "pack", "benchmark", "plan", "export",
+    "init",
 )  # fmt: skip
 _WITH_CONFIG = MODES[:-1]  # init writes one
 USAGE = """\
@@ -45,13 +46,22 @@ FLAGS = {  # name -> (default, the modes that read it, help)
         "folder of the run; a run there is continued (default: runs/CONFIG)",
     ),
     "mode": ("train", MODES, f"{', '.join(MODES[:-1])} or {MODES[-1]} (default: train)"),
-    "checkpoint": ("best", ("evaluate", "predict"), "best, last or a step (default: best)"),
-    "input": (None, ("predict",), "an image, a video, a folder, or a quoted pattern: '*.jpg'"),
+    "checkpoint": (
+        "best",
+        ("evaluate", "predict", "export"),
+        "best, last or a step (default: best)",
+    ),
+    "input": (
+        None,
+        ("predict", "export"),
+        "an image, a video, a folder, or a quoted pattern: '*.jpg'; of export an image, with which "
+        "the result is checked",
+    ),
     "output": (
         None,
-        ("predict", "check_data", "init"),
-        "folder for the results (default: <workdir>/predictions or <workdir>/check_data); of init "
-        "the config file (default: configs/<name of the folder>.py)",
+        ("predict", "check_data", "export", "init"),
+        "folder for the results (default: <workdir>/predictions, <workdir>/check_data or "
+        "<workdir>/export); of init the config file (default: configs/<name of the folder>.py)",
     ),
     "save_confidence": (False, ("predict",), "also write how sure the model is of each pixel"),
     "save_ids": (False, ("predict",), "also write the raw class ids"),
@@ -67,6 +77,12 @@ FLAGS = {  # name -> (default, the modes that read it, help)
     "process_id": (None, TOGETHER, "number of this process, from 0"),
     "root": (None, ("init",), "folder of the data set to write a config for"),
     "topology": (None, ("plan",), "devices to compile for, such as v5e:16x16, h200:8 or cpu:8"),
+    "sizes": (
+        "",
+        ("export",),
+        "sizes that get a program of their own, such as 512x512,480x640 (default: that of --input)",
+    ),
+    "weights": ("float32", ("export",), "float32, bfloat16 or int8 (default: float32)"),
     "layout": (
         None,
         ("plan",),
@@ -154,6 +170,9 @@ def _run_mode(line: SimpleNamespace, argv: list[str]) -> int:
     if line.mode == "predict":
         output = line.output or os.path.join(workdir, "predictions")
         arguments += [line.input, output, line.save_confidence, line.save_ids, line.overwrite]
+    if line.mode == "export":
+        output = line.output or os.path.join(workdir, "export")
+        arguments += [line.input, output, line.sizes, line.weights]
     module.run(*arguments)
     if line.mode == "train" and distributed.is_primary():
         again = f"python -m memseg_jax.main {shlex.join(argv[1:])}"
@@ -194,8 +213,8 @@ def _parse(argv: list[str]) -> SimpleNamespace:
             raise UserError(f"--{name} is only for --mode {' and '.join(modes)}")
     if mode == "init" and not line.root:
         raise UserError(f"--mode init needs --root: {FLAGS['root'][2]}")
-    if mode == "predict" and not line.input:
-        raise UserError(f"--mode predict needs --input: {FLAGS['input'][2]}")
+    if mode in ("predict", "export") and not line.input:
+        raise UserError(f"--mode {mode} needs --input: {FLAGS['input'][2]}")
     if mode == "plan" and not line.topology:
         raise UserError(f"--mode plan needs --topology: {FLAGS['topology'][2]}")
     if line.checkpoint not in ("best", "last") and not line.checkpoint.isdecimal():

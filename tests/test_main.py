@@ -106,6 +106,16 @@ def test_predict(config_file, calls):
     ]
 
 
+def test_export(config_file, calls):
+    common = ("--config", config_file, "--mode", "export", "--input", "photo.jpg")
+    run(*common)
+    run(*common, "--output", "out", "--sizes", "512x512", "--weights=int8", "--checkpoint=last")
+    assert [call[2:] for call in calls if call != "cache"] == [
+        ("runs/tiny", "best", "photo.jpg", "runs/tiny/export", "", "float32"),
+        ("runs/tiny", "last", "photo.jpg", "out", "512x512", "int8"),
+    ]
+
+
 def test_check_data_returns_its_status(config_file, calls):
     assert run("--config", config_file, "--mode", "check_data") == 5
     run("--config", config_file, "--mode", "check_data", "--output", "pictures")
@@ -138,6 +148,8 @@ def test_check_data_returns_its_status(config_file, calls):
         (["--input", "x"], "--input is only for --mode predict"),
         (["--checkpoint", "best"], "--checkpoint is only for --mode evaluate and predict"),
         (["--mode", "predict"], "needs --input"),
+        (["--mode", "export"], "--mode export needs --input"),
+        (["--weights", "int8"], "--weights is only for --mode export"),
         (["--mode", "evaluate", "--checkpoint", "bets"], "expected best, last or a step"),
         (["--save_ids=maybe"], "--save_ids=maybe: expected true or false"),
     ],

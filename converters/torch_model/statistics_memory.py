@@ -91,6 +91,10 @@ class StatisticsMemoryModule(nn.Module):
         self.self_attention = SelfAttention(features, features, attention_dim, features, activate)
         self.bottleneck = conv_norm(2 * features, features, 3, activate=activate)
 
+    def rows(self, features: int) -> torch.Tensor:
+        """The rows that are read: [classes, features]."""
+        return draw_rows(self.memory, features)
+
     def forward(self, pixels: torch.Tensor, logits: torch.Tensor) -> torch.Tensor:
         """Returns the augmented features [batch, features, h, w].
 
@@ -102,7 +106,7 @@ class StatisticsMemoryModule(nn.Module):
         if self.hard:
             chosen = F.one_hot(probabilities.argmax(dim=1), logits.shape[1])
             probabilities = chosen.permute(0, 3, 1, 2).to(logits.dtype)
-        rows = draw_rows(self.memory, pixels.shape[1])
+        rows = self.rows(pixels.shape[1])
         query, read = pixels, torch.einsum("bkhw,kc->bchw", probabilities, rows)
         if self.downsample_before_sa is not None:
             # One layer for two maps: in training, its statistics move with each of them.

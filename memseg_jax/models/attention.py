@@ -9,6 +9,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from memseg_jax.models.layers import Array, ConvNorm, ValidSize
+from memseg_jax.models.symbolic import is_symbolic
 from memseg_jax.runtime import rows
 
 # Tokens in a block of queries or keys: the largest matrix that `attend` makes is BLOCK x BLOCK.
@@ -51,6 +52,8 @@ def attend(query: Array, key: Array, value: Array, key_mask: Array | None = None
 
 def _attend(query: Array, key: Array, value: Array, key_mask: Array | None) -> Array:
     """`attend` where the device has all keys."""
+    if is_symbolic((query.shape[1], key.shape[1])):
+        return attend_in_blocks(query, key, value, key_mask, BLOCK)
     if query.shape[1] <= BLOCK and key.shape[1] <= BLOCK:
         return attend_at_once(query, key, value, key_mask)
     blocks = functools.partial(attend_in_blocks, key_mask=key_mask, block=BLOCK)
@@ -191,7 +194,7 @@ def _context_blocks(
 def _split(x: Array, block: int) -> Array:
     """[batch, tokens, ...] -> [blocks, batch, tokens of a block, ...], padded with zeros."""
     blocks = -(-x.shape[1] // block)
-    size = -(-x.shape[1] // blocks)
+    size = block if is_symbolic(x.shape) else -(-x.shape[1] // blocks)
     padding = [(0, 0)] * x.ndim
     padding[1] = (0, blocks * size - x.shape[1])
     x = jnp.pad(x, padding).reshape(x.shape[0], blocks, size, *x.shape[2:])

@@ -38,6 +38,7 @@ from memseg_jax.models.convolution_forms import (
     convolve_plainly,
     convolve_positions,
 )
+from memseg_jax.models.symbolic import is_symbolic
 from memseg_jax.models.winograd import convolve_by_tiles
 from memseg_jax.runtime import rows
 
@@ -101,7 +102,8 @@ def convolve(
     Returns:
         [batch, ceil(height / stride), ceil(width / stride), out channels].
     """
-    kernel = _drop_unreachable_taps(kernel, x.shape[1:3], dilation)
+    if not is_symbolic(x.shape):
+        kernel = _drop_unreachable_taps(kernel, x.shape[1:3], dilation)
 
     def of_equal_parts(x: Array) -> Array:
         return _convolve_in_form(x, kernel, ConvParams(stride, dilation, groups))
@@ -151,6 +153,9 @@ def choose(
         out_channels: of the result.
         conv_params: of the convolution.
     """
+    if is_symbolic(x.shape):  # what is best at one size may take all the memory at another
+        positions = platform == "cpu" and tuple(window) == (1, 1)
+        return POSITIONS if positions else PLAIN
     if platform == "cpu":
         return _choose_on_cpu(x, window, out_channels, conv_params)
     if platform == "gpu" and conv_params.dilation > 1:

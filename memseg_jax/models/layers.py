@@ -343,16 +343,31 @@ def valid_bilinear_matrix(source: Array, target: Array, shape: tuple[int, int]) 
     Returns:
         float32 [batch, *shape], zero outside of the valid positions.
     """
-    source, target = source[:, None], target[:, None]
-    row, column = np.arange(shape[0], dtype=np.int32), np.arange(shape[1], dtype=np.int32)
+    target = target[:, None]
+    lower, upper, fraction = valid_bilinear_taps(source[:, None], target, shape[0])
+    row, column = (jnp.arange(side, dtype=jnp.int32) for side in shape)
+    matrix = jnp.where(column == lower[..., None], 1 - fraction[..., None], 0)
+    matrix += jnp.where(column == upper[..., None], fraction[..., None], 0)
+    return jnp.where((row < target)[..., None], matrix, 0)
+
+
+def valid_bilinear_taps(source: Array, target: Array, length: int) -> tuple[Array, Array, Array]:
+    """`bilinear_taps` between sizes that are known only when the program runs.
+
+    Args:
+        source: int32, number of valid input positions, of a shape that broadcasts with [length].
+        target: int32, number of valid output positions.
+        length: total number of output positions; those that are not valid get arbitrary taps.
+
+    Returns:
+        lower int32 [..., length], upper int32 [..., length], fraction float32 [..., length].
+    """
+    row = jnp.arange(length, dtype=jnp.int32)
     # Positions in units of 1 / (2 target): float32 would lose digits of the fraction.
     position = jnp.maximum((2 * row + 1) * source - target, 0)
     lower = jnp.minimum(position // (2 * target), source - 1)
     upper = jnp.minimum(lower + 1, source - 1)
-    fraction = jnp.clip((position - lower * 2 * target) / (2 * target), 0, 1)[..., None]
-    matrix = jnp.where(column == lower[..., None], 1 - fraction, 0)
-    matrix += jnp.where(column == upper[..., None], fraction, 0)
-    return jnp.where((row < target)[..., None], matrix, 0)
+    return lower, upper, jnp.clip((position - lower * 2 * target) / (2 * target), 0, 1)
 
 
 def resize_valid(x: Array, sizes: Sequence[Array], size: tuple[int, int]) -> Array:

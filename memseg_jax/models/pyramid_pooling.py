@@ -14,6 +14,7 @@ from memseg_jax.models.layers import (
     resize_bilinear,
     resize_valid,
 )
+from memseg_jax.models.symbolic import is_symbolic
 from memseg_jax.runtime import rows
 
 
@@ -99,7 +100,8 @@ def _cell_means(valid: Array | np.ndarray, cells: int, size: int) -> Array | np.
     Returns:
         [batch, cells, size], rows sum to 1.
     """
-    index, position = np.arange(cells), np.arange(size)
+    index = np.arange(cells)
+    position = jnp.arange(size) if is_symbolic((size,)) else np.arange(size)
     first = index * valid[:, None] // cells
     stop = -(-(index + 1) * valid[:, None] // cells)
     inside = (position >= first[..., None]) & (position < stop[..., None])

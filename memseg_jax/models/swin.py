@@ -91,11 +91,11 @@ def regions(
     """
     numbers = []
     for axis, side in enumerate(size):
-        place = (np.arange(side) + shift) % side
+        place = (jnp.arange(side) + shift) % side
         end = jnp.array([[side]])
         if valid_size is not None:
             end = -(-valid_size[:, axis, None] // window) * window
-        numbers.append((place >= shift).astype(np.int32) + (place >= end).astype(jnp.int32))
+        numbers.append((place >= shift).astype(jnp.int32) + (place >= end).astype(jnp.int32))
     return 3 * numbers[0][:, :, None] + numbers[1][:, None, :]
 
 

@@ -4,7 +4,6 @@ from typing import Any
 
 import flax.linen as nn
 import jax.numpy as jnp
-import numpy as np
 
 from memseg_jax.models import rematerialise
 from memseg_jax.models.attention import attend
@@ -134,7 +133,7 @@ def fit_positions_to_valid(table: Array, valid_size: ValidSize, grid: tuple[int,
     resized = jnp.einsum("yxc,bXx->byXc", square, columns, precision="highest")
     resized = jnp.einsum("byXc,bYy->bYXc", resized, rows, precision="highest")
     # As many tokens as the table has: the table as it is, counted along the valid rows.
-    place = np.arange(grid[0])[:, None] * valid[:, 1, None, None] + np.arange(grid[1])
+    place = jnp.arange(grid[0])[:, None] * valid[:, 1, None, None] + jnp.arange(grid[1])
     as_it_is = jnp.take(table[0, 1:], place, axis=0, mode="clip")
     equal = (valid[:, 0] * valid[:, 1] == side * side)[:, None, None, None]
     fitted = jnp.where(equal, as_it_is, resized).reshape(len(valid), grid[0] * grid[1], -1)
