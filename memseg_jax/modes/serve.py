@@ -1,12 +1,10 @@
 """The serve mode: a web page and an HTTP API over one loaded model."""
 
-import asyncio
 import contextlib
 import importlib
 import io
 import itertools
 import logging
-import signal
 import socket
 from collections.abc import Iterator
 from typing import Any
@@ -16,7 +14,6 @@ from PIL import Image
 
 from memseg_jax import config_rules
 from memseg_jax.data import images, shapes
-from memseg_jax.data.scanning import IMAGE_SUFFIXES
 from memseg_jax.errors import UserError
 from memseg_jax.runtime import files
 from memseg_jax.serving import engine as engines
@@ -24,9 +21,7 @@ from memseg_jax.serving import engine as engines
 log = logging.getLogger(__name__)
 
 _EXAMPLES = 6
-# More connections than requests that are answered: the others are told to come back.
-_CONNECTIONS = 256
-_PORTS = (0, 65535)
+_SHOWN = (".jpg", ".jpeg", ".png")  # that every browser shows
 
 
 def run(
@@ -55,24 +50,20 @@ def run(
         UserError: a package is missing, the address cannot be had, or the model not be loaded.
     """
     config_rules.check(config)
-    app = _import_app()
-    with _listening(host, port) as listener:  # before the model is loaded, which takes longer
+    http_server = _import_server()
+    with _bound(host, port) as listener:  # before the model is loaded, which takes longer
         offered = list(_examples(config, examples))
         engine = engines.load(workdir, config, checkpoint)
         log.info("loaded %r", engine.model)
         engine.warm_up()
-        server = app.Server(engine, offered, host)
-        try:
-            _serve(server, listener, engine.model.config)
-        finally:
-            server.batcher.close()
+        http_server.serve(engine, offered, listener, host)
     log.info("stopped; all that was asked is answered")
     return 0
 
 
-def _import_app() -> Any:
+def _import_server() -> Any:
     try:
-        return importlib.import_module("memseg_jax.serving.app")
+        return importlib.import_module("memseg_jax.serving.http_server")
     except ModuleNotFoundError as error:
         if str(error.name).startswith("memseg_jax"):
             raise
@@ -81,46 +72,15 @@ def _import_app() -> Any:
         ) from None
 
 
-def _serve(server: Any, listener: socket.socket, config: ml_collections.ConfigDict) -> None:
-    import uvicorn
-
-    limits: Any = config.serve
-    http = uvicorn.Server(
-        uvicorn.Config(
-            server.app,
-            http="h11",  # it reads on after an early answer, so that the client gets it
-            lifespan="off",
-            log_config=None,
-            log_level="warning",
-            access_log=False,
-            server_header=False,
-            limit_concurrency=limits.queue + _CONNECTIONS,
-            timeout_graceful_shutdown=int(limits.seconds) + 1,
-        )
-    )
-    # Uvicorn's own handling ends the process by the signal once more, with its status.
-    http.capture_signals = contextlib.nullcontext  # type: ignore[method-assign]
-    before = {
-        number: signal.signal(number, http.handle_exit)
-        for number in (signal.SIGTERM, signal.SIGINT)
-    }
-    host, port = listener.getsockname()[:2]
-    name = f"[{host}]" if ":" in host else host
-    print(f"serving at http://{name}:{port}/ (Ctrl-C stops)", flush=True)
-    try:
-        asyncio.run(http.serve([listener]))
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
-
-
 @contextlib.contextmanager
-def _listening(host: str, port: str) -> Iterator[socket.socket]:
-    if not port.isdecimal() or not _PORTS[0] <= int(port) <= _PORTS[1]:
+def _bound(host: str, port: str) -> Iterator[socket.socket]:
+    if not port.isdecimal() or int(port) > 65535:
         raise UserError(f"--port {port}: expected a number from 0 (any that is free) to 65535")
     try:
         family, _, _, _, address = socket.getaddrinfo(host, int(port), type=socket.SOCK_STREAM)[0]
-        listener = socket.create_server(address[:2], family=family)
+        listener = socket.socket(family, socket.SOCK_STREAM)
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        listener.bind(address)  # it listens when the model can answer
     except OSError as error:
         raise UserError(
             f"cannot listen at {host}, port {port} ({error.strerror}). Choose another with --port "
@@ -152,9 +112,11 @@ def _examples(config: ml_collections.ConfigDict, pattern: str | None) -> Iterato
         found = [path]
     else:
         found = files.files_below(path) if files.exists(path) else files.matching(path)
-    found = [x for x in found if x.suffix.lower() in IMAGE_SUFFIXES]
+    found = [x for x in found if x.suffix.lower() in _SHOWN]
     if not found:
-        raise UserError(f"--input={pattern}: no picture found to offer as an example")
+        raise UserError(
+            f"--input={pattern}: no {', '.join(_SHOWN)} file found to offer as an example"
+        )
     for place in itertools.islice(sorted(found, key=str), _EXAMPLES):
         content = files.read_bytes(place)
         images.image_size(place, content)  # raises if it is not a picture

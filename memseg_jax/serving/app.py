@@ -149,7 +149,7 @@ class Server:
 
     async def _picture(self, request: Request) -> np.ndarray:
         data = await bodies.read_body(request, self._most_bytes)
-        return await run_in_threadpool(bodies.decode, data)
+        return await run_in_threadpool(bodies.decode, data, self._limits.max_megapixels)
 
     async def _computed(self, kind: Any, item: Any) -> Any:
         try:

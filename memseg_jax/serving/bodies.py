@@ -7,6 +7,7 @@ a name that the client gave, and only after the size in the file's header is fou
 from urllib.parse import urlsplit
 
 import numpy as np
+import python_multipart  # noqa: F401  starlette imports it when the first form comes
 from starlette.requests import Request
 from starlette.types import Message
 
@@ -72,28 +73,30 @@ async def read_body(request: Request, most: int) -> bytes:
     return data
 
 
-def decode(data: bytes) -> np.ndarray:
+def decode(data: bytes, max_megapixels: float) -> np.ndarray:
     """Decodes a picture, upright.
 
     Args:
         data: an image file.
+        max_megapixels: `config.serve.max_megapixels`.
 
     Returns:
         RGB uint8 [height, width, 3].
 
     Raises:
-        Refused: it is not a picture, is damaged, or has more pixels than
-            `config.serve.max_megapixels`, which the model's loading has set.
+        Refused: it is not a picture, is damaged, or has too many pixels.
     """
     try:
         height, width = images.image_size("the picture", data)
-        if max(height, width) > _LONGEST_SIDE:
+        if height * width > max_megapixels * 1e6 or max(height, width) > _LONGEST_SIDE:
             raise Refused(
-                413, f"the picture has {width}x{height} pixels; no side may exceed {_LONGEST_SIDE}"
+                413,
+                f"the picture has {width}x{height} pixels; at most {max_megapixels:g} megapixels "
+                f"(config.serve.max_megapixels) and {_LONGEST_SIDE} a side are allowed",
             )
         return images.read_image("the picture", data)
-    except images.TooLargeError as error:
-        raise Refused(413, f"{error} Or raise config.serve.max_megapixels.") from None
+    except images.TooLargeError as error:  # so large that Pillow did not tell
+        raise Refused(413, str(error)) from None
     except UserError as error:
         raise Refused(400, str(error)) from None
 

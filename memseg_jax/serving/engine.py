@@ -11,7 +11,7 @@ import numpy as np
 from memseg_jax import trained_model
 from memseg_jax.data.transforms import resized_size
 from memseg_jax.inference import Prediction, blending
-from memseg_jax.inference.sizes import SizePolicy, size_policy
+from memseg_jax.inference.sizes import SizePolicy, round_up, size_policy
 from memseg_jax.models.segmentor import build_segmentor
 from memseg_jax.serving.look import look
 from memseg_jax.trained_model import TrainedModel
@@ -114,7 +114,8 @@ def serving_config(config: ml_collections.ConfigDict) -> ml_collections.ConfigDi
     """The config with which a model is loaded to be served.
 
     No size gets a program of its own, as the sizes are the clients' choice, and pictures of other
-    sizes could not share a forward pass. `config.serve.max_megapixels` takes the place of
+    sizes could not share a forward pass. That of the training crops becomes a canvas, as it is what
+    pictures of the data set often have. `config.serve.max_megapixels` takes the place of
     `config.eval.max_megapixels`.
 
     Args:
@@ -123,6 +124,9 @@ def serving_config(config: ml_collections.ConfigDict) -> ml_collections.ConfigDi
     config = config.copy_and_resolve_references()
     settings: Any = config
     settings.eval.exact_sizes = 0
+    stride = build_segmentor(config).coarsest_stride
+    crop = tuple(round_up(side, stride) for side in settings.augment.crop)
+    settings.eval.canvases = (*settings.eval.canvases, crop)
     settings.eval.max_megapixels = float(settings.serve.max_megapixels)
     return config
 

@@ -12,6 +12,7 @@ from memseg_jax.inference.predictor import network_scores
 from memseg_jax.inference.sizes import size_policy
 from memseg_jax.models.layers import ValidSize
 from memseg_jax.models.segmentor import Segmentor, build_segmentor
+from memseg_jax.runtime.compilation import Programs
 from memseg_jax.trained_model import TrainedModel
 
 
@@ -48,9 +49,9 @@ def look(model: TrainedModel, image: np.ndarray, pixel: tuple[int, int]) -> dict
     canvas = np.zeros((1, *padded, 3), np.float32)
     canvas[0, : size[0], : size[1]] = normalise(shown)
     valid = ValidSize(np.array([size], np.int32), padded)
-    scores = np.asarray(
-        _network(segmentor, evaluation.softmax_before_resize)(model.variables, canvas, valid)
-    )[0]
+    network = _network(segmentor, evaluation.softmax_before_resize)
+    what = f"the network for a look at {padded[0]}x{padded[1]} inputs"
+    scores = np.asarray(_programs(network, what, model.variables, canvas, valid))[0]
     probabilities = _at(scores, size, at, segmentor.output_stride)
     if not evaluation.softmax_before_resize:
         probabilities = np.exp(probabilities - probabilities.max())
@@ -68,6 +69,9 @@ def look(model: TrainedModel, image: np.ndarray, pixel: tuple[int, int]) -> dict
             for k in order
         ],
     }
+
+
+_programs = Programs()
 
 
 @functools.cache

@@ -91,6 +91,21 @@ export class Overlay {
     mark.hidden = false;
   }
 
+  /** Puts a note beside a pixel, on the side where there is more room. */
+  placeBeside(note, [row, column]) {
+    const [outer, inner] = [note.offsetParent ?? this.box.parentElement, this.box].map((x) =>
+      x.getBoundingClientRect(),
+    );
+    const x = inner.left - outer.left + (inner.width * (column + 0.5)) / this.width;
+    const y = inner.top - outer.top + (inner.height * (row + 0.5)) / this.height;
+    const [right, below] = [column < this.width / 2, row < this.height / 2];
+    note.style.left = right ? `${x + 14}px` : "auto";
+    note.style.right = right ? "auto" : `${outer.width - x + 14}px`;
+    note.style.top = below ? `${y + 14}px` : "auto";
+    note.style.bottom = below ? "auto" : `${outer.height - y + 14}px`;
+    note.hidden = false;
+  }
+
   /** What is seen, at the picture's own size, as a PNG. */
   flattened(opacity) {
     const canvas = new OffscreenCanvas(this.width, this.height);

@@ -70,7 +70,7 @@ function begin(bitmap) {
   find("panel").hidden = true;
   find("empty").hidden = true;
   find("view").hidden = false;
-  find("pin").hidden = find("pointer").hidden = true;
+  find("pin").hidden = find("pointer").hidden = find("tip").hidden = true;
   overlay.showPhoto(bitmap);
 }
 
@@ -205,9 +205,15 @@ async function save(kind) {
 
 // ---- Pixels ----
 
+/** Says what a pixel is, in the panel and beside it. */
 function show(pixel) {
   const [k, confidence] = overlay.valueAt(pixel);
   const { name, color } = model.classes[k];
+  const swatch = text("swatch", "");
+  swatch.style.background = `rgb(${color})`;
+  const tip = find("tip");
+  tip.replaceChildren(swatch, text("", name), text("number", percent(confidence)));
+  overlay.placeBeside(tip, pixel);
   find("here-color").style.background = `rgb(${color})`;
   find("here-name").textContent = name;
   find("here-name").className = "";
@@ -246,6 +252,9 @@ function connectPicture() {
     find("pointer").hidden = true;
     show((pointer = overlay.pixelAt(event.clientX, event.clientY)));
   });
+  for (const end of ["pointerleave", "blur"]) {
+    picture.addEventListener(end, () => (find("tip").hidden = true));
+  }
   picture.addEventListener("click", (event) => {
     if (!file) return;
     show((pointer = overlay.pixelAt(event.clientX, event.clientY)));
