@@ -58,6 +58,7 @@ def serve(engine: Engine, examples: Sequence[bytes], listener: socket.socket, ho
     }
     address, port = listener.getsockname()[:2]
     name = f"[{address}]" if ":" in address else address
+    listener.listen()  # so that whoever reads the next line can connect
     print(f"serving at http://{name}:{port}/ (Ctrl-C stops)", flush=True)
     try:
         asyncio.run(http.serve([listener]))

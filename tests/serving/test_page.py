@@ -184,7 +184,7 @@ def test_the_keyboard_alone(page):
     assert page.here()[0] == "disc"
     press(Keys.ENTER)
     wait_until(lambda: page.shown("#look li"))
-    assert page.one("#look li").text.split()[0] == "disc"
+    assert page.all("#look li")[0].text.split()[0] == "disc"
 
 
 @pytest.mark.parametrize(
