@@ -48,7 +48,10 @@ class FakeEngine:
             {"class_id": k, "name": CLASSES[k], "probability": p}
             for k, p in zip(ordered, (0.75, 0.2, 0.05))
         ]
-        return {"row": pixel[0], "column": pixel[1], "classes": classes}
+        rows = [{"class_id": k, "name": CLASSES[k], "weight": w} for k, w in ((2, 0.9), (1, 0.1))]
+        attention = {"memory": [[0.0, 0.25], [0.25, 0.5]], "image": None}
+        found = {"row": pixel[0], "column": pixel[1], "classes": classes}
+        return found | {"rows": rows, "attention": attention}
 
     def segment(self, image):
         label = np.minimum(image[..., 0] // 100, 2)

@@ -137,6 +137,14 @@ def test_upload_hover_and_click(page, picture):
         ["box", "75%"], ["ground", "20%"], ["disc", "5.0%"],
     ]  # fmt: skip
     assert page.shown("#pin")
+    assert [x.text.split() for x in page.all("#read li")] == [["disc", "90%"], ["box", "10%"]]
+    classes, memory, image = page.all("[name=layer]")
+    assert (memory.is_enabled(), image.is_enabled()) == (True, False)
+    memory.click()
+    least, most = page.overlay_pixel(0, 0)[3], page.overlay_pixel(59, 89)[3]
+    assert (least, most) == (0, 255)
+    classes.click()
+    assert page.overlay_pixel(30, 45) == [*COLOURS[1], 255]
 
 
 def test_classes_can_be_hidden_and_the_overlay_be_made_fainter(page, picture):

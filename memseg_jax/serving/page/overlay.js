@@ -63,6 +63,24 @@ export class Overlay {
     this.overlay.getContext("2d").putImageData(image, 0, 0);
   }
 
+  /**
+   * Draws where a pixel looks, from nothing to the place that counts most.
+   * @param {number[][]} weights rows of the attention's map.
+   */
+  drawAttention(weights) {
+    const [high, wide] = [weights.length, weights[0].length];
+    const most = Math.max(...weights.map((row) => Math.max(...row)));
+    const small = new OffscreenCanvas(wide, high);
+    const pixels = new ImageData(wide, high);
+    weights.flat().forEach((weight, at) => {
+      pixels.data.set([255, 196, 64, 255 * (weight / most)], 4 * at);
+    });
+    small.getContext("2d").putImageData(pixels, 0, 0);
+    const context = this.overlay.getContext("2d");
+    context.clearRect(0, 0, this.width, this.height);
+    context.drawImage(small, 0, 0, this.width, this.height);
+  }
+
   /** The pixel under a place of the window, [row, column]. */
   pixelAt(clientX, clientY) {
     const box = this.photo.getBoundingClientRect();

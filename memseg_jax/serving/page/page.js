@@ -12,6 +12,7 @@ const overlay = new Overlay(find("picture"), find("photo"), find("overlay"));
 let model = null; // what the server says about itself
 let file = null; // the picture, and the name for downloads
 let shown = []; // whether each class is drawn
+let attention = null; // by kind, the maps of the pixel that was asked about
 let pointer = [0, 0]; // the keyboard's pixel
 let work = new AbortController(); // what is under way for this picture
 let question = new AbortController(); // about a pixel
@@ -77,8 +78,9 @@ function begin(bitmap) {
 function finish(counts) {
   listClasses(counts);
   pointer = [Math.floor(overlay.height / 2), Math.floor(overlay.width / 2)];
-  find("look").hidden = true;
+  find("look").hidden = find("reads").hidden = true;
   find("look-hint").hidden = false;
+  attention = null;
   find("here-name").textContent = "Point at the picture";
   find("here-name").className = "quiet";
   find("here-confidence").textContent = find("here-color").style.background = "";
@@ -133,7 +135,11 @@ function listExamples() {
 // ---- Classes and opacity ----
 
 function draw() {
-  overlay.draw(model.classes.map((x) => x.color), shown);
+  const layer = document.querySelector("[name=layer]:checked").value;
+  const looks = attention?.[layer];
+  find("picture").classList.toggle("attention", Boolean(looks));
+  if (looks) overlay.drawAttention(looks);
+  else overlay.draw(model.classes.map((x) => x.color), shown);
   const any = shown.some(Boolean);
   find("all").textContent = any ? "Hide all" : "Show all";
   find("all").setAttribute("aria-pressed", any);
@@ -180,6 +186,7 @@ function connectPanel() {
     find("overlay").style.opacity = find("opacity").value / 100;
     find("opacity-shown").textContent = `${find("opacity").value}%`;
   });
+  find("layers").addEventListener("change", draw);
   for (const button of document.querySelectorAll("[data-save]")) {
     button.addEventListener("click", () => save(button.dataset.save).catch(complain));
   }
@@ -228,16 +235,25 @@ async function ask(pixel) {
   try {
     const path = `/look?row=${row}&column=${column}`;
     const answer = await (await post(path, file.blob, question.signal, say)).json();
-    const listed = answer.classes.slice(0, TOP).map(({ name, probability }) => {
+    const bar = ({ class_id: k, name, probability, weight }) => {
       const [item, meter] = ["li", "meter"].map((x) => document.createElement(x));
-      meter.value = probability;
+      meter.value = probability ?? weight;
+      meter.className = "class-colored";
+      meter.style.setProperty("--bar", `rgb(${model.classes[k].color})`);
       meter.setAttribute("aria-hidden", "true");
-      item.append(text("name", name), text("number", percent(probability)), meter);
+      item.append(text("name", name), text("number", percent(meter.value)), meter);
       return item;
-    });
-    find("look").replaceChildren(...listed);
+    };
+    find("look").replaceChildren(...answer.classes.slice(0, TOP).map(bar));
     find("look").hidden = false;
     find("look-hint").hidden = true;
+    find("reads").hidden = !answer.rows;
+    find("read").replaceChildren(...(answer.rows ?? []).slice(0, TOP).map(bar));
+    attention = answer.attention;
+    for (const input of document.querySelectorAll("[name=layer]")) {
+      input.disabled = input.value !== "classes" && !attention?.[input.value];
+    }
+    draw();
     say("");
   } catch (error) {
     complain(error);
