@@ -116,6 +116,15 @@ def get_config() -> ml_collections.ConfigDict:
     evaluate.save_predictions = ""  # folder for the label maps of --mode evaluate; "": none
     evaluate.max_megapixels = 179.0  # larger pictures are refused by --mode predict
 
+    config.serve = serve = ml_collections.ConfigDict()  # limits of --mode serve
+    serve.batch_size = 4  # pictures of like size per forward pass and device, if so many wait
+    serve.queue = 32  # requests that are read, wait or are answered at a time; others get 503
+    serve.seconds = 60.0  # for one request, its upload and its wait included
+    serve.max_megabytes = 20.0  # of a request
+    serve.max_megapixels = 16.0  # of a picture, from its header, before it is decoded
+    # Origin of other web pages that may use the API, such as "https://example.org"; "": none.
+    serve.origin = ""
+
     config.model = model = ml_collections.ConfigDict()
     # "mcibi": the memory holds features of every class. "mcibi_plus_plus", its successor: it holds
     # mean and standard deviation of every class, from which features are drawn.

@@ -21,6 +21,7 @@ from memseg_jax.runtime.suggest import did_you_mean
 # Only light imports: `--help` must be quick, and every worker process imports this module.
 MODES = (
     "train", "evaluate", "predict", "verify", "check_data", "pack", "benchmark", "plan", "export",
+    "serve",
     "init",
 )  # fmt: skip
 _WITH_CONFIG = MODES[:-1]  # init writes one
@@ -48,14 +49,14 @@ FLAGS = {  # name -> (default, the modes that read it, help)
     "mode": ("train", MODES, f"{', '.join(MODES[:-1])} or {MODES[-1]} (default: train)"),
     "checkpoint": (
         "best",
-        ("evaluate", "predict", "export"),
+        ("evaluate", "predict", "export", "serve"),
         "best, last or a step (default: best)",
     ),
     "input": (
         None,
-        ("predict", "export"),
+        ("predict", "export", "serve"),
         "an image, a video, a folder, or a quoted pattern: '*.jpg'; of export an image, with which "
-        "the result is checked",
+        "the result is checked; of serve the page's examples",
     ),
     "output": (
         None,
@@ -76,6 +77,8 @@ FLAGS = {  # name -> (default, the modes that read it, help)
     "num_processes": (None, TOGETHER, "how many processes there are"),
     "process_id": (None, TOGETHER, "number of this process, from 0"),
     "root": (None, ("init",), "folder of the data set to write a config for"),
+    "host": ("127.0.0.1", ("serve",), "address to listen at (default: 127.0.0.1, this machine)"),
+    "port": ("8000", ("serve",), "port to listen at; 0: any that is free (default: 8000)"),
     "topology": (None, ("plan",), "devices to compile for, such as v5e:16x16, h200:8 or cpu:8"),
     "sizes": (
         "",
@@ -173,6 +176,8 @@ def _run_mode(line: SimpleNamespace, argv: list[str]) -> int:
     if line.mode == "export":
         output = line.output or os.path.join(workdir, "export")
         arguments += [line.input, output, line.sizes, line.weights]
+    if line.mode == "serve":
+        return module.run(*arguments, line.input, line.host, line.port)
     module.run(*arguments)
     if line.mode == "train" and distributed.is_primary():
         again = f"python -m memseg_jax.main {shlex.join(argv[1:])}"

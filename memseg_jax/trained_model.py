@@ -128,7 +128,7 @@ class TrainedModel:
         settings: Any = config  # whose fields have no types
         self.class_names: tuple[str, ...] = tuple(meta["class_names"])
         self.palette = visualize.resolve_palette(meta["palette"], len(self.class_names))
-        self._workdir = workdir
+        self._meta, self._workdir, self._with_confidence = meta, workdir, confidence
         images.allow_megapixels(settings.eval.max_megapixels)
         mesh = sharding.local_mesh(settings.eval.rows)
         self._variables = jax.device_put(variables, sharding.replicated(mesh))
@@ -146,6 +146,24 @@ class TrainedModel:
 
     def __repr__(self) -> str:
         return f"<TrainedModel of {self._workdir}, step {self.step}: {self._what}>"
+
+    @property
+    def variables(self) -> dict[str, Any]:
+        """Params, batch_stats and memory, on the devices; to be read only."""
+        return self._variables
+
+    def with_batches_of(self, batch_size: int) -> "TrainedModel":
+        """The same weights, not copied, with programs for batches of another size.
+
+        Args:
+            batch_size: pictures per forward pass and device, as `config.eval.batch_size`.
+        """
+        config = self.config.copy_and_resolve_references()
+        settings: Any = config
+        settings.eval.batch_size = batch_size
+        return TrainedModel(
+            config.lock(), self._variables, self._meta, self._workdir, self._with_confidence
+        )
 
     @property
     def memory(self) -> np.ndarray:

@@ -17,7 +17,7 @@ LAUNCH = ROOT / "docs" / "launch"
 SCRIPTS = sorted(LAUNCH.glob("*.sh"))
 PAGES = [
     ROOT / "docs" / f"{name}.md"
-    for name in ("launch", "scaling", "large_batches", "data_sets", "export")
+    for name in ("launch", "scaling", "large_batches", "data_sets", "export", "serve")
 ]
 TEXTS = [*PAGES, *sorted(LAUNCH.iterdir())]
 

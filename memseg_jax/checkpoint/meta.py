@@ -43,6 +43,7 @@ HARMLESS_FIELDS = (
     "train.profile_steps",
     "checkpoint.*",
     "eval.*",
+    "serve.*",
 )
 # What the fields that came later were before: checkpoints of then lack them.
 _EARLIER = {

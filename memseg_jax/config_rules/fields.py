@@ -116,6 +116,13 @@ RULES = {
     "eval.size_multiple": _SIDE,
     "eval.save_predictions": Text(),
     "eval.max_megapixels": Number(0, 1e6, above=True, such_as=179.0),
+    # Powers of two: a forward pass takes 1, 2, 4, ... pictures, and no blank ones.
+    "serve.batch_size": Choice((1, 2, 4, 8, 16, 32, 64)),
+    "serve.queue": Whole(1, 2**12),
+    "serve.seconds": Number(0, 86400, above=True, such_as=60.0),
+    "serve.max_megabytes": Number(0, 1e4, above=True, such_as=20.0),
+    "serve.max_megapixels": Number(0, 1e4, above=True, such_as=16.0),
+    "serve.origin": Text(),
     "model.method": Choice(("mcibi", "mcibi_plus_plus")),
     "model.context": Choice(("aspp", "pyramid_pooling", "none")),
     "model.backbone": Choice(backbones),

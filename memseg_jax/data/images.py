@@ -181,16 +181,18 @@ def read_colors(path: str | os.PathLike) -> np.ndarray:
         return np.array(image.convert("RGB"))
 
 
-def image_size(path: str | os.PathLike) -> tuple[int, int]:
+def image_size(path: str | os.PathLike, data: bytes | None = None) -> tuple[int, int]:
     """Returns (height, width) in pixels as `read_image` would give, from the header alone.
 
     Args:
         path: the file.
+        data: what is in the file, if it was read already; the path is for messages then.
 
     Raises:
-        UserError: the file is missing, empty, or its header cannot be read.
+        UserError: the file is missing, empty, far too large (`TooLargeError`), or its header
+            cannot be read.
     """
-    with _opened(path) as image:
+    with _opened(path, data) as image:
         width, height = image.size
         # Pillow's TIFF reader has swapped the sides already.
         if image.format != "TIFF" and _orientation(image) in (5, 6, 7, 8):
