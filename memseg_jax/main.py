@@ -20,7 +20,8 @@ from memseg_jax.runtime.suggest import did_you_mean
 
 # Only light imports: `--help` must be quick, and every worker process imports this module.
 MODES = (
-    "train", "evaluate", "predict", "verify", "check_data", "pack", "benchmark", "plan", "init",
+    "train", "evaluate", "predict", "memory", "verify", "check_data", "pack", "benchmark", "plan",
+    "init",
 )  # fmt: skip
 _WITH_CONFIG = MODES[:-1]  # init writes one
 USAGE = """\
@@ -45,12 +46,21 @@ FLAGS = {  # name -> (default, the modes that read it, help)
         "folder of the run; a run there is continued (default: runs/CONFIG)",
     ),
     "mode": ("train", MODES, f"{', '.join(MODES[:-1])} or {MODES[-1]} (default: train)"),
-    "checkpoint": ("best", ("evaluate", "predict"), "best, last or a step (default: best)"),
-    "input": (None, ("predict",), "an image, a video, a folder, or a quoted pattern: '*.jpg'"),
+    "checkpoint": (
+        "best",
+        ("evaluate", "predict", "memory"),
+        "best, last or a step (default: best)",
+    ),
+    "input": (
+        None,
+        ("predict", "memory"),
+        "an image, a video, a folder, or a quoted pattern: '*.jpg'; of memory one image",
+    ),
+    "pixel": (None, ("memory",), "ROW,COLUMN of the image to look at first (default: its middle)"),
     "output": (
         None,
-        ("predict", "check_data", "init"),
-        "folder for the results (default: <workdir>/predictions or <workdir>/check_data); of init "
+        ("predict", "memory", "check_data", "init"),
+        "folder for the results (default: predictions, memory, check_data in the workdir); of init "
         "the config file (default: configs/<name of the folder>.py)",
     ),
     "save_confidence": (False, ("predict",), "also write how sure the model is of each pixel"),
@@ -154,6 +164,8 @@ def _run_mode(line: SimpleNamespace, argv: list[str]) -> int:
     if line.mode == "predict":
         output = line.output or os.path.join(workdir, "predictions")
         arguments += [line.input, output, line.save_confidence, line.save_ids, line.overwrite]
+    if line.mode == "memory":
+        arguments += [line.input or "", line.pixel or "", line.output or ""]
     module.run(*arguments)
     if line.mode == "train" and distributed.is_primary():
         again = f"python -m memseg_jax.main {shlex.join(argv[1:])}"
@@ -196,6 +208,8 @@ def _parse(argv: list[str]) -> SimpleNamespace:
         raise UserError(f"--mode init needs --root: {FLAGS['root'][2]}")
     if mode == "predict" and not line.input:
         raise UserError(f"--mode predict needs --input: {FLAGS['input'][2]}")
+    if line.pixel and not line.input:
+        raise UserError("--pixel is of an image: --mode memory needs --input, too")
     if mode == "plan" and not line.topology:
         raise UserError(f"--mode plan needs --topology: {FLAGS['topology'][2]}")
     if line.checkpoint not in ("best", "last") and not line.checkpoint.isdecimal():
