@@ -137,7 +137,7 @@ class TrainedModel:
         batch = settings.eval.batch_size * sharding.batch_pieces(mesh)
         self._in_order_at_a_time = _BATCHES_IN_ORDER * batch
         model = build_segmentor(config)
-        self._looker = functools.cache(lambda: Looker(model, settings.eval))
+        self._looker = functools.cache(lambda: Looker(model, config))
         self._predictor = Predictor(
             model,
             settings.eval,
@@ -166,7 +166,7 @@ class TrainedModel:
 
         Args:
             picture: as `predict` takes it. It is looked at as a whole, in one pass, whatever
-                `config.eval` says about windows, scales and mirror images.
+                `config.eval` says about windows, scales and mirror images; a large one is shrunk.
 
         Returns:
             A `Look`; its `at(row, column)` tells the class probabilities that weigh the rows of the

@@ -6,6 +6,7 @@ with which class probabilities it weighs the rows of the memory, and where its t
 
 import dataclasses
 import functools
+import math
 from typing import Any
 
 import flax.traverse_util
@@ -13,9 +14,9 @@ import jax
 import ml_collections
 import numpy as np
 
-from memseg_jax.data.transforms import evaluation_transform
+from memseg_jax.data.transforms import evaluation_resize, normalise, resize_image
 from memseg_jax.errors import UserError
-from memseg_jax.inference import sizes
+from memseg_jax.inference import blending, sizes
 from memseg_jax.models.layers import ValidSize
 from memseg_jax.models.segmentor import Segmentor
 from memseg_jax.runtime.compilation import Programs
@@ -123,21 +124,27 @@ class Looker:
 
     Args:
         model: the segmentor.
-        evaluation: `config.eval`, which decides on the size of the network's input. Windows,
-            scales and mirror images are left aside: a picture is looked at as a whole.
+        config: the whole config, which decides on the size of the network's input. Windows, scales
+            and mirror images are left aside: a picture is looked at as a whole. One that would be
+            segmented in windows is shrunk to what fits in one piece.
 
     Raises:
         UserError: the model has no memory.
     """
 
-    def __init__(self, model: Segmentor, evaluation: ml_collections.ConfigDict):
+    def __init__(self, model: Segmentor, config: ml_collections.ConfigDict):
         if not model.memory_enabled:
             raise UserError(
                 "this model has no memory to look into (config.model.memory.enabled is False); "
                 "take a run that was trained with config.model.memory.enabled = True"
             )
         self._model = model
+        settings: Any = config  # whose fields have no types
+        evaluation = settings.eval
         self._evaluation = evaluation
+        pieces = {"auto": settings.augment.crop, "slide": evaluation.window}
+        piece = pieces.get(evaluation.mode)
+        self._area = blending.WHOLE_AREA * math.prod(piece) if piece else math.inf
         whole = evaluation.copy_and_resolve_references()
         with whole.unlocked():
             whole.mode = "whole"
@@ -152,7 +159,11 @@ class Looker:
             variables: params, batch_stats and memory.
             image: RGB uint8 [height, width, 3].
         """
-        given = evaluation_transform(image, self._evaluation)
+        given = evaluation_resize(image, self._evaluation)
+        if (area := math.prod(given.shape[:2])) > self._area:
+            shrink = math.sqrt(self._area / area)
+            given = resize_image(given, tuple(int(side * shrink) for side in given.shape[:2]))
+        given = normalise(given)
         height, width = given.shape[:2]
         padded, exact = self._sizes.padded((height, width))
         images = np.zeros((1, *padded, 3), np.float32)

@@ -2,16 +2,16 @@
 
 import base64
 import functools
-import importlib.util
+import hashlib
 import io
 import math
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import jinja2
 import numpy as np
 from PIL import Image
 
-from memseg_jax.errors import UserError
 from memseg_jax.inspection.findings import Findings, Picture
 from memseg_jax.inspection.maps import FlatMap
 from memseg_jax.inspection.pictures import (
@@ -35,28 +35,22 @@ class Section(NamedTuple):
     """A part of a page.
 
     Attributes:
+        anchor: its id in the page.
         title: its heading, plain text.
-        html: its body, with its own style, script and data.
+        html: its body, escaped, with its own style.
+        script: JavaScript, to be run after the whole page is there; "": there is none.
+        data: JSON values that `sectionData("<anchor>")` has to return in the script.
     """
 
+    anchor: str
     title: str
     html: str
-
-
-def check_engine() -> None:
-    """Whether there is the template engine.
-
-    Raises:
-        UserError: it is not installed.
-    """
-    if importlib.util.find_spec("jinja2") is None:
-        raise UserError('pages need Jinja: pip install "memseg_jax[report]"')
+    script: str = ""
+    data: Any = None
 
 
 @functools.cache
-def _engine() -> Any:
-    import jinja2  # not at the top: not everybody has it
-
+def _engine() -> jinja2.Environment:
     return jinja2.Environment(
         loader=jinja2.FileSystemLoader(_TEMPLATES),
         autoescape=True,
@@ -67,42 +61,68 @@ def _engine() -> Any:
 
 
 def sections(findings: Findings) -> list[Section]:
-    """The parts of the page, to be put into any page; each needs nothing but itself.
+    """The parts of the page, to be put into any page, in this order.
 
     Args:
         findings: what was found.
     """
+    alike, of_alike = _alike(findings)
+    maps = {"maps": [_map(findings, flat) for flat in findings.maps]}
     parts = [
-        ("What the memory holds", "holding.html", _holding(findings)),
-        ("Which classes look alike to the memory", "alike.html", _alike(findings)),
-        ("The memory as a map", "map.html", {"maps": [_map(findings, x) for x in findings.maps]}),
-        ("What the memory is worth here", "worth.html", _worth(findings)),
+        ("holding", "What the memory holds", _holding(findings), "", None),
+        ("alike", "Which classes look alike to the memory", alike, "alike.js", of_alike),
+        ("map", "The memory as a map", maps, "highlight.js", None),
+        ("worth", "What the memory is worth here", _worth(findings), "", None),
     ]
     if findings.picture:
+        picture, data = _picture(findings, findings.picture)
         title = f"What {findings.picture.name} reads"
-        parts.append((title, "picture.html", _picture(findings, findings.picture)))
-    style = (_TEMPLATES / "style.css").read_text(encoding="utf-8")
-    made = []
-    for title, template, values in parts:
-        values |= {"style": style, "names": findings.class_names, "colours": _colours(findings)}
-        made.append(Section(title, _engine().get_template(template).render(values)))
-    return made
+        parts.append(("picture", title, picture, "picture.js", data))
+    shared = {"names": findings.class_names, "colours": _colours(findings)}
+    shared["style"] = _text("style.css")
+    return [
+        Section(
+            f"memory-{name}",
+            title,
+            _engine().get_template(f"{name}.html").render(values | shared),
+            _text(script) if script else "",
+            data,
+        )
+        for name, title, values, script, data in parts
+    ]
 
 
 def whole_page(findings: Findings) -> str:
-    """One HTML file.
+    """One HTML file, which runs no script but ours and asks no host.
 
     Args:
         findings: what was found.
     """
-    template = _engine().get_template("memory.html")
-    return template.render(
-        parts=sections(findings),
-        step=findings.step,
-        split=findings.split,
-        classes=len(findings.class_names),
-        seen=int(findings.holding.seen.sum()),
+    parts = sections(findings)
+    scripts = [_text("data.js"), *(part.script for part in parts if part.script)]
+    return (
+        _engine()
+        .get_template("memory.html")
+        .render(
+            parts=parts,
+            data={part.anchor: part.data for part in parts},
+            scripts=scripts,
+            hashes=" ".join(f"'sha256-{_sha256(script)}'" for script in scripts),
+            step=findings.step,
+            split=findings.split,
+            classes=len(findings.class_names),
+            seen=int(findings.holding.seen.sum()),
+        )
     )
+
+
+def _text(name: str) -> str:
+    return (_TEMPLATES / name).read_text(encoding="utf-8")
+
+
+def _sha256(script: str) -> str:
+    """The name of a script in the page's policy."""
+    return base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
 
 
 def in_words(findings: Findings) -> str:
@@ -190,7 +210,8 @@ def _course_chart(findings: Findings) -> dict[str, Any]:
     }
 
 
-def _alike(findings: Findings) -> dict[str, Any]:
+def _alike(findings: Findings) -> tuple[dict[str, Any], dict[str, Any]]:
+    """What the template shows, and what the script reads."""
     order = findings.order
     ordered = findings.similarity[np.ix_(order, order)]
     shares = confusion_shares(findings)
@@ -206,16 +227,11 @@ def _alike(findings: Findings) -> dict[str, Any]:
         ]
 
     agreement = findings.agreement
-    return {
+    shown = {
         "order": order.tolist(),
         "labelled": len(order) <= _LABELLED,
         "similarity": _png(heat(similarity_shade(findings))),
         "confusion": _png(heat(np.sqrt(shares))),
-        "data": {
-            "names": [findings.class_names[k] for k in order],
-            "similarity": _plain(ordered),
-            "confusion": _plain(shares),
-        },
         "defined": not math.isnan(agreement.correlation),
         "correlation": _number(agreement.correlation, 2),
         "chance": _number(agreement.chance, 3),
@@ -224,6 +240,12 @@ def _alike(findings: Findings) -> dict[str, Any]:
         "confused": pairs(agreement.confused),
         "alike": pairs(agreement.alike),
     }
+    data = {
+        "names": [findings.class_names[k] for k in order],
+        "similarity": _plain(ordered),
+        "confusion": _plain(shares),
+    }
+    return shown, data
 
 
 def _sense(correlation: float, chance: float) -> str:
@@ -281,7 +303,8 @@ def _worth(findings: Findings) -> dict[str, Any]:
     }
 
 
-def _picture(findings: Findings, picture: Picture) -> dict[str, Any]:
+def _picture(findings: Findings, picture: Picture) -> tuple[dict[str, Any], dict[str, Any]]:
+    """What the template shows, and what the script reads."""
     height, width = picture.image.shape[:2]
     scale = min(_PICTURE / max(height, width), 1)
     small = Image.fromarray(picture.image)
@@ -297,56 +320,61 @@ def _picture(findings: Findings, picture: Picture) -> dict[str, Any]:
     first_column = picture.pixel[1] * columns // width
     cells[first_row * columns + first_column] = _cell(findings, picture, picture.pixel)
     look = picture.look.at(*picture.pixel)
-    map_of_memory = _small_map(look.memory_attention.mean(axis=0))
-    return {
+    of_image = look.image_attention
+    shown = {
         "name": picture.name,
         "image": _jpeg(small),
         "size": small.size,
-        "has_image_attention": look.image_attention is not None,
-        "data": {
-            "rows": rows,
-            "columns": columns,
-            "first": first_row * columns + first_column,
-            "names": list(findings.class_names),
-            "colours": _colours(findings),
-            "cells": cells,
-            "shapes": {
-                "memory": map_of_memory.shape,
-                "image": None
-                if look.image_attention is None
-                else _small_map(look.image_attention).shape,
-            },
+        "canvas": [side * -(-_PICTURE // max(small.size)) for side in small.size],
+        "has_image_attention": of_image is not None,
+    }
+    data = {
+        "rows": rows,
+        "columns": columns,
+        "first": first_row * columns + first_column,
+        "names": list(findings.class_names),
+        "colours": _colours(findings),
+        "ramp": heat(np.arange(256) / 255).ravel().tolist(),
+        "cells": cells,
+        "shapes": {
+            "memory": _small_map(look.memory_attention.mean(axis=0)).shape,
+            "image": None if of_image is None else _small_map(of_image).shape,
         },
     }
+    return shown, data
 
 
 def _cell(findings: Findings, picture: Picture, pixel: tuple[int, int]) -> dict[str, Any]:
     """What the page says of one pixel: classes and shares, and attention maps as bytes."""
     look = picture.look.at(*pixel)
     best = int(np.argmax(look.prediction))
-    of_image = look.image_attention
+    maps = {"memory": look.memory_attention.mean(axis=0), "image": look.image_attention}
     return {
         "pixel": pixel,
         "read": [[k, round(float(look.weights[k]), 3)] for k in look.rows[:6]],
         "says": [best, round(float(look.prediction[best]), 3)],
-        "memory": _packed(look.memory_attention.mean(axis=0)),
-        "image": None if of_image is None else _packed(of_image),
-    }
+    } | {kind: _packed(attention) for kind, attention in maps.items() if attention is not None}
 
 
 def _small_map(attention: np.ndarray) -> np.ndarray:
-    """Sums over blocks of positions, so that the map fits the page; its sum stays."""
+    """Means over blocks of positions, so that the map fits the page."""
     factor = -(-max(attention.shape) // _ATTENTION)
     height, width = (-(-side // factor) * factor for side in attention.shape)
-    padded = np.pad(attention, [(0, height - len(attention)), (0, width - attention.shape[1])])
-    return padded.reshape(height // factor, factor, width // factor, factor).sum(axis=(1, 3))
+    room = [(0, height - len(attention)), (0, width - attention.shape[1])]
+    blocks = np.pad(attention, room, constant_values=np.nan)
+    blocks = blocks.reshape(height // factor, factor, width // factor, factor)
+    return np.nanmean(blocks, axis=(1, 3))
 
 
-def _packed(attention: np.ndarray) -> str:
-    """A byte for every position, as a share of the largest, row by row, in base 64."""
+def _packed(attention: np.ndarray) -> dict[str, Any]:
+    """A map in bytes, 255 the most, row by row, in base 64; and how the most compares to the mean.
+
+    Positions are those of `_small_map`.
+    """
     small = _small_map(attention)
     shares = np.round(255 * small / small.max()).astype(np.uint8)
-    return base64.b64encode(shares.tobytes()).decode()
+    peak = float(attention.max() * attention.size)
+    return {"map": base64.b64encode(shares.tobytes()).decode(), "peak": f"{peak:.1f}"}
 
 
 def _plain(matrix: np.ndarray) -> list[list[float | None]]:

@@ -57,9 +57,8 @@ def run(
     step, meta = checkpoint.read_meta(workdir, which)
     class_names = tuple(config.data.class_names)
     checkpoint.check_class_names(meta, class_names)
-    page.check_engine()
     model = build_segmentor(config)
-    looker = Looker(model, config.eval)
+    looker = Looker(model, config)
     images.allow_megapixels(config.eval.max_megapixels)
     where = parse_pixel(pixel) if pixel else None
     image = trained_model.read_picture(files.place(picture, "--input")) if picture else None
@@ -80,7 +79,7 @@ def run(
         )
         look.at(*shown.pixel)  # before what takes long: whether there is such a pixel
     if not has_neighbour_maps():
-        say('no map by t-SNE, as scikit-learn is not installed: pip install "memseg_jax[report]"')
+        say('no map by t-SNE, as scikit-learn is not installed: pip install "memseg_jax[memory]"')
     records = memory_history.read(run_folder, step)
     log.info("sampling pixel features of %s", config.data.eval_split)
     features = sample_features(looker, variables, source, len(class_names))

@@ -1,7 +1,6 @@
-<script>
 (() => {
-  const part = document.currentScript.closest(".mem");
-  for (const svg of part.querySelectorAll("svg")) {
+  const drawings = '.mem[data-part="memory-holding"] svg, .mem[data-part="memory-map"] svg';
+  for (const svg of document.querySelectorAll(drawings)) {
     svg.addEventListener("pointerover", (event) => {
       const found = event.target.closest("[data-k]");
       svg.classList.toggle("faded", Boolean(found));
@@ -11,4 +10,3 @@
     svg.addEventListener("pointerleave", () => svg.classList.remove("faded"));
   }
 })();
-</script>
