@@ -205,7 +205,7 @@ def test_killed_and_continued_is_the_run_that_never_stopped(tmp_path, changes):
 def test_killed_in_a_bucket_and_continued_is_the_run_on_a_disk_that_never_stopped(bucket):
     kill_and_go_on(bucket)
     assert files.names(bucket) == sorted(
-        ["checkpoints", "examples.png", "log.txt", "metrics.csv", "metrics.json"]
+        ["checkpoints", "examples.png", "log.txt", "memory_history", "metrics.csv", "metrics.json"]
         + ["per_class.csv", "scores.json"]
         + ["tensorboard"] * ("tensorboard" in files.names(bucket))
     )  # fmt: skip

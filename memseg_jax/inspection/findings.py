@@ -35,6 +35,11 @@ class Holding:
     norms: np.ndarray
     vectors: np.ndarray
 
+    @property
+    def drawn(self) -> bool:
+        """Whether the rows are drawn from what is kept, instead of being it."""
+        return self.memory.shape != self.rows.shape
+
 
 def holding_of(model: Segmentor, memory: np.ndarray) -> Holding:
     """What a memory holds.

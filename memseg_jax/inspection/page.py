@@ -78,7 +78,8 @@ def sections(findings: Findings) -> list[Section]:
         picture, data = _picture(findings, findings.picture)
         title = f"What {findings.picture.name} reads"
         parts.append(("picture", title, picture, "picture.js", data))
-    shared = {"names": findings.class_names, "colours": _colours(findings)}
+    shared: dict[str, Any] = {"names": findings.class_names, "colours": _colours(findings)}
+    shared["drawn"] = findings.holding.drawn
     shared["style"] = _text("style.css")
     return [
         Section(

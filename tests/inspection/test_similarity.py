@@ -141,6 +141,18 @@ def test_without_scikit_learn_there_is_the_map_by_pca(monkeypatch):
     assert (only.name, only.rows.shape, only.pixels.shape) == ("PCA", (3, 2), (20, 2))
 
 
+def test_neighbours_stay_neighbours_on_the_map_by_tsne():
+    pytest.importorskip("sklearn")
+    rng = np.random.default_rng(0)
+    directions = np.repeat(np.eye(3, 8), 12, axis=0)
+    points = directions * rng.uniform(1, 9, (36, 1)) + 0.05 * rng.standard_normal((36, 8))
+    _, flat = maps_of(points[::12], np.delete(points, [0, 12, 24], axis=0))
+    assert flat.name == "t-SNE"
+    pixels = flat.pixels.reshape(3, 11, 2)
+    distances = np.linalg.norm(flat.rows[:, None, None] - pixels, axis=-1).max(axis=2)
+    assert distances.argmin(axis=1).tolist() == [0, 1, 2]
+
+
 @pytest.mark.parametrize("classes", [2, 3, 7])
 def test_permuted_rows_are_all_of_other_classes(classes):
     memory = np.arange(classes * 2, dtype=np.float32).reshape(classes, 2) + 1
