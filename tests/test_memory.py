@@ -8,9 +8,10 @@ import pytest
 
 from memseg_jax.checkpoint import restore_for_inference
 from memseg_jax.data import open_split
+from memseg_jax.inspection import maps
 from memseg_jax.inspection.worth import other_memories
 from memseg_jax.models.segmentor import build_segmentor
-from memseg_jax.modes.memory import parse_pixel
+from memseg_jax.modes import memory as mode
 from memseg_jax.runtime import files
 from memseg_jax.scoring import memory_history
 from memseg_jax.scoring.evaluator import Evaluator
@@ -50,7 +51,9 @@ METHODS = ["mcibi", pytest.param("mcibi_plus_plus", marks=pytest.mark.slow)]
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_what_is_found(place_of_run, method, tmp_path, capsys):
+def test_what_is_found(place_of_run, method, tmp_path, capsys, monkeypatch):
+    for module in (maps, mode):  # it takes most of the time, and is tested by itself
+        monkeypatch.setattr(module, "has_neighbour_maps", lambda: False)
     config, workdir = config_of(method), place_of_run
     tiny.save_random_model(workdir, config)
     model = build_segmentor(config)
@@ -83,6 +86,9 @@ def test_what_is_found(place_of_run, method, tmp_path, capsys):
         np.testing.assert_array_equal(found[f"confusion_{name}"], matrix)
     means = re.findall(r"^  (?:as trained|rows permuted|zeros) +(\d\.\d+)", shown.out, re.M)
     assert len(means) == 3
+    assert (
+        'no map by t-SNE, as scikit-learn is not installed: pip install "memseg_jax[' in shown.out
+    )
 
     text = files.read_text(workdir / "memory" / "memory.html")
     for name in (*HOSTILE[1:], "<i>photo.png"):
@@ -125,4 +131,4 @@ def test_what_cannot_be_done(tmp_path, capsys):
 
 
 def test_pixels_are_rows_and_columns():
-    assert parse_pixel(" 12, 7 ") == (12, 7)
+    assert mode.parse_pixel(" 12, 7 ") == (12, 7)

@@ -141,6 +141,7 @@ def test_without_scikit_learn_there_is_the_map_by_pca(monkeypatch):
     assert (only.name, only.rows.shape, only.pixels.shape) == ("PCA", (3, 2), (20, 2))
 
 
+@pytest.mark.slow
 def test_neighbours_stay_neighbours_on_the_map_by_tsne():
     pytest.importorskip("sklearn")
     rng = np.random.default_rng(0)
