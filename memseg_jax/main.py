@@ -20,8 +20,8 @@ from memseg_jax.runtime.suggest import did_you_mean
 
 # Only light imports: `--help` must be quick, and every worker process imports this module.
 MODES = (
-    "train", "evaluate", "predict", "verify", "check_data", "pack", "benchmark", "plan", "export",
-    "serve",
+    "train", "evaluate", "predict", "memory", "verify", "check_data", "pack", "benchmark", "plan",
+    "export", "serve",
     "init",
 )  # fmt: skip
 _WITH_CONFIG = MODES[:-1]  # init writes one
@@ -49,20 +49,21 @@ FLAGS = {  # name -> (default, the modes that read it, help)
     "mode": ("train", MODES, f"{', '.join(MODES[:-1])} or {MODES[-1]} (default: train)"),
     "checkpoint": (
         "best",
-        ("evaluate", "predict", "export", "serve"),
+        ("evaluate", "predict", "memory", "export", "serve"),
         "best, last or a step (default: best)",
     ),
     "input": (
         None,
-        ("predict", "export", "serve"),
-        "an image, a video, a folder, or a quoted pattern: '*.jpg'; of export an image, with which "
-        "the result is checked; of serve the page's examples",
+        ("predict", "memory", "export", "serve"),
+        "an image, a video, a folder, or a quoted pattern: '*.jpg'; of memory one image, and of "
+        "export one, with which the result is checked; of serve the page's examples",
     ),
+    "pixel": (None, ("memory",), "ROW,COLUMN of the image to look at first (default: its middle)"),
     "output": (
         None,
-        ("predict", "check_data", "export", "init"),
-        "folder for the results (default: <workdir>/predictions, <workdir>/check_data or "
-        "<workdir>/export); of init the config file (default: configs/<name of the folder>.py)",
+        ("predict", "memory", "check_data", "export", "init"),
+        "folder for the results (default: predictions, memory, check_data, export in the workdir); "
+        "of init the config file (default: configs/<name of the folder>.py)",
     ),
     "save_confidence": (False, ("predict",), "also write how sure the model is of each pixel"),
     "save_ids": (False, ("predict",), "also write the raw class ids"),
@@ -173,6 +174,8 @@ def _run_mode(line: SimpleNamespace, argv: list[str]) -> int:
     if line.mode == "predict":
         output = line.output or os.path.join(workdir, "predictions")
         arguments += [line.input, output, line.save_confidence, line.save_ids, line.overwrite]
+    if line.mode == "memory":
+        arguments += [line.input or "", line.pixel or "", line.output or ""]
     if line.mode == "export":
         output = line.output or os.path.join(workdir, "export")
         arguments += [line.input, output, line.sizes, line.weights]
@@ -218,8 +221,10 @@ def _parse(argv: list[str]) -> SimpleNamespace:
             raise UserError(f"--{name} is only for --mode {' and '.join(modes)}")
     if mode == "init" and not line.root:
         raise UserError(f"--mode init needs --root: {FLAGS['root'][2]}")
-    if mode in ("predict", "export") and not line.input:
-        raise UserError(f"--mode {mode} needs --input: {FLAGS['input'][2]}")
+    if line.mode in ("predict", "export") and not line.input:
+        raise UserError(f"--mode {line.mode} needs --input: {FLAGS['input'][2]}")
+    if line.pixel and not line.input:
+        raise UserError("--pixel is of an image: --mode memory needs --input, too")
     if mode == "plan" and not line.topology:
         raise UserError(f"--mode plan needs --topology: {FLAGS['topology'][2]}")
     if line.checkpoint not in ("best", "last") and not line.checkpoint.isdecimal():

@@ -3,6 +3,7 @@
 `memseg_jax.load` and the predict mode both use it: there is one way from a picture to its classes.
 """
 
+import functools
 import itertools
 import os
 import runpy
@@ -21,6 +22,7 @@ from memseg_jax.data.reading import map_ahead
 from memseg_jax.data.videos import VIDEO_SUFFIXES
 from memseg_jax.errors import UserError
 from memseg_jax.inference import Prediction, Predictor
+from memseg_jax.inspection.looking import Look, Looker
 from memseg_jax.models.segmentor import build_segmentor
 from memseg_jax.runtime import files, sharding
 from memseg_jax.scoring import visualize
@@ -134,8 +136,10 @@ class TrainedModel:
         self._variables = jax.device_put(variables, sharding.replicated(mesh))
         batch = settings.eval.batch_size * sharding.batch_pieces(mesh)
         self._in_order_at_a_time = _BATCHES_IN_ORDER * batch
+        model = build_segmentor(config)
+        self._looker = functools.cache(lambda: Looker(model, config))
         self._predictor = Predictor(
-            build_segmentor(config),
+            model,
             settings.eval,
             mesh,
             settings.augment.flip_pairs,
@@ -174,6 +178,22 @@ class TrainedModel:
         has no row.
         """
         return np.asarray(self._variables["memory"])
+
+    def look(self, picture: Picture) -> Look:
+        """Shows what a picture reads from the memory.
+
+        Args:
+            picture: as `predict` takes it. It is looked at as a whole, in one pass, whatever
+                `config.eval` says about windows, scales and mirror images; a large one is shrunk.
+
+        Returns:
+            A `Look`; its `at(row, column)` tells the class probabilities that weigh the rows of the
+            memory at a pixel, which rows are read, and where the two attentions look.
+
+        Raises:
+            UserError: the picture cannot be read, or the model has no memory.
+        """
+        return self._looker().look(self._variables, _read(picture)[1])
 
     def segment(self, pictures: Iterable[tuple[Any, np.ndarray]]) -> Iterator[Prediction]:
         """Segments RGB images, in the order that suits the devices.

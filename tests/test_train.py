@@ -17,6 +17,7 @@ from memseg_jax import checkpoint
 from memseg_jax.data import open_split
 from memseg_jax.models.segmentor import build_segmentor
 from memseg_jax.runtime import compilation, files
+from memseg_jax.scoring import memory_history
 from memseg_jax.training import optimizer
 from memseg_jax.training.state import abstract_state
 from tests import tiny
@@ -62,6 +63,11 @@ def assert_same_run(workdir, other):
         assert [a[name] for name in LOSSES] == [b[name] for name in LOSSES]
     for name in ("metrics.json", "per_class.csv", "examples.png"):
         assert (workdir / name).read_bytes() == (other / name).read_bytes()
+    ours, theirs = memory_history.read(workdir), memory_history.read(other)
+    assert [record.step for record in ours] == [record.step for record in theirs] == [STEPS]
+    for a, b in zip(ours, theirs):
+        for name in ("memory", "ages", "pixels", "steps"):
+            np.testing.assert_array_equal(getattr(a, name), getattr(b, name), err_msg=name)
 
 
 # ---- One run from start to end ------------------------------------------------------------------
@@ -114,6 +120,12 @@ def test_what_is_written():
     assert checkpoint.read_scores(workdir)[STEPS]["mIoU"] == scores["mIoU"]
     assert meta["class_names"] == list(config.data.class_names)
     assert [tuple(colour) for colour in meta["palette"]] == list(config.data.palette)
+    (record,) = memory_history.read(workdir)
+    assert (record.step, record.since) == (STEPS, 0)
+    np.testing.assert_array_equal(record.memory, load_state(workdir).memory)
+    assert record.steps.max() == STEPS  # every batch has ground
+    assert meta["memory_updates"]["pixels"] == record.pixels.tolist()
+    assert 0 < record.pixels.sum() <= STEPS * 8 * tiny.SIDE**2
 
 
 @pytest.mark.slow
@@ -193,7 +205,7 @@ def test_killed_and_continued_is_the_run_that_never_stopped(tmp_path, changes):
 def test_killed_in_a_bucket_and_continued_is_the_run_on_a_disk_that_never_stopped(bucket):
     kill_and_go_on(bucket)
     assert files.names(bucket) == sorted(
-        ["checkpoints", "examples.png", "log.txt", "metrics.csv", "metrics.json"]
+        ["checkpoints", "examples.png", "log.txt", "memory_history", "metrics.csv", "metrics.json"]
         + ["per_class.csv", "scores.json"]
         + ["tensorboard"] * ("tensorboard" in files.names(bucket))
     )  # fmt: skip

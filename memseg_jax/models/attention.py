@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from memseg_jax.models.layers import Array, ConvNorm, ValidSize
+from memseg_jax.models.layers import Array, ConvNorm, ValidSize, record
 from memseg_jax.models.symbolic import is_symbolic
 from memseg_jax.runtime import rows
 
@@ -269,6 +269,9 @@ class SelfAttention(nn.Module):
         query = project(project(queries, "query_project_0"), "query_project_1")
         key = project(project(context, "key_project_0"), "key_project_1")
         value = project(context, "value_project")
+        # Who wants to see where a position looks computes its weights from these.
+        record(self, "query", query, "attention")
+        record(self, "key", key, "attention")
         batch, height, width, dim = query.shape
         mask = None if valid_size is None else valid_size.mask(key).reshape(batch, height * width)
         flat = [x.reshape(batch, height * width, dim) for x in (query, key, value)]

@@ -411,6 +411,6 @@ def resize_like(x: Array, target: Array, valid_size: ValidSize | None = None) ->
     return resize_valid(x, [valid_size.of_map(x.shape[1:3]), valid_size.of_map(size)], size)
 
 
-def record(module: nn.Module, name: str, value: Array) -> None:
-    """Offers a named intermediate value to callers that apply with `mutable=["taps"]`."""
-    module.sow("taps", name, value, reduce_fn=lambda _, new: new, init_fn=lambda: None)
+def record(module: nn.Module, name: str, value: Array, collection: str = "taps") -> None:
+    """Offers a named intermediate value to callers that apply with `mutable=[collection]`."""
+    module.sow(collection, name, value, reduce_fn=lambda _, new: new, init_fn=lambda: None)

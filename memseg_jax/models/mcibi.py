@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import ml_collections
+import numpy as np
 from jax import lax
 
 from memseg_jax.errors import UserError
@@ -14,7 +15,7 @@ from memseg_jax.models import rematerialise
 from memseg_jax.models.cell_sums import MemorySums
 from memseg_jax.models.decoders import Decoder
 from memseg_jax.models.layers import Array, ConvNorm, ValidSize, record
-from memseg_jax.models.memory import MemoryModule
+from memseg_jax.models.memory import MemoryModule, row_weights
 from memseg_jax.models.memory_update import memory_sums_groups, move_memory_groups
 from memseg_jax.models.segmentor import Segmentor
 
@@ -63,6 +64,21 @@ class MCIBI(Segmentor):
     def rows_of(self, memory: Array) -> Array:
         """The memory is its rows."""
         return memory
+
+    def in_memory(self, features: np.ndarray) -> np.ndarray:
+        """The memory keeps features as they are."""
+        return features
+
+    def row_weights(self, encoded: Mapping[str, Any]) -> Array:
+        """See `Segmentor.row_weights`: the coarse prediction."""
+        return row_weights(encoded["stage1"], self.hard)
+
+    def attention_names(self) -> dict[str, tuple[str, ...]]:
+        """See `Segmentor.attention_names`."""
+        several = tuple(f"memory_module/self_attentions_{slot}" for slot in range(self.slots))
+        memory = several if self.slots > 1 else ("memory_module/self_attention",)
+        image = ("memory_module/self_attention_ms",) if self.within_image_context else ()
+        return {"memory": memory, "image": image}
 
     def memory_sums(self, memory: Array, encoded: Any, labels: Array, *, groups: int) -> MemorySums:
         """See `Segmentor.memory_sums`."""

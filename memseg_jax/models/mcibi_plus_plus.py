@@ -18,6 +18,7 @@ from memseg_jax.models.attention import SelfAttention
 from memseg_jax.models.cell_sums import MemorySums
 from memseg_jax.models.decoders import Decoder
 from memseg_jax.models.layers import Array, ConvNorm, ValidSize, record, resize_like
+from memseg_jax.models.memory import row_weights
 from memseg_jax.models.segmentor import Segmentor
 from memseg_jax.models.statistics_memory import (
     StatisticsMemoryModule,
@@ -92,6 +93,22 @@ class MCIBIPlusPlus(Segmentor):
         """One row a class, drawn from its statistics."""
         return draw_rows(memory, self.feature_dim)[:, None]
 
+    def in_memory(self, features: np.ndarray) -> np.ndarray:
+        """The memory keeps mean and standard deviation over the channels."""
+        return np.stack([features.mean(axis=-1), features.std(axis=-1, ddof=1)], axis=-1)
+
+    def row_weights(self, encoded: Mapping[str, Any]) -> Array:
+        """See `Segmentor.row_weights`: the prediction of the context, or of the pixels."""
+        return row_weights(self._weighing(encoded), self.hard)
+
+    def _weighing(self, encoded: Mapping[str, Any]) -> Array:
+        return encoded["context_logits" if self.read_by_context else "stage1"]
+
+    def attention_names(self) -> dict[str, tuple[str, ...]]:
+        """See `Segmentor.attention_names`."""
+        image = ("self_attention",) if self.within_image_context else ()
+        return {"memory": ("memory_module/self_attention",), "image": image}
+
     def memory_sums(self, memory: Array, encoded: Any, labels: Array, *, groups: int) -> MemorySums:
         """See `Segmentor.memory_sums`."""
         features = lax.stop_gradient(encoded["memory_input"])
@@ -144,7 +161,7 @@ class MCIBIPlusPlus(Segmentor):
         """See `Segmentor.decode`; the gradient sees the rows that were read."""
         del gradient_memory
         on = {"train": train, "valid_size": valid_size}
-        weighing = encoded["context_logits" if self.read_by_context else "stage1"]
+        weighing = self._weighing(encoded)
         read = self.memory_module(encoded["memory_input"], weighing, memory, **on)
         on["remat"] = self.remat
         if self.within_image_context:

@@ -53,6 +53,23 @@ def _read_backward(gradient_memory: Array, gradient: Array) -> tuple[Array, None
 read_memory.defvjp(_read_forward, _read_backward)
 
 
+def row_weights(logits: Array, hard: bool) -> Array:
+    """The class probabilities that weigh the rows of the memory, at every position.
+
+    Args:
+        logits: [..., classes].
+        hard: all weight on the most likely class.
+
+    Returns:
+        [..., classes], of sum 1.
+    """
+    probabilities = jax.nn.softmax(logits, axis=-1)
+    if not hard:
+        return probabilities
+    best = jnp.argmax(probabilities, axis=-1)
+    return jax.nn.one_hot(best, logits.shape[-1], dtype=probabilities.dtype)
+
+
 class MemoryModule(nn.Module):
     """Augments pixel features with what the memory knows about their likely classes.
 
@@ -104,11 +121,7 @@ class MemoryModule(nn.Module):
         slots = memory.shape[1]
         if gradient_memory is None:
             gradient_memory = memory[None]
-        probabilities = jax.nn.softmax(logits, axis=-1)
-        if self.hard:
-            probabilities = jax.nn.one_hot(
-                jnp.argmax(probabilities, axis=-1), logits.shape[-1], dtype=probabilities.dtype
-            )
+        probabilities = row_weights(logits, self.hard)
         gathered = []
         for slot in range(slots):
             selected = read_memory(

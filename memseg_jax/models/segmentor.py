@@ -121,6 +121,34 @@ class Segmentor(nn.Module):
         """The features that a memory stands for: [classes, rows of a class, channels]."""
         raise NotImplementedError
 
+    def in_memory(self, features: np.ndarray) -> np.ndarray:
+        """Pixel features as the memory keeps those of a class: as points beside its own.
+
+        Args:
+            features: [pixels, channels], of "memory_input".
+
+        Returns:
+            [pixels, numbers]; the last axis is that of the memory.
+        """
+        raise NotImplementedError
+
+    def row_weights(self, encoded: Mapping[str, Any]) -> Array:
+        """What weighs the rows of the memory: [batch, h, w, classes], of sum 1.
+
+        Args:
+            encoded: from `encode`.
+        """
+        raise NotImplementedError
+
+    def attention_names(self) -> dict[str, tuple[str, ...]]:
+        """Where the attentions are in the tree of modules.
+
+        Returns:
+            "memory": those between the pixels and what they read from the memory, one for every row
+            of a class; "image": the one within the image, if there is one.
+        """
+        raise NotImplementedError
+
     def memory_sums(self, memory: Array, encoded: Any, labels: Array, *, groups: int) -> Any:
         """What the memory's update needs of some images, for every replica group.
 

@@ -19,6 +19,7 @@ from memseg_jax.models import rematerialise
 from memseg_jax.models.attention import SelfAttention
 from memseg_jax.models.cell_sums import MemorySums, sums_over_pixels
 from memseg_jax.models.layers import Array, ConvNorm, ValidSize, mask_padding, record, resize_like
+from memseg_jax.models.memory import row_weights
 
 # PyTorch's generator makes normal numbers in blocks of this size, at least one.
 _BLOCK = 16
@@ -127,11 +128,7 @@ class StatisticsMemoryModule(nn.Module):
         """
         kw = {"activation": self.activation, "dtype": self.dtype}
         on = {"train": train, "valid_size": valid_size, "remat": self.remat}
-        probabilities = jax.nn.softmax(logits, axis=-1)
-        if self.hard:
-            probabilities = jax.nn.one_hot(
-                jnp.argmax(probabilities, axis=-1), logits.shape[-1], dtype=probabilities.dtype
-            )
+        probabilities = row_weights(logits, self.hard)
         rows = draw_rows(jax.lax.stop_gradient(memory), pixels.shape[-1]).astype(self.dtype)
         selected = jnp.einsum("bhwk,kc->bhwc", probabilities.astype(self.dtype), rows)
         queries = pixels

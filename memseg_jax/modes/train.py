@@ -23,7 +23,7 @@ from memseg_jax.runtime.log_file import LogFile, say
 from memseg_jax.runtime.stopping import StopRequests
 from memseg_jax.runtime.text import format_duration
 from memseg_jax.runtime.watchdog import Watchdog
-from memseg_jax.scoring import visualize
+from memseg_jax.scoring import memory_history, visualize
 from memseg_jax.scoring.evaluator import PICTURE, Evaluator
 from memseg_jax.scoring.memory_health import MemoryHealth
 from memseg_jax.training import guards, optimizer
@@ -154,6 +154,7 @@ def _run(
             meta.get("memory_ages"),
             model.initial_memory(),
             model.rows_of,
+            meta.get("memory_updates"),
         )
     progress = TrainingLog(folder, config, total_steps, epoch_steps, first_step, health)
     stack.callback(progress.close)
@@ -248,7 +249,9 @@ def _run(
                     raise stops.stopped(step, total_steps)
         except guards.GoBack as back:
             step = back.step
-            state = _state_after(step, checkpointer, program.state, check_same_run, state)
+            state, meta = _state_after(step, checkpointer, program.state, check_same_run, state)
+            if health:
+                health.go_back(step, meta.get("memory_updates"))
             saver.save(state)  # who resumes has to pass over the same data
             if evaluation_is_due(step):
                 evaluation.run(state)
@@ -285,6 +288,7 @@ class _Saver:
         meta = self.describe(int(state.step))
         if self.health:
             meta["memory_ages"] = self.health.ages
+            meta["memory_updates"] = self.health.updates
         self.checkpointer.save(state, meta)
 
     def snapshot(self, state: TrainState, folder: files.Place) -> None:
@@ -342,6 +346,8 @@ class _Evaluation:
         means = {k: v for k, v in result.scores.items() if isinstance(v, float)}
         if distributed.is_primary():
             self.evaluator.report(result, self.folder, {"step": step, "split": self.split})
+        if self.saver.health:
+            memory_history.write(self.folder, step, self.saver.health.record(step, state.memory))
         self.progress.write_scores(step, means)
         log.info("step %d: mIoU %.4f in %s", step, means["mIoU"], format_duration(result.seconds))
         self.saver.checkpointer.record_scores(step, means)
@@ -359,8 +365,11 @@ def _state_after(
     shapes: TrainState,
     check: Callable[[Mapping[str, Any]], None],
     state: TrainState,
-) -> TrainState:
-    """The last checkpoint's state with the clocks set after a bad step; `state` is given up."""
+) -> tuple[TrainState, dict[str, Any]]:
+    """The last checkpoint's state with the clocks set after a bad step, and its description.
+
+    `state` is given up.
+    """
     jax.tree.map(lambda x: x.delete(), state)  # two would not fit into some devices
     resumed = checkpointer.resume(shapes, check)
     if resumed is None:
@@ -375,7 +384,7 @@ def _state_after(
         step + 1,
         bad_step,
     )
-    return guards.at_step(resumed[0], bad_step)
+    return guards.at_step(resumed[0], bad_step), resumed[1]
 
 
 def _print_results(folder: files.Place, first_step: int, last_step: int, seconds: float) -> None:

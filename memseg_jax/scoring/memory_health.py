@@ -1,7 +1,7 @@
-"""How the feature memory is doing: the norms of its rows, and how long ago they changed."""
+"""How the feature memory is doing: the norms of its rows, when and by how much they changed."""
 
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -10,9 +10,14 @@ import numpy as np
 
 from memseg_jax.runtime.text import first_few
 
+# The metric of a training step that says how many pixels of every class moved the memory.
+PIXELS = "memory_pixels"
+
 
 class MemoryHealth:
     """Inspects the memory at intervals, and keeps per class when its rows last changed.
+
+    It also adds up, per class, the pixels that moved the memory and the steps that had any.
 
     The interval is the resolution: a row that changed since the last inspection counts as changed
     now.
@@ -26,6 +31,7 @@ class MemoryHealth:
             that it is full of.
         rows_of: makes a memory the rows that are read, [classes, rows of a class, channels]; None:
             it is these rows.
+        updates: what `updates` returned at this step, if it was kept; None: counting starts now.
     """
 
     def __init__(
@@ -36,6 +42,7 @@ class MemoryHealth:
         ages: Sequence[int] | None = None,
         initial: np.ndarray | float = 0.0,
         rows_of: Callable[[jax.Array], jax.Array] | None = None,
+        updates: Mapping[str, Any] | None = None,
     ):
         self._names = tuple(class_names)
         self._changed = step - np.array(ages if ages else [0] * len(self._names), np.int64)
@@ -43,11 +50,60 @@ class MemoryHealth:
         inspect = functools.partial(_inspect, initial=initial, rows_of=rows_of)
         self._program = jax.jit(inspect, out_shardings=_everywhere(memory))
         self._sums = jax.device_get(self._program(memory))[1]
+        self._whole = jax.jit(lambda x: x, out_shardings=_everywhere(memory))
+        self.go_back(step, updates)
 
     @property
     def ages(self) -> list[int]:
         """Steps since the rows of every class last changed, as of the last inspection."""
         return (self._step - self._changed).tolist()
+
+    @property
+    def updates(self) -> dict[str, Any]:
+        """Per class the pixels that moved the memory and the steps that had any, in plain numbers.
+
+        "since" is the number of the step after which counting started.
+        """
+        counts = {"pixels": self._pixels.tolist(), "steps": self._steps.tolist()}
+        return {"since": self._since} | counts
+
+    def go_back(self, step: int, updates: Mapping[str, Any] | None) -> None:
+        """Takes up the counting where a checkpoint has it.
+
+        Args:
+            step: number of completed steps.
+            updates: what `updates` returned then; None: counting starts now.
+        """
+        none = [0] * len(self._names)
+        updates = updates or {"since": step, "pixels": none, "steps": none}
+        self._since = int(updates["since"])
+        self._pixels = np.array(updates["pixels"], np.int64)
+        self._steps = np.array(updates["steps"], np.int64)
+
+    def count(self, steps: Iterable[np.ndarray]) -> None:
+        """Adds the pixels [classes] of some steps, from the metric `PIXELS`."""
+        for pixels in steps:
+            self._pixels += np.rint(pixels).astype(np.int64)
+            self._steps += pixels > 0
+
+    def record(self, step: int, memory: jax.Array) -> dict[str, np.ndarray]:
+        """What `memory_history` keeps of a step; all processes have to call it.
+
+        Args:
+            step: number of completed steps, inspected before.
+            memory: at this step.
+
+        Returns:
+            Arrays on the host: memory, and per class ages, pixels and steps (int64 [classes]); and
+            since, of `updates`.
+        """
+        return {
+            "memory": np.asarray(jax.device_get(self._whole(memory)), np.float32),
+            "ages": step - self._changed,
+            "pixels": self._pixels.copy(),
+            "steps": self._steps.copy(),
+            "since": np.int64(self._since),
+        }
 
     def look(self, step: int, memory: jax.Array) -> tuple[dict[str, float], str]:
         """Inspects the memory.

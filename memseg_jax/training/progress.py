@@ -24,7 +24,7 @@ from memseg_jax.errors import UserError
 from memseg_jax.runtime import distributed, files, growing
 from memseg_jax.runtime.log_file import say
 from memseg_jax.runtime.text import format_duration
-from memseg_jax.scoring.memory_health import MemoryHealth
+from memseg_jax.scoring.memory_health import PIXELS, MemoryHealth
 from memseg_jax.training.guards import FLAG
 
 log = logging.getLogger(__name__)
@@ -73,10 +73,13 @@ class TrainingLog:
             memory: after this step.
             saving: whether the state is saved now: then the log also has a line on the memory.
         """
-        values = _mean(jax.device_get(self._pending))
+        steps = jax.device_get(self._pending)
+        values = _mean(steps)
         self._pending = []
         rates = self._line.measure(step)
         if self._health:
+            good = (x for x in steps if not x[FLAG])
+            self._health.count(x[PIXELS] for x in good if PIXELS in x)
             of_memory, line = self._health.look(step, memory)
             values |= of_memory
             if saving:
@@ -118,9 +121,8 @@ class TrainingLog:
 def _mean(steps: Sequence[Mapping[str, np.ndarray]]) -> dict[str, float]:
     """Mean of the metrics over good steps; of the last step the learning rate; the bad steps."""
     good = [step for step in steps if not step[FLAG]]
-    values = {
-        name: float(np.mean([x[name] for x in good])) if good else math.nan for name in steps[0]
-    }
+    names = [name for name in steps[0] if name != PIXELS]  # which is not one number
+    values = {name: float(np.mean([x[name] for x in good])) if good else math.nan for name in names}
     return values | {"lr": float(steps[-1]["lr"]), FLAG: len(steps) - len(good)}
 
 

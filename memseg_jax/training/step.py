@@ -21,6 +21,7 @@ import optax
 from memseg_jax.models.memory_update import memory_momentum
 from memseg_jax.models.segmentor import Segmentor
 from memseg_jax.runtime.sharding import ALL, Shares
+from memseg_jax.scoring.memory_health import PIXELS
 from memseg_jax.training.freezing import Frozen
 from memseg_jax.training.guards import FLAG, keep_finite
 from memseg_jax.training.losses import consistency_loss, cross_entropy, group_weights
@@ -55,9 +56,10 @@ def make_train_step(
     Returns:
         step(state, batch) -> (state, metrics), where batch has "image" float32
         [batch, height, width, 3], "label" integer [batch, height, width], and in a run "stop" int32
-        [devices]; metrics are scalars: the losses by name (weighted), "loss" their sum, "lr",
+        [devices]; metrics are the scalars: the losses by name (weighted), "loss" their sum, "lr",
         "grad_norm", "nonfinite": 1 if the step was bad and its result thrown away (see `guards`),
-        otherwise 0, and "stop": the largest of the flags (see `runtime.stopping`).
+        otherwise 0, and "stop": the largest of the flags (see `runtime.stopping`); and with a
+        memory `PIXELS` [classes]: how many pixels of every class moved it.
     """
     losses = Losses(model, config, (config.loss.consistency_from_epoch - 1) * steps_per_epoch)
     parts = config.train.accumulate
@@ -163,6 +165,11 @@ class Losses:
         base_lr = m.base_lr * linear_scale(self.config)
         return self.model.move_memory(memory, sums, memory_momentum(lr, m.momentum, base_lr))
 
+    def pixels(self, sums: Any) -> Metrics:
+        """How many pixels of every class are in the sums of a batch, float32 [classes]."""
+        per_group = sums.count.reshape(len(sums.count), self.model.num_classes, -1)
+        return {PIXELS: jnp.sum(per_group, axis=(0, 2)).astype(jnp.float32)}
+
     def of_images(
         self,
         logits: jax.Array,
@@ -243,7 +250,7 @@ def whole_batch(
     rngs = jax.random.split(rng, 3)
 
     def loss_fn(params: Any) -> tuple[jax.Array, tuple[Metrics, Any, jax.Array]]:
-        memory, local = state.memory, None
+        memory, local, pixels = state.memory, None, {}
         encoded, batch_stats = losses.apply(
             "encode", params, state.batch_stats, rngs[0], batch["image"]
         )
@@ -252,6 +259,7 @@ def whole_batch(
         if losses.model.memory_enabled:
             sums = losses.memory_sums(memory, encoded, batch["label"])
             memory, local = losses.move_memory(memory, sums, lr)
+            pixels = losses.pixels(sums)
         logits, batch_stats = losses.apply(
             "decode", params, batch_stats, rngs[1], encoded, state.memory, local
         )
@@ -259,7 +267,7 @@ def whole_batch(
         of_rows, batch_stats = losses.of_rows(params, batch_stats, local, rngs[2], state.step)
         metrics |= of_rows
         metrics["loss"] = sum(metrics.values())
-        return metrics["loss"], (metrics, batch_stats, memory)
+        return metrics["loss"], (metrics | pixels, batch_stats, memory)
 
     grads, rest = jax.grad(loss_fn, has_aux=True)(state.params)
     return grads, *rest
@@ -310,11 +318,13 @@ def accumulate_gradients(
         images, rngs = part(index)
         return memory_sums(encode(state.params, images["image"], rngs[0])[0], images)
 
-    memory, local = state.memory, None
+    memory, local, pixels = state.memory, None, {}
     update_comes_first = losses.model.memory_enabled and losses.model.gradient_sees_update
     update_comes_last = losses.model.memory_enabled and not update_comes_first
     if update_comes_first:
-        memory, local = losses.move_memory(memory, _sum_over_parts(sums_of_part, parts), lr)
+        sums = _sum_over_parts(sums_of_part, parts)
+        memory, local = losses.move_memory(memory, sums, lr)
+        pixels = losses.pixels(sums)
 
     total_weights = group_weights(
         batch["label"],
@@ -345,10 +355,11 @@ def accumulate_gradients(
     grads, metrics, batch_stats, sums = _sum_over_parts(gradients_of_part, parts)
     if update_comes_last:
         memory, local = losses.move_memory(memory, sums, lr)
+        pixels = losses.pixels(sums)
     more, (of_rows, batch_stats) = jax.grad(consistency, has_aux=True)(state.params)
     grads = jax.tree.map(jnp.add, grads, more)
     metrics |= of_rows
-    return grads, metrics | {"loss": sum(metrics.values())}, batch_stats, memory
+    return grads, metrics | {"loss": sum(metrics.values())} | pixels, batch_stats, memory
 
 
 def _sum_over_parts(function: Callable[[jax.Array], Any], parts: int) -> Any:

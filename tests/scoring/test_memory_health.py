@@ -58,6 +58,25 @@ def test_ages_go_on_after_a_stop():
     assert MemoryHealth(NAMES, 7, memory(1, 2, 4)).ages == [0, 0, 0]
 
 
+def test_pixels_and_steps_go_on_after_a_stop_and_go_back():
+    health = MemoryHealth(NAMES, 4, memory(1, 2, 0))
+    assert health.updates == {"since": 4, "pixels": [0, 0, 0], "steps": [0, 0, 0]}
+    health.count([np.float32([10, 0, 0]), np.float32([5, 1, 0])])
+    kept = health.updates
+    assert kept == {"since": 4, "pixels": [15, 1, 0], "steps": [2, 1, 0]}
+    again = MemoryHealth(NAMES, 6, memory(1, 2, 0), updates=kept)
+    for one in (health, again):
+        one.count([np.float32([0, 7, 0])])
+        assert one.updates == {"since": 4, "pixels": [15, 8, 0], "steps": [2, 2, 0]}
+    health.go_back(6, kept)
+    assert health.updates == kept
+    health.look(9, memory(1, 3, 0))
+    record = health.record(9, memory(1, 3, 0))
+    np.testing.assert_array_equal(record["memory"], memory(1, 3, 0))
+    assert record["ages"].tolist() == [5, 0, 5]
+    assert (record["pixels"].tolist(), record["steps"].tolist()) == ([15, 1, 0], [2, 1, 0])
+
+
 def test_a_memory_of_statistics():
     """Rows are what is drawn from it; a class is unseen as long as it has what it began with."""
     initial = np.tile(np.array([0, 1], np.float32), (3, 1))

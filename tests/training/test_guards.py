@@ -334,6 +334,10 @@ def test_rollback(run, place_of_run, capsys, caplog):
     assert_same(back, load(place_of_run, 8))
     end = load(place_of_run, 16)
     assert guards.all_finite(end)
+    metas = [checkpoint.read_meta(place_of_run, step)[1] for step in (6, 8, 16)]
+    updates = [meta["memory_updates"] for meta in metas]
+    assert updates[0] == updates[1]  # what was passed over has moved nothing
+    assert [max(x["steps"]) for x in updates] == [6, 6, 14]
     # Whoever resumes after the rollback passes over the same data: the same end.
     files.remove_folders(place_of_run / "checkpoints", ["9", "12", "15", "16"])
     assert run(set(), KEEP, rollback, workdir=place_of_run) == 0

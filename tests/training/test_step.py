@@ -12,6 +12,7 @@ import pytest
 from memseg_jax.models.memory_update import memory_momentum, update_memory
 from memseg_jax.models.segmentor import build_segmentor
 from memseg_jax.runtime import sharding
+from memseg_jax.scoring.memory_health import PIXELS
 from memseg_jax.training import optimizer
 from memseg_jax.training.losses import consistency_loss, cross_entropy
 from memseg_jax.training.state import init_state, init_variables
@@ -189,6 +190,9 @@ def test_memory_is_updated_from_the_features_of_this_step():
             states[number].memory, out["memory_input"], batch(number)["label"], momentum
         )
         assert_close(states[number + 1].memory, expected)
+        labels = batch(number)["label"].astype(np.int64).ravel()
+        counts = np.bincount(labels, minlength=256)[: len(config.data.class_names)]
+        assert metrics[number][PIXELS].tolist() == counts.tolist()
 
 
 def test_the_losses_add_up_with_their_weights():
@@ -271,7 +275,8 @@ def test_a_batch_without_labels(number):
     unlabelled = batch(0) | {"label": np.full_like(batch(0)["label"], 255)}
     after, metrics = take_step(state, unlabelled)
     assert [metrics[name] for name in CE_TERMS] == [0, 0, 0]
-    assert all(np.isfinite(value) for value in metrics.values())
+    assert all(np.isfinite(value).all() for value in metrics.values())
+    assert metrics[PIXELS].tolist() == [0] * len(build()[0].data.class_names)
     assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(after))
     assert after.memory.tobytes() == state.memory.tobytes()
 

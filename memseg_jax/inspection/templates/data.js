@@ -1,0 +1,1 @@
+const sectionData = (anchor) => JSON.parse(document.getElementById("data").textContent)[anchor];
