@@ -26,8 +26,13 @@ _CHARTS = {
     "Waiting for data": ("%", {"data_wait": "share of the time"}),
     "Norm of the gradients": ("", {"grad_norm": "norm"}),
 }
-# Of a comparison, each with one curve a run.
-_COMPARED = ("Losses", "Scores of the evaluations", "Learning rate", "Speed")
+# Those of a comparison, where their first column has one curve a run, and their titles there.
+_COMPARED = {
+    "Losses": "Loss",
+    "Scores of the evaluations": "mIoU",
+    "Learning rate": "Learning rate",
+    "Speed": "Speed",
+}
 
 
 def of_run(curves: Mapping[str, Points]) -> list[dict[str, Any]]:
@@ -40,7 +45,7 @@ def of_run(curves: Mapping[str, Points]) -> list[dict[str, Any]]:
             if curves.get(column)
         ]
         if series:
-            charts.append({"title": title, "unit": unit, "series": series})
+            charts.append(_chart(title, unit, series))
     return charts
 
 
@@ -55,9 +60,14 @@ def of_runs(names: Sequence[str], all_curves: Sequence[Mapping[str, Points]]) ->
             for name, curves in zip(names, all_curves)
         ]
         if any(x["points"] for x in series):
-            title = {"Losses": "Loss", "Scores of the evaluations": "mIoU"}.get(title, title)
-            charts.append({"title": title, "unit": unit, "series": series})
+            chart = _chart(title, unit, series)
+            charts.append(chart | {"title": _COMPARED[title]})
     return charts
+
+
+def _chart(title: str, unit: str, series: list[dict[str, Any]]) -> dict[str, Any]:
+    # Scores differ by little: their axis need not begin at 0.
+    return {"title": title, "unit": unit, "zoom": title.startswith("Scores"), "series": series}
 
 
 def _thinned(points: Points) -> Points:

@@ -4,7 +4,12 @@ For each class, of the pixels on the outline of its predicted area, the share th
 tolerance of the outline of its true area (precision), and the other way round (recall); the score
 is their harmonic mean. This is the measure of Csurka et al., "What is a good evaluation measure for
 semantic segmentation?" (BMVC 2013), except that pixels are summed over all images first, as for
-IoU, and that outlines of neighbouring classes are those of both.
+IoU.
+
+Where there is no label, there is no outline to hit, but many data sets leave a band without labels
+just along outlines. So pixels without a label take the class of the nearest one that has one, which
+puts the outline in the middle of a band, and only what is within the tolerance of a labelled pixel
+counts.
 """
 
 import cv2
@@ -28,27 +33,23 @@ class BoundaryScore:
     def add(self, prediction: np.ndarray, label: np.ndarray) -> None:
         """Adds an image.
 
-        Pixels without a label have no class in either map: no outline is counted within them.
-
         Args:
             prediction: uint8 [height, width].
-            label: uint8 [height, width].
+            label: uint8 [height, width]; values of K or more mean that there is no label.
         """
-        num_classes = len(self.counts)
-        valid = label < num_classes
+        valid = label < len(self.counts)
+        if not valid.any():
+            return
         tolerance = max(TOLERANCE * float(np.hypot(*label.shape)), 1.0)
-        present = np.flatnonzero(
-            np.bincount(label[valid], minlength=num_classes)
-            + np.bincount(prediction[valid], minlength=256)[:num_classes]
-        )
-        for k in present:
-            predicted = _outline((prediction == k) & valid, valid)
-            true = _outline((label == k) & valid, valid)
+        counted = _near(valid, tolerance)
+        truth = label if valid.all() else _filled(label, valid)
+        for k in np.unique([*np.unique(truth), *np.unique(prediction[counted])]):
+            predicted, true = (_outline(x == k) for x in (prediction, truth))
             self.counts[k] += [
-                predicted.sum(),
-                (predicted & _near(true, tolerance)).sum(),
-                true.sum(),
-                (true & _near(predicted, tolerance)).sum(),
+                (predicted & counted).sum(),
+                (predicted & counted & _near(true, tolerance)).sum(),
+                (true & counted).sum(),
+                (true & counted & _near(predicted, tolerance)).sum(),
             ]
 
     def scores(self) -> np.ndarray:
@@ -61,15 +62,24 @@ class BoundaryScore:
         return np.where(predicted + true == 0, np.nan, np.nan_to_num(score))
 
 
-def _outline(area: np.ndarray, valid: np.ndarray) -> np.ndarray:
-    """The pixels of an area that touch a labelled pixel outside; bool [height, width]."""
-    outside = (valid & ~area).astype(np.uint8)
-    return area & (cv2.dilate(outside, _CROSS) > 0)
+def _filled(label: np.ndarray, valid: np.ndarray) -> np.ndarray:
+    """The label map in which every pixel has the label of the nearest one that has one."""
+    _, nearest = cv2.distanceTransformWithLabels(
+        (~valid).astype(np.uint8), cv2.DIST_L2, 5, labelType=cv2.DIST_LABEL_PIXEL
+    )
+    labels = np.zeros(nearest.max() + 1, label.dtype)
+    labels[nearest[valid]] = label[valid]
+    return labels[nearest]
 
 
-def _near(outline: np.ndarray, tolerance: float) -> np.ndarray:
-    """The pixels whose distance to an outline is at most `tolerance`."""
-    if not outline.any():
-        return np.zeros_like(outline)
-    away = (~outline).astype(np.uint8)
+def _outline(area: np.ndarray) -> np.ndarray:
+    """The pixels of an area that touch one outside; bool [height, width]."""
+    return area & (cv2.dilate((~area).astype(np.uint8), _CROSS) > 0)
+
+
+def _near(mask: np.ndarray, tolerance: float) -> np.ndarray:
+    """The pixels whose distance to one of a mask is at most `tolerance`; bool [height, width]."""
+    if not mask.any():
+        return np.zeros_like(mask)
+    away = (~mask).astype(np.uint8)
     return cv2.distanceTransform(away, cv2.DIST_L2, cv2.DIST_MASK_PRECISE) <= tolerance

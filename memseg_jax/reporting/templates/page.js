@@ -69,7 +69,7 @@ const lineChart = (figure, chart) => {
   const all = series.flatMap((x) => x.points);
   const xs = all.map((p) => p[0]), ys = all.map((p) => p[1]);
   const x0 = Math.min(...xs), x1 = Math.max(...xs, x0 + 1);
-  const low = Math.min(...ys, 0), high = Math.max(...ys), y1 = high > low ? low + (high - low) * 1.06 : low + 1;
+  const high = Math.max(...ys), low = chart.zoom ? Math.min(...ys) - (high - Math.min(...ys)) * 0.06 : Math.min(...ys, 0), y1 = high > low ? low + (high - low) * 1.06 : low + 1;
   const atX = (x) => left + (x - x0) / (x1 - x0) * (width - left - right);
   const atY = (y) => height - bottom - (y - low) / (y1 - low) * (height - top - bottom);
   const svg = draw("svg", { viewBox: `0 0 ${width} ${height}`, role: "img", "aria-label": `${chart.title} by step` }, figure);
@@ -144,7 +144,7 @@ const heatMap = (figure, matrix, names) => {
       const x = margin + j * cell, y = margin + i * cell;
       // Square root: most mistakes are a few per cent, and are to be seen.
       draw("rect", { class: i === j ? "right" : "wrong", x, y, width: cell, height: cell, "fill-opacity": Math.sqrt(value).toFixed(3) }, svg);
-      if (cell >= 24) draw("text", { class: "name value", x: x + cell / 2, y: y + cell / 2 + 4, "text-anchor": "middle" }, svg, (100 * value).toFixed(value < 0.1 ? 1 : 0));
+      if (cell >= 24) draw("text", { class: value > 0.5 ? "value strong" : "name value", x: x + cell / 2, y: y + cell / 2 + 4, "text-anchor": "middle" }, svg, (100 * value).toFixed(value < 0.1 ? 1 : 0));
     }
     svg.addEventListener("pointermove", (event) => {
       const [x, y] = placeIn(svg, event), i = Math.floor((y - margin) / cell), j = Math.floor((x - margin) / cell);
@@ -199,7 +199,7 @@ const PANELS = {
   truth: { title: "truth", pixel: (p, i) => coloured(p.truth[i]) },
   prediction: { title: "prediction", pixel: (p, i) => coloured(p.prediction[i]) },
   errors: { title: "errors", fades: true, pixel: (p, i) => p.truth[i] >= data.classes.length ? [UNLABELLED, 0.5] : p.truth[i] !== p.prediction[i] ? [WRONG, 1] : null },
-  confidence: { title: "confidence: the brighter, the less sure", fades: true, pixel: (p, i) => [UNSURE, 1 - p.sure[i] / 255] },
+  confidence: { title: "doubt: 1 − confidence", fades: true, pixel: (p, i) => [UNSURE, 1 - p.sure[i] / 255] },
 };
 const coloured = (k) => k < data.classes.length && !view.hidden.has(k) ? [data.palette[k], 1] : null;
 const className = (k) => data.classes[k] ?? "not labelled";
