@@ -150,7 +150,8 @@ def _run_mode(line: SimpleNamespace, argv: list[str]) -> int:
     if line.mode == "init":
         return module.run(line.root, line.output)
     if line.compare:
-        return module.compare(line.compare, line.output)
+        module.compare(line.compare, line.output)
+        return 0
     workdir = line.workdir or os.path.join("runs", _run_name(line.config_flag))
     if line.mode == "check_data":
         return module.run(line.config, line.output or os.path.join(workdir, "check_data"))
@@ -166,7 +167,8 @@ def _run_mode(line: SimpleNamespace, argv: list[str]) -> int:
         return module.run(line.config, line.topology, line.workdir, line.layout)
     which = int(line.checkpoint) if line.checkpoint.isdecimal() else line.checkpoint
     if line.mode == "report":
-        return module.run(workdir, line.config, which, line.overwrite)
+        module.run(workdir, line.config, which, line.overwrite)
+        return 0
     arguments = [line.config, workdir]
     if line.mode != "train":
         arguments.append(which)
