@@ -21,8 +21,9 @@ def browser():
         pytest.skip("there is no Chromium with its driver: apt-get install chromium-driver")
     options = webdriver.ChromeOptions()
     options.binary_location = program
-    for argument in ("--headless=new", "--no-sandbox", "--disable-gpu", "--window-size=1200,900"):
-        options.add_argument(argument)
+    for argument in ("headless=new", "no-sandbox", "disable-gpu", "window-size=1200,900"):
+        options.add_argument(f"--{argument}")
+    options.add_argument("--force-prefers-reduced-motion")  # nothing moves while it is clicked
     options.set_capability("goog:loggingPrefs", {"browser": "ALL"})
     chrome = webdriver.Chrome(options, webdriver.ChromeService(driver))
     chrome.set_script_timeout(120)
@@ -85,7 +86,7 @@ def test_the_report(browser, tmp_path):
     )
     shown = script(pixels)
     assert len(shown) == 9 * 5
-    assert script("return document.querySelectorAll('#toggles label').length") == 2
+    assert script("return document.querySelectorAll('#toggles label').length") == 3
     script("document.querySelector('#toggles input').click()")
     redrawn = "requestAnimationFrame(() => requestAnimationFrame(arguments[0]))"
     browser.execute_async_script(redrawn)

@@ -163,7 +163,7 @@ def test_flags_are_only_for_some_modes(capsys):
     arguments = ["main", "--config", str(tiny.CONFIG), "--mode", "predict", "--input", "x"]
     assert main.main([*arguments, "--distributed=off"]) == 1
     assert (
-        "--distributed is only for --mode train and evaluate and benchmark"
+        "--distributed is only for --mode train and evaluate and report and benchmark"
         in capsys.readouterr().err
     )
 
