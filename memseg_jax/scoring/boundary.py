@@ -44,12 +44,15 @@ class BoundaryScore:
         counted = _near(valid, tolerance)
         truth = label if valid.all() else _filled(label, valid)
         for k in np.unique([*np.unique(truth), *np.unique(prediction[counted])]):
-            predicted, true = (_outline(x == k) for x in (prediction, truth))
+            areas = prediction == k, truth == k
+            part = _part_around(areas[0] | areas[1])  # most classes cover little
+            predicted, true = (_outline(area[part]) for area in areas)
+            wanted = counted[part]
             self.counts[k] += [
-                (predicted & counted).sum(),
-                (predicted & counted & _near(true, tolerance)).sum(),
-                (true & counted).sum(),
-                (true & counted & _near(predicted, tolerance)).sum(),
+                (predicted & wanted).sum(),
+                (predicted & wanted & _near(true, tolerance)).sum(),
+                (true & wanted).sum(),
+                (true & wanted & _near(predicted, tolerance)).sum(),
             ]
 
     def scores(self) -> np.ndarray:
@@ -70,6 +73,12 @@ def _filled(label: np.ndarray, valid: np.ndarray) -> np.ndarray:
     labels = np.zeros(nearest.max() + 1, label.dtype)
     labels[nearest[valid]] = label[valid]
     return labels[nearest]
+
+
+def _part_around(area: np.ndarray) -> tuple[slice, slice]:
+    """The rows and columns that hold an area and the pixels beside it."""
+    left, top, width, height = cv2.boundingRect(area.astype(np.uint8))
+    return slice(max(top - 1, 0), top + height + 1), slice(max(left - 1, 0), left + width + 1)
 
 
 def _outline(area: np.ndarray) -> np.ndarray:

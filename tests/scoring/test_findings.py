@@ -139,10 +139,10 @@ def test_large_images_are_shrunk():
 
 
 @pytest.mark.parametrize("thorough", [False, True])
-def test_what_is_written_is_read(place, thorough):
+def test_what_is_written_is_read(place_of_run, thorough):
     found = find(range(7), np.linspace(0, 0.4, 7), thorough)
-    evaluation_file.write(place, {"class_names": NAMES, "step": 3}, found)
-    about, again = evaluation_file.read(place)
+    evaluation_file.write(place_of_run, {"class_names": NAMES, "step": 3}, found)
+    about, again = evaluation_file.read(place_of_run)
     assert (about["step"], about["class_names"]) == (3, list(NAMES))
     assert again.per_image.names == found.per_image.names
     arrays, expected = again.arrays(), found.arrays()
