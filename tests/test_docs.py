@@ -16,7 +16,8 @@ ROOT = Path(__file__).resolve().parents[1]
 LAUNCH = ROOT / "docs" / "launch"
 SCRIPTS = sorted(LAUNCH.glob("*.sh"))
 PAGES = [
-    ROOT / "docs" / f"{name}.md" for name in ("launch", "scaling", "large_batches", "data_sets")
+    ROOT / "docs" / f"{name}.md"
+    for name in ("launch", "scaling", "large_batches", "data_sets", "report")
 ]
 TEXTS = [*PAGES, *sorted(LAUNCH.iterdir())]
 
