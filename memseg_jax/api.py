@@ -134,8 +134,8 @@ def evaluate(
     """Segments the evaluation split with a checkpoint, and scores it.
 
     Args:
-        workdir: folder of the run or of the converted model; `metrics.json`, `per_class.csv` and a
-            picture are written there.
+        workdir: folder of the run or of the converted model; `metrics.json`, `per_class.csv`,
+            `per_image.csv`, a picture and `report.html` are written there.
         config: a config, or the name of its file; None: that of the checkpoint.
         checkpoint: "best", "last" or a step.
 

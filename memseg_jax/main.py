@@ -20,9 +20,8 @@ from memseg_jax.runtime.suggest import did_you_mean
 
 # Only light imports: `--help` must be quick, and every worker process imports this module.
 MODES = (
-    "train", "evaluate", "predict", "memory", "verify", "check_data", "pack", "benchmark", "plan",
-    "export", "serve",
-    "init",
+    "train", "evaluate", "predict", "report", "memory", "verify", "check_data", "pack",
+    "benchmark", "plan", "export", "serve", "init",
 )  # fmt: skip
 _WITH_CONFIG = MODES[:-1]  # init writes one
 USAGE = """\
@@ -35,11 +34,13 @@ examples:
   python -m memseg_jax.main --config configs/quickstart.py --mode evaluate
   python -m memseg_jax.main --config configs/quickstart.py --mode predict --input photos/
   python -m memseg_jax.main --config configs/quickstart.py --mode benchmark
+  python -m memseg_jax.main --mode report --workdir runs/quickstart
+  python -m memseg_jax.main --mode report --compare runs/without,runs/with
 
 Training that SIGTERM, SIGUSR1 or Ctrl-C ends saves its state and exits with status 75; the same
 command resumes it. Status 1 is an error.
 """
-TOGETHER = ("train", "evaluate", "benchmark")  # what several processes can do as one run
+TOGETHER = ("train", "evaluate", "report", "benchmark")  # what several processes can do as one run
 FLAGS = {  # name -> (default, the modes that read it, help)
     "workdir": (
         None,
@@ -49,7 +50,7 @@ FLAGS = {  # name -> (default, the modes that read it, help)
     "mode": ("train", MODES, f"{', '.join(MODES[:-1])} or {MODES[-1]} (default: train)"),
     "checkpoint": (
         "best",
-        ("evaluate", "predict", "memory", "export", "serve"),
+        ("evaluate", "predict", "report", "memory", "export", "serve"),
         "best, last or a step (default: best)",
     ),
     "input": (
@@ -61,13 +62,20 @@ FLAGS = {  # name -> (default, the modes that read it, help)
     "pixel": (None, ("memory",), "ROW,COLUMN of the image to look at first (default: its middle)"),
     "output": (
         None,
-        ("predict", "memory", "check_data", "export", "init"),
+        ("predict", "report", "memory", "check_data", "export", "init"),
         "folder for the results (default: predictions, memory, check_data, export in the workdir); "
-        "of init the config file (default: configs/<name of the folder>.py)",
+        "of init the config file (default: configs/<name of the folder>.py); of report --compare "
+        "the page (default: comparison.html in the last of the folders)",
     ),
     "save_confidence": (False, ("predict",), "also write how sure the model is of each pixel"),
     "save_ids": (False, ("predict",), "also write the raw class ids"),
-    "overwrite": (False, ("predict",), "segment again what has been segmented before"),
+    "overwrite": (False, ("predict", "report"), "segment again what has been segmented before"),
+    "compare": (
+        None,
+        ("report",),
+        "two or more workdirs with commas between them, to be shown side by side; all have to be "
+        "evaluated",
+    ),
     "distributed": (
         "auto",
         TOGETHER,
@@ -155,6 +163,9 @@ def _run_mode(line: SimpleNamespace, argv: list[str]) -> int:
             files.place(getattr(line, name), f"--{name}")
     if line.mode == "init":
         return module.run(line.root, line.output)
+    if line.compare:
+        module.compare(line.compare, line.output)
+        return 0
     workdir = line.workdir or os.path.join("runs", _run_name(line.config_flag))
     if line.mode == "check_data":
         return module.run(line.config, line.output or os.path.join(workdir, "check_data"))
@@ -168,9 +179,13 @@ def _run_mode(line: SimpleNamespace, argv: list[str]) -> int:
         return 0
     if line.mode == "plan":
         return module.run(line.config, line.topology, line.workdir, line.layout)
+    which = int(line.checkpoint) if line.checkpoint.isdecimal() else line.checkpoint
+    if line.mode == "report":
+        module.run(workdir, line.config, which, line.overwrite)
+        return 0
     arguments = [line.config, workdir]
     if line.mode != "train":
-        arguments.append(int(which) if (which := line.checkpoint).isdecimal() else which)
+        arguments.append(which)
     if line.mode == "predict":
         output = line.output or os.path.join(workdir, "predictions")
         arguments += [line.input, output, line.save_confidence, line.save_ids, line.overwrite]
@@ -188,15 +203,17 @@ def _run_mode(line: SimpleNamespace, argv: list[str]) -> int:
     return 0
 
 
-def _asks_for_init(argv: list[str]) -> bool:
-    """Whether the mode is the one that takes no config; the line is not parsed yet."""
+def _needs_config(argv: list[str]) -> bool:
+    """Whether the mode takes a config; the line is not parsed yet.
+
+    A report takes that of the checkpoint, unless one is given.
+    """
     words = " ".join(argv).replace("=", " ").split()
-    asked = any(
-        pair in (("--mode", "init"), ("-mode", "init")) for pair in itertools.pairwise(words)
-    )
-    if asked and command_line.names_config(argv):
+    mode = next((b for a, b in itertools.pairwise(words) if a in ("--mode", "-mode")), "train")
+    named = command_line.names_config(argv)
+    if mode == "init" and named:
         raise UserError("--mode init writes a config file: leave out --config")
-    return asked
+    return mode not in ("init", "report") or named
 
 
 def _run_name(config_flag: str) -> str:
@@ -211,8 +228,10 @@ def _parse(argv: list[str]) -> SimpleNamespace:
         name: (default, text if modes in (MODES, _WITH_CONFIG) else f"{', '.join(modes)}: {text}")
         for name, (default, modes, text) in FLAGS.items()
     }
-    with_config = not _asks_for_init(argv)
+    with_config = _needs_config(argv)
     line = command_line.parse(argv, definitions, doc=USAGE, with_config=with_config)
+    if not with_config:
+        line.config, line.config_flag = None, ""
     mode = line.mode
     if mode not in MODES:
         raise UserError(f"there is no mode {mode!r}. {did_you_mean(mode, MODES)}")
@@ -221,8 +240,10 @@ def _parse(argv: list[str]) -> SimpleNamespace:
             raise UserError(f"--{name} is only for --mode {' and '.join(modes)}")
     if mode == "init" and not line.root:
         raise UserError(f"--mode init needs --root: {FLAGS['root'][2]}")
-    if line.mode in ("predict", "export") and not line.input:
-        raise UserError(f"--mode {line.mode} needs --input: {FLAGS['input'][2]}")
+    if mode == "report" and not (line.workdir or line.compare or with_config):
+        raise UserError("--mode report needs --workdir: the folder of a run; or --compare")
+    if mode in ("predict", "export") and not line.input:
+        raise UserError(f"--mode {mode} needs --input: {FLAGS['input'][2]}")
     if line.pixel and not line.input:
         raise UserError("--pixel is of an image: --mode memory needs --input, too")
     if mode == "plan" and not line.topology:

@@ -17,7 +17,16 @@ LAUNCH = ROOT / "docs" / "launch"
 SCRIPTS = sorted(LAUNCH.glob("*.sh"))
 PAGES = [
     ROOT / "docs" / f"{name}.md"
-    for name in ("launch", "scaling", "large_batches", "data_sets", "export", "serve")
+    for name in (
+        "launch",
+        "scaling",
+        "large_batches",
+        "data_sets",
+        "report",
+        "export",
+        "serve",
+        "memory_map",
+    )
 ]
 TEXTS = [*PAGES, *sorted(LAUNCH.iterdir())]
 

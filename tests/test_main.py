@@ -116,6 +116,19 @@ def test_export(config_file, calls):
     ]
 
 
+def test_report(config_file, calls, monkeypatch):
+    run("--mode", "report", "--workdir", "runs/a")  # with the config of the checkpoint
+    run("--mode=report", "--config", config_file, "--checkpoint=300", "--overwrite")
+    (_, *first), (_, workdir, config, *second) = (call for call in calls if call != "cache")
+    assert first == ["runs/a", None, "best", False]
+    assert (workdir, config.data.class_names[1], *second) == ("runs/tiny", "road", 300, True)
+    compared = []
+    module = sys.modules["memseg_jax.modes.report"]
+    monkeypatch.setattr(module, "compare", lambda *args: compared.append(args), raising=False)
+    assert run("--mode", "report", "--compare", "a,b", "--output", "page.html") == 0
+    assert compared == [("a,b", "page.html")]
+
+
 def test_check_data_returns_its_status(config_file, calls):
     assert run("--config", config_file, "--mode", "check_data") == 5
     run("--config", config_file, "--mode", "check_data", "--output", "pictures")

@@ -4,13 +4,13 @@ import logging
 
 import ml_collections
 
-from memseg_jax import checkpoint, config_rules
+from memseg_jax import checkpoint, config_rules, reporting
 from memseg_jax.data import benchmark_of, open_split
 from memseg_jax.data.classes import palette_of
 from memseg_jax.models.segmentor import build_segmentor
 from memseg_jax.runtime import distributed
 from memseg_jax.scoring import visualize
-from memseg_jax.scoring.evaluator import Evaluator
+from memseg_jax.scoring.evaluator import Evaluator, settings
 from memseg_jax.scoring.prediction_files import PredictionWriter
 from memseg_jax.training.state import abstract_variables
 
@@ -63,15 +63,9 @@ def run(config: ml_collections.ConfigDict, workdir: str, which: str | int = "bes
         return {}
     if not distributed.is_primary():
         return result.scores
-    extra = {
-        "step": meta["step"],
-        "split": split,
-        "mode": config.eval.mode,
-        "scales": list(config.eval.scales),
-        "flip": config.eval.flip,
-        "seconds": round(result.seconds, 3),
-    }
+    extra = {"step": meta["step"], **settings(config), "seconds": round(result.seconds, 3)}
     evaluator.report(result, folder, extra)
+    reporting.refresh(folder, reporting.about(meta, settings(config)), result.findings)
     if writer:
         print(writer.finish(), flush=True)
     return result.scores

@@ -11,7 +11,7 @@ from typing import Any
 import jax
 import ml_collections
 
-from memseg_jax import checkpoint, config_rules
+from memseg_jax import checkpoint, config_rules, reporting
 from memseg_jax.checkpoint import Checkpointer, RunLock
 from memseg_jax.data import open_split
 from memseg_jax.data.classes import palette_of
@@ -24,7 +24,7 @@ from memseg_jax.runtime.stopping import StopRequests
 from memseg_jax.runtime.text import format_duration
 from memseg_jax.runtime.watchdog import Watchdog
 from memseg_jax.scoring import memory_history, visualize
-from memseg_jax.scoring.evaluator import PICTURE, Evaluator
+from memseg_jax.scoring.evaluator import PICTURE, Evaluator, settings
 from memseg_jax.scoring.memory_health import MemoryHealth
 from memseg_jax.training import guards, optimizer
 from memseg_jax.training.agreement import check_processes_agree
@@ -176,7 +176,7 @@ def _run(
         watchdog,
         stops,
         folder,
-        config.data.eval_split,
+        settings(config),
         total_steps,
         train.early_stop,
     )
@@ -307,7 +307,7 @@ class _Evaluation:
     watchdog: Watchdog
     stops: StopRequests
     folder: files.Place
-    split: str
+    settings: Mapping[str, Any]
     total_steps: int
     early_stop: int
 
@@ -345,12 +345,16 @@ class _Evaluation:
         self.saver.lock.check()
         means = {k: v for k, v in result.scores.items() if isinstance(v, float)}
         if distributed.is_primary():
-            self.evaluator.report(result, self.folder, {"step": step, "split": self.split})
+            split = self.settings["split"]
+            self.evaluator.report(result, self.folder, {"step": step, "split": split})
         if self.saver.health:
             memory_history.write(self.folder, step, self.saver.health.record(step, state.memory))
         self.progress.write_scores(step, means)
         log.info("step %d: mIoU %.4f in %s", step, means["mIoU"], format_duration(result.seconds))
         self.saver.checkpointer.record_scores(step, means)
+        if distributed.is_primary():  # last: it shows the scores, and a run can do without
+            described = reporting.about(self.saver.describe(step), self.settings)
+            reporting.refresh(self.folder, described, result.findings)
 
 
 def _tell_others(kind: Any, error: BaseException | None, traceback: Any) -> bool:
@@ -394,6 +398,7 @@ def _print_results(folder: files.Place, first_step: int, last_step: int, seconds
     else:
         say(f"Trained {last_step - first_step} steps in {format_duration(seconds)}.")
     say(
+        f"  report       {folder / reporting.REPORT} (open it in a browser)\n"
         f"  picture      {folder / PICTURE}\n"
         f"  scores       {folder / 'metrics.json'}, {folder / 'per_class.csv'}\n"
         f"  progress     {folder / 'metrics.csv'}\n"

@@ -20,7 +20,8 @@ from memseg_jax.inference import Predictor
 from memseg_jax.models.segmentor import Segmentor
 from memseg_jax.runtime import bars, distributed, files, sharding
 from memseg_jax.runtime.log_file import say
-from memseg_jax.scoring import metrics, visualize
+from memseg_jax.scoring import metrics, per_image, visualize
+from memseg_jax.scoring.findings import Findings
 
 log = logging.getLogger(__name__)
 
@@ -40,6 +41,7 @@ class Evaluation:
             has those of the others.
         sizes: height and width of every image by its name; only process 0 has those of the others.
         seconds: how long it took.
+        findings: what a report is made of; only process 0 has those of the others.
     """
 
     matrix: np.ndarray
@@ -47,6 +49,17 @@ class Evaluation:
     examples: list[tuple[np.ndarray, np.ndarray, np.ndarray]]
     sizes: dict[str, tuple[int, int]]
     seconds: float
+    findings: Findings
+
+
+def settings(config: ml_collections.ConfigDict) -> dict[str, Any]:
+    """What is evaluated, and how: recorded with the scores."""
+    return {
+        "split": config.data.eval_split,
+        "mode": config.eval.mode,
+        "scales": list(config.eval.scales),
+        "flip": config.eval.flip,
+    }
 
 
 class Evaluator:
@@ -59,19 +72,27 @@ class Evaluator:
         config: the whole config; `config.eval` decides how images are segmented.
         model: the segmentor.
         source: images and labels, see `memseg_jax.data`.
+        thorough: whether confidences and outlines are looked at, too, as in a report that somebody
+            asked for. It takes more time than training should spend.
 
     Raises:
         UserError: a field of `config.eval` has an impossible value.
     """
 
-    def __init__(self, config: ml_collections.ConfigDict, model: Segmentor, source: Any):
-        self._source = source
+    def __init__(
+        self,
+        config: ml_collections.ConfigDict,
+        model: Segmentor,
+        source: Any,
+        thorough: bool = False,
+    ):
+        self._source, self._thorough = source, thorough
         self._threads = config.data.threads
         self._names = tuple(config.data.class_names)
         self._palette = visualize.resolve_palette(palette_of(config.data), len(self._names))
         self._mesh = sharding.local_mesh(config.eval.rows)
         pairs, crop = config.augment.flip_pairs, config.augment.crop
-        self._predictor = Predictor(model, config.eval, self._mesh, pairs, crop=crop)
+        self._predictor = Predictor(model, config.eval, self._mesh, pairs, thorough, crop)
 
     def evaluate(
         self,
@@ -81,8 +102,9 @@ class Evaluator:
     ) -> Evaluation | None:
         """Segments every image of the source and compares with its label.
 
-        One confusion matrix is all that is kept, besides a few examples: memory does not grow with
-        the number of images. All processes have to call it; they share the images.
+        Of every image, the part of its confusion matrix that is not 0 is kept, some hundreds of
+        bytes; besides, there are a few pictures. All processes have to call it; they share the
+        images.
 
         Args:
             variables: params, batch_stats and memory, on any mesh.
@@ -98,7 +120,9 @@ class Evaluator:
         count = len(source)
         own = range(distributed.process_index(), count, distributed.process_count())
         shown = set(np.linspace(0, count - 1, min(_EXAMPLES, count)).astype(int).tolist())
-        part = _Part(np.zeros((classes, classes + 1), np.int64))
+        part = _Part(
+            np.zeros((classes, classes + 1), np.int64), findings=Findings(classes, self._thorough)
+        )
         waiting: dict[int, dict[str, np.ndarray]] = {}
 
         def images() -> Iterator[tuple[int, np.ndarray]]:
@@ -109,7 +133,9 @@ class Evaluator:
         with bars.bar(len(own), "evaluating", "image") as bar:
             for done, prediction in enumerate(self._predictor.predict(variables, images()), 1):
                 sample = waiting.pop(prediction.key)
-                part.matrix += metrics.confusion_matrix(prediction.label, sample["label"], classes)
+                matrix = metrics.confusion_matrix(prediction.label, sample["label"], classes)
+                part.matrix += matrix
+                part.findings.add(prediction, sample, matrix)
                 if save:
                     save(sample["name"], prediction.label)
                     part.sizes[sample["name"]] = prediction.label.shape
@@ -132,10 +158,11 @@ class Evaluator:
             [part.examples[index] for index in sorted(part.examples)],
             part.sizes,
             time.monotonic() - start,
+            part.findings,
         )
 
     def report(self, evaluation: Evaluation, workdir: files.Place, extra: dict[str, Any]) -> None:
-        """Prints the table and writes metrics.json, per_class.csv and the picture of examples.
+        """Prints the table and writes metrics.json, two CSV files and the picture of examples.
 
         Args:
             evaluation: the result.
@@ -146,9 +173,12 @@ class Evaluator:
         say(metrics.format_table(scores, names))
         extra = {"images": len(self._source)} | extra
         metrics.write_results(workdir, scores, evaluation.matrix, names, extra)
+        per_image.write_csv(workdir, evaluation.findings.per_image, names)
         sheet = visualize.comparison_sheet(evaluation.examples, names, self._palette)
         visualize.save_png(workdir / PICTURE, sheet)
-        log.info("wrote metrics.json, per_class.csv and %s in %s", PICTURE, workdir)
+        log.info(
+            "wrote metrics.json, per_class.csv, %s and %s in %s", per_image.FILE, PICTURE, workdir
+        )
 
 
 @dataclasses.dataclass
@@ -156,6 +186,8 @@ class _Part:
     """What one process has seen of a split; the attributes are those of `Evaluation`."""
 
     matrix: np.ndarray
+    _: dataclasses.KW_ONLY
+    findings: Findings
     examples: dict[int, tuple[np.ndarray, np.ndarray, np.ndarray]] = dataclasses.field(
         default_factory=dict
     )
@@ -188,6 +220,7 @@ class _Part:
                     arrays[f"example/{index}/{number}"] = array
             arrays["names"] = np.array(list(self.sizes), np.str_)
             arrays["sizes"] = np.array(list(self.sizes.values()), np.int64).reshape(-1, 2)
+            arrays |= self.findings.arrays()
         file = io.BytesIO()
         np.savez_compressed(file, **arrays)
         return file.getvalue()
@@ -204,3 +237,4 @@ class _Part:
             if "names" in arrays:
                 sizes = map(tuple, arrays["sizes"].tolist())
                 self.sizes |= dict(zip(arrays["names"].tolist(), sizes))
+                self.findings.update(arrays)

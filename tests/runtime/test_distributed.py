@@ -25,6 +25,7 @@ from memseg_jax import checkpoint, main
 from memseg_jax.errors import UserError
 from memseg_jax.runtime import distributed
 from memseg_jax.scoring import evaluator
+from memseg_jax.scoring.findings import Findings
 from tests import gcs, session, tiny
 
 PROGRAM = (sys.executable, "-m", "tests.small_program")
@@ -162,7 +163,7 @@ def test_flags_are_only_for_some_modes(capsys):
     arguments = ["main", "--config", str(tiny.CONFIG), "--mode", "predict", "--input", "x"]
     assert main.main([*arguments, "--distributed=off"]) == 1
     assert (
-        "--distributed is only for --mode train and evaluate and benchmark"
+        "--distributed is only for --mode train and evaluate and report and benchmark"
         in capsys.readouterr().err
     )
 
@@ -173,13 +174,18 @@ def test_parts_of_an_evaluation_add_up():
     def part(index):
         matrix = rng.integers(0, 2**60, (3, 4))  # more than float64 holds exactly
         triple = tuple(rng.integers(0, 9, (2, 3)).astype(np.uint8) for _ in range(3))
-        return evaluator._Part(matrix, {index: triple}, {f"ä/{index}": (2, 3)})
+        findings = Findings(3)
+        findings.per_image.add(index, f"ä/{index}", (2, 3), matrix)
+        return evaluator._Part(
+            matrix, findings=findings, examples={index: triple}, sizes={f"ä/{index}": (2, 3)}
+        )
 
     parts = [part(index) for index in range(3)]
-    total = evaluator._Part(np.zeros((3, 4), np.int64))
+    total = evaluator._Part(np.zeros((3, 4), np.int64), findings=Findings(3))
     for each in parts:
         total._add(each._packed(with_examples=True))
     np.testing.assert_array_equal(total.matrix, sum(each.matrix for each in parts))
+    np.testing.assert_array_equal(total.findings.per_image.total(), total.matrix)
     assert total.sizes == {"ä/0": (2, 3), "ä/1": (2, 3), "ä/2": (2, 3)}
     for index, each in enumerate(parts):
         for ours, theirs in zip(total.examples[index], each.examples[index], strict=True):
