@@ -11,6 +11,7 @@ from memseg_jax.data import open_split
 from memseg_jax.inspection import maps
 from memseg_jax.inspection.worth import other_memories
 from memseg_jax.models.segmentor import build_segmentor
+from memseg_jax.inspection import inspector
 from memseg_jax.modes import memory as mode
 from memseg_jax.runtime import files
 from memseg_jax.scoring import memory_history
@@ -52,7 +53,7 @@ METHODS = ["mcibi", pytest.param("mcibi_plus_plus", marks=pytest.mark.slow)]
 
 @pytest.mark.parametrize("method", METHODS)
 def test_what_is_found(place_of_run, method, tmp_path, capsys, monkeypatch):
-    for module in (maps, mode):  # it takes most of the time, and is tested by itself
+    for module in (maps, inspector):  # it takes most of the time, and is tested by itself
         monkeypatch.setattr(module, "has_neighbour_maps", lambda: False)
     config, workdir = config_of(method), place_of_run
     tiny.save_random_model(workdir, config)
@@ -67,7 +68,7 @@ def test_what_is_found(place_of_run, method, tmp_path, capsys, monkeypatch):
     shown = capsys.readouterr()
     assert status == 0, shown.err
     assert files.names(workdir / "memory") == [
-        "map.png", "memory.html", "memory.npz", "similarity.png",
+        "map.png", "memory.html", "memory.npz", "sections.json", "similarity.png",
     ]  # fmt: skip
     found = arrays_of(workdir / "memory" / "memory.npz")
     np.testing.assert_array_equal(found["memory"], memory)

@@ -27,6 +27,10 @@ def test_the_report_of_a_checkpoint(place_of_run, compilations, three_convolutio
     assert str(workdir / "report.html") in capsys.readouterr().out
     page = files.read_text(workdir / "report.html")
     assert "boundary F" in page
+    for part in ("holding", "alike", "map", "worth"):  # of the memory
+        assert f'<section id="memory-{part}">' in page
+        assert f'<a href="#memory-{part}">' in page
+    assert files.is_file(workdir / "memory" / "memory.html")
     found = runs.read(workdir)
     assert found.about["step"] == 7
     assert found.findings.reliability.bins[:, 0].sum() == found.findings.per_image.total().sum()
@@ -64,6 +68,7 @@ def test_a_training_leaves_a_report():
     assert found.findings.reliability is None  # it is quick
     page = (workdir / "report.html").read_text(encoding="utf-8")
     assert "Scores of the evaluations" in page
+    assert "<code>--mode report</code> finds out" in page  # what the memory holds
     (score,) = found.curves["eval_mIoU"]
     assert score == (16, pytest.approx(found.scores["mIoU"]))
 

@@ -1,14 +1,11 @@
 """The page about a memory: one file that asks no other host, or its parts for another page."""
 
 import base64
-import functools
-import hashlib
 import io
 import math
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
-import jinja2
 import numpy as np
 from PIL import Image
 
@@ -21,6 +18,8 @@ from memseg_jax.inspection.pictures import (
     similarity_shade,
 )
 from memseg_jax.inspection.worth import AS_TRAINED, PERMUTED
+from memseg_jax.reporting.page import environment, hashes
+from memseg_jax.reporting.sections import Section
 
 _TEMPLATES = Path(__file__).parent / "templates"
 _GRID = 16  # pixels that can be clicked, along the longer side of a picture
@@ -29,35 +28,6 @@ _PICTURE = 560  # pixels of the picture in the page, along its longer side
 _MAP = (460, 380)  # of a map of points
 _CHART = (640, 220)  # of the course
 _LABELLED = 40  # with more classes, their names would lie upon each other
-
-
-class Section(NamedTuple):
-    """A part of a page.
-
-    Attributes:
-        anchor: its id in the page.
-        title: its heading, plain text.
-        html: its body, escaped, with its own style.
-        script: JavaScript, to be run after the whole page is there; "": there is none.
-        data: JSON values that `sectionData("<anchor>")` has to return in the script.
-    """
-
-    anchor: str
-    title: str
-    html: str
-    script: str = ""
-    data: Any = None
-
-
-@functools.cache
-def _engine() -> jinja2.Environment:
-    return jinja2.Environment(
-        loader=jinja2.FileSystemLoader(_TEMPLATES),
-        autoescape=True,
-        undefined=jinja2.StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
 
 
 def sections(findings: Findings) -> list[Section]:
@@ -85,7 +55,7 @@ def sections(findings: Findings) -> list[Section]:
         Section(
             f"memory-{name}",
             title,
-            _engine().get_template(f"{name}.html").render(values | shared),
+            environment(_TEMPLATES).get_template(f"{name}.html").render(values | shared),
             _text(script) if script else "",
             data,
         )
@@ -102,13 +72,13 @@ def whole_page(findings: Findings) -> str:
     parts = sections(findings)
     scripts = [_text("data.js"), *(part.script for part in parts if part.script)]
     return (
-        _engine()
+        environment(_TEMPLATES)
         .get_template("memory.html")
         .render(
             parts=parts,
             data={part.anchor: part.data for part in parts},
             scripts=scripts,
-            hashes=" ".join(f"'sha256-{_sha256(script)}'" for script in scripts),
+            hashes=hashes(scripts),
             step=findings.step,
             split=findings.split,
             classes=len(findings.class_names),
@@ -119,11 +89,6 @@ def whole_page(findings: Findings) -> str:
 
 def _text(name: str) -> str:
     return (_TEMPLATES / name).read_text(encoding="utf-8")
-
-
-def _sha256(script: str) -> str:
-    """The name of a script in the page's policy."""
-    return base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
 
 
 def in_words(findings: Findings) -> str:

@@ -67,19 +67,26 @@ def frequency_groups(pixels: np.ndarray) -> dict[str, np.ndarray]:
     return dict(zip(names, np.array_split(rarest_first, len(names))))
 
 
-def worth_of(evaluator: Evaluator, variables: dict[str, Any], pixels: np.ndarray | None) -> Worth:
-    """Evaluates a checkpoint three times, with its memory and with two wrong ones.
+def worth_of(
+    evaluator: Evaluator,
+    variables: dict[str, Any],
+    pixels: np.ndarray | None,
+    as_trained: np.ndarray | None = None,
+) -> Worth:
+    """Evaluates a checkpoint with its memory and with two wrong ones.
 
     Args:
         evaluator: of the split.
         variables: params, batch_stats and memory.
         pixels: [classes], how much was seen of each in training; None: as much as there is in the
             split.
+        as_trained: the confusion matrix with its memory; None: it is measured.
     """
     memory = np.asarray(variables["memory"])
-    matrices = {}
+    matrices = {} if as_trained is None else {AS_TRAINED: as_trained}
     for name, other in ({AS_TRAINED: memory} | other_memories(memory)).items():
-        matrices[name] = evaluator.evaluate(variables | {"memory": other}).matrix
+        if name not in matrices:
+            matrices[name] = evaluator.evaluate(variables | {"memory": other}).matrix
     if pixels is None:
         pixels = matrices[AS_TRAINED].sum(axis=1)
     return Worth(matrices, frequency_groups(pixels))

@@ -1,31 +1,20 @@
 """The memory mode: shows what the memory of a checkpoint holds, how it is read, and its worth."""
 
-import logging
 import re
 
 import jax
 import ml_collections
-import numpy as np
 
 from memseg_jax import checkpoint, config_rules, trained_model
 from memseg_jax.data import images, open_split
-from memseg_jax.data.classes import palette_of
 from memseg_jax.errors import UserError
-from memseg_jax.inspection import findings, page, pictures
+from memseg_jax.inspection import inspector, page
+from memseg_jax.inspection.findings import Picture
 from memseg_jax.inspection.looking import Looker
-from memseg_jax.inspection.maps import has_neighbour_maps
-from memseg_jax.inspection.samples import sample_features
-from memseg_jax.inspection.worth import worth_of
 from memseg_jax.models.segmentor import build_segmentor
 from memseg_jax.runtime import files
 from memseg_jax.runtime.log_file import say
-from memseg_jax.scoring import memory_history, visualize
-from memseg_jax.scoring.evaluator import Evaluator
 from memseg_jax.training.state import abstract_variables
-
-log = logging.getLogger(__name__)
-
-PAGE, ARRAYS, SIMILARITY, MAP = "memory.html", "memory.npz", "similarity.png", "map.png"
 
 
 def run(
@@ -65,7 +54,7 @@ def run(
     source = open_split(config.data, config.data.eval_split)
     run_folder = files.absolute(workdir, "the workdir")
     folder = files.writable_folder(
-        output or run_folder / "memory", "the folder for the results", "--output"
+        output or run_folder / inspector.FOLDER, "the folder for the results", "--output"
     )
     variables, _ = checkpoint.restore_for_inference(run_folder, abstract_variables(model), step)
     variables = jax.device_put(variables)  # once, and not for every picture
@@ -74,37 +63,14 @@ def run(
     if image is not None:
         look = looker.look(variables, image)
         height, width = image.shape[:2]
-        shown = findings.Picture(
-            files.place(picture).name, image, look, where or (height // 2, width // 2)
-        )
+        shown = Picture(files.place(picture).name, image, look, where or (height // 2, width // 2))
         look.at(*shown.pixel)  # before what takes long: whether there is such a pixel
-    if not has_neighbour_maps():
-        say('no map by t-SNE, as scikit-learn is not installed: pip install "memseg_jax[memory]"')
-    records = memory_history.read(run_folder, step)
-    log.info("sampling pixel features of %s", config.data.eval_split)
-    features = sample_features(looker, variables, source, len(class_names))
-    seen = records[-1].pixels if records and records[-1].pixels.any() else None
-    log.info("scoring %d images with three memories", len(source))
-    worth = worth_of(Evaluator(config, model, source), variables, seen)
-    found = findings.find(
-        model,
-        np.asarray(variables["memory"]),
-        records,
-        features,
-        worth,
-        class_names=class_names,
-        palette=visualize.resolve_palette(palette_of(config.data), len(class_names)),
-        step=step,
-        split=config.data.eval_split,
-        picture=shown,
+    found = inspector.inspect_memory(
+        config, model, looker, variables, source, run_folder, step, picture=shown
     )
-    findings.save_arrays(found, folder / ARRAYS)
-    visualize.save_png(folder / SIMILARITY, pictures.similarity_sheet(found))
-    if (sheet := pictures.map_sheet(found)) is not None:
-        visualize.save_png(folder / MAP, sheet)
-    files.write_text(folder / PAGE, page.whole_page(found))
+    inspector.write_files(found, folder)
     say(page.in_words(found))
-    say(f"Look at it: {folder / PAGE}")
+    say(f"Look at it: {folder / inspector.PAGE}")
 
 
 def parse_pixel(text: str) -> tuple[int, int]:

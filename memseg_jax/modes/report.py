@@ -2,11 +2,14 @@
 
 import logging
 
+import jax
 import ml_collections
 
 from memseg_jax import checkpoint, config_rules, reporting, trained_model
 from memseg_jax.data import open_split
 from memseg_jax.errors import UserError
+from memseg_jax.inspection import inspector
+from memseg_jax.inspection.looking import Looker
 from memseg_jax.models.segmentor import build_segmentor
 from memseg_jax.runtime import distributed, files
 from memseg_jax.runtime.plain import plain
@@ -28,7 +31,8 @@ def run(
     """Writes `<workdir>/report.html`, with all that can be said about a checkpoint.
 
     The reports that a training writes are made of what its evaluations had at hand. Here the split
-    is segmented once more, with confidences and outlines; unless that was done before.
+    is segmented once more, with confidences and outlines; unless that was done before. Then the
+    memory is inspected, by a single process only.
 
     Args:
         workdir: folder of a run.
@@ -60,6 +64,12 @@ def run(
         variables, _ = checkpoint.restore_for_inference(folder, abstract_variables(model), which)
         log.info("segmenting %d images with step %d", len(source), meta["step"])
         result = evaluator.evaluate(variables)
+        if model.memory_enabled and distributed.process_count() == 1:
+            found = inspector.inspect_memory(
+                config, model, Looker(model, config), jax.device_put(variables), source, folder,
+                meta["step"], as_trained=result.matrix,
+            )  # fmt: skip
+            inspector.write_files(found, files.make_folder(folder / inspector.FOLDER))
         if distributed.is_primary():
             extra = {"step": meta["step"], **settings(config), "seconds": round(result.seconds, 3)}
             evaluator.report(result, folder, extra)

@@ -7,6 +7,6 @@ evaluation. SVG prints sharply and follows the colours of the page, dark or ligh
 """
 
 from memseg_jax.reporting.comparison import write_comparison
-from memseg_jax.reporting.report import REPORT, Section, about, refresh, write_report
+from memseg_jax.reporting.report import REPORT, about, refresh, write_report
 
-__all__ = ["REPORT", "Section", "about", "refresh", "write_comparison", "write_report"]
+__all__ = ["REPORT", "about", "refresh", "write_comparison", "write_report"]

@@ -8,6 +8,7 @@ import base64
 import functools
 import hashlib
 import math
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -28,11 +29,11 @@ def render(template: str, scripts: tuple[str, ...] = (), **context: Any) -> str:
     """
     scripts = (_text("page.js"), *scripts)
     context["data"] = finite(context["data"])
-    page = _environment().get_template(template)
+    page = environment(_TEMPLATES).get_template(template)
     return page.render(
         style=_text("page.css"),
         scripts=scripts,
-        hashes=" ".join(f"'sha256-{_sha256(script)}'" for script in scripts),
+        hashes=hashes(scripts),
         **context,
     )
 
@@ -47,26 +48,27 @@ def finite(value: Any) -> Any:
 
 
 @functools.cache
-def _environment() -> Any:
+def environment(templates: Path) -> Any:
+    """What makes pages of the templates of a folder: all that is put into them is escaped."""
     import jinja2  # not at the top: training imports this module, and most processes never render
 
-    environment = jinja2.Environment(
-        loader=jinja2.FileSystemLoader(_TEMPLATES),
+    return jinja2.Environment(
+        loader=jinja2.FileSystemLoader(templates),
         autoescape=True,
         undefined=jinja2.StrictUndefined,
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    return environment
+
+
+def hashes(scripts: Iterable[str]) -> str:
+    """The names of scripts in a page's policy: no other is run."""
+    digests = (hashlib.sha256(script.encode()).digest() for script in scripts)
+    return " ".join(f"'sha256-{base64.b64encode(digest).decode()}'" for digest in digests)
 
 
 def _text(name: str) -> str:
     return (_TEMPLATES / name).read_text(encoding="utf-8")
-
-
-def _sha256(script: str) -> str:
-    """The name of a script in the page's policy."""
-    return base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
 
 
 def percent(value: float, digits: int = 1) -> str:

@@ -1,12 +1,11 @@
 """The report of a run: `<workdir>/report.html`."""
 
-import dataclasses
 import logging
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from memseg_jax.checkpoint import recorded_config
-from memseg_jax.reporting import charts, page, pictures, runs
+from memseg_jax.reporting import charts, page, pictures, runs, sections
 from memseg_jax.runtime import files
 from memseg_jax.runtime.plain import plain, show
 from memseg_jax.scoring import evaluation_file, gallery, visualize
@@ -15,27 +14,9 @@ from memseg_jax.scoring.findings import Findings
 log = logging.getLogger(__name__)
 
 REPORT = "report.html"
+MEMORY = "memory"  # the folder of what is found out about the memory
 _RECORDED = ("step", "class_names", "palette", "versions")
 _METHODS = {"mcibi": "MCIBI", "mcibi_plus_plus": "MCIBI++"}
-
-
-@dataclasses.dataclass(frozen=True)
-class Section:
-    """A part of the report that another module makes.
-
-    Attributes:
-        anchor: its id in the page, of letters.
-        title: its heading.
-        html: its content. What comes from data has to be escaped in it (`markupsafe.escape`).
-        script: JavaScript, run after that of the page, whose functions it may use.
-        data: JSON values, which `sectionData("<anchor>")` returns in the script.
-    """
-
-    anchor: str
-    title: str
-    html: str
-    script: str = ""
-    data: Any = None
 
 
 def about(meta: Mapping[str, Any], evaluation: Mapping[str, Any]) -> dict[str, Any]:
@@ -53,7 +34,6 @@ def refresh(
     workdir: files.Place,
     described: Mapping[str, Any],
     findings: Findings,
-    sections: Sequence[Section] = (),
 ) -> None:
     """Records an evaluation and makes the report anew; whatever goes wrong is only a warning.
 
@@ -63,21 +43,21 @@ def refresh(
         workdir: folder of the run.
         described: from `about`.
         findings: of the evaluation, of all processes.
-        sections: further parts.
     """
     try:
         evaluation_file.write(workdir, described, findings)
-        write_report(workdir, sections)
+        write_report(workdir)
     except Exception as error:
         log.warning("%s was not written: %s: %s", REPORT, type(error).__name__, error)
 
 
-def write_report(workdir: files.Place, sections: Sequence[Section] = ()) -> files.Place:
+def write_report(workdir: files.Place) -> files.Place:
     """Makes the report of the last evaluation; the network and the data are not needed.
+
+    What `--mode memory` found out about the same checkpoint is a part of it.
 
     Args:
         workdir: folder of the run.
-        sections: further parts, in their order.
 
     Returns:
         The path of the page.
@@ -85,12 +65,19 @@ def write_report(workdir: files.Place, sections: Sequence[Section] = ()) -> file
     Raises:
         UserError: there was no evaluation, or a file cannot be read or written.
     """
-    files.write_text(workdir / REPORT, render(runs.read(workdir), sections))
+    run = runs.read(workdir)
+    parts = sections.read(workdir / MEMORY, run.about["step"])
+    files.write_text(workdir / REPORT, render(run, parts))
     return workdir / REPORT
 
 
-def render(run: runs.Run, sections: Sequence[Section] = ()) -> str:
-    """The page as text."""
+def render(run: runs.Run, parts: Sequence[sections.Section] = ()) -> str:
+    """The page as text.
+
+    Args:
+        run: what is reported.
+        parts: further ones, in their order.
+    """
     findings, names = run.findings, run.about["class_names"]
     matrix = findings.per_image.total()
     chosen = gallery.choose(findings.per_image, list(findings.gallery.pictures))
@@ -106,11 +93,11 @@ def render(run: runs.Run, sections: Sequence[Section] = ()) -> str:
             for index in sorted({i for i in shown if i is not None})
         },
         "reliability": findings.reliability.bins.tolist() if findings.reliability else None,
-        "sections": {section.anchor: section.data for section in sections},
+        "sections": {part.anchor: part.data for part in parts},
     }
     return page.render(
         "report.html",
-        tuple(section.script for section in sections if section.script),
+        tuple(part.script for part in parts if part.script),
         title=run.name,
         lead=_lead(run),
         tiles=_tiles(run),
@@ -119,7 +106,8 @@ def render(run: runs.Run, sections: Sequence[Section] = ()) -> str:
         groups=_groups(run, chosen),
         confusions=_confusions(names, chosen),
         reliability=findings.reliability is not None,
-        sections=sections,
+        sections=parts,
+        memory=run.about["config"]["model.memory.enabled"],
         facts=facts(run),
         config=[(name, show(value)) for name, value in run.about["config"].items()],
         data=data,

@@ -1,4 +1,4 @@
-"""What the model says about one pixel."""
+"""What the model says about one pixel, and what it reads from its memory there."""
 
 import functools
 from typing import Any
@@ -17,10 +17,10 @@ from memseg_jax.trained_model import TrainedModel
 
 
 def look(model: TrainedModel, image: np.ndarray, pixel: tuple[int, int]) -> dict[str, Any]:
-    """Returns the probabilities of all classes at a pixel.
+    """Returns the probabilities of all classes at a pixel, and what is read from the memory.
 
-    They are those of one pass over the picture; of a large one, over a window of the training
-    crop's size around the pixel.
+    The probabilities are those of one pass over the picture; of a large one, over a window of the
+    training crop's size around the pixel.
 
     Args:
         model: the model.
@@ -29,8 +29,40 @@ def look(model: TrainedModel, image: np.ndarray, pixel: tuple[int, int]) -> dict
 
     Returns:
         "row", "column", and "classes": "class_id", "name" and "probability" (0..1) of every class,
-        the most probable first. It can be written as JSON.
+        the most probable first. With a memory also "rows": "class_id", "name" and "weight" of the
+        classes whose rows are read, and "attention": "memory" and "image", [h][w] of sum 1, where
+        the pixel looks at what was read and within the image (see `inspection.looking`); null: the
+        model has no such attention. It can be written as JSON.
     """
+    found = {"row": pixel[0], "column": pixel[1], "classes": _classes(model, image, pixel)}
+    settings: Any = model.config
+    return found | (_reads(model, image, pixel) if settings.model.memory.enabled else {})
+
+
+def _reads(model: TrainedModel, image: np.ndarray, pixel: tuple[int, int]) -> dict[str, Any]:
+    """The parts of `look` that are about the memory."""
+    looked = model.look(image).at(*pixel)
+    of_image = looked.image_attention
+    return {
+        "rows": [
+            {"class_id": k, "name": model.class_names[k], "weight": _rounded(looked.weights[k])}
+            for k in looked.rows
+        ],
+        "attention": {
+            "memory": _rounded(looked.memory_attention.mean(axis=0)),  # over the rows of a class
+            "image": None if of_image is None else _rounded(of_image),
+        },
+    }
+
+
+def _rounded(value: np.ndarray) -> Any:
+    return np.round(value.astype(np.float64), 6).tolist()
+
+
+def _classes(
+    model: TrainedModel, image: np.ndarray, pixel: tuple[int, int]
+) -> list[dict[str, Any]]:
+    """ "classes" of `look`."""
     settings: Any = model.config
     evaluation = settings.eval
     segmentor = build_segmentor(model.config)
@@ -57,18 +89,14 @@ def look(model: TrainedModel, image: np.ndarray, pixel: tuple[int, int]) -> dict
         probabilities = np.exp(probabilities - probabilities.max())
         probabilities /= probabilities.sum()
     order = np.argsort(-probabilities, kind="stable")
-    return {
-        "row": pixel[0],
-        "column": pixel[1],
-        "classes": [
-            {
-                "class_id": int(k),
-                "name": model.class_names[k],
-                "probability": round(float(probabilities[k]), 6),
-            }
-            for k in order
-        ],
-    }
+    return [
+        {
+            "class_id": int(k),
+            "name": model.class_names[k],
+            "probability": round(float(probabilities[k]), 6),
+        }
+        for k in order
+    ]
 
 
 _programs = Programs()

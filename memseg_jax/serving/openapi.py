@@ -135,9 +135,12 @@ def _segment(body: dict[str, Any]) -> dict[str, Any]:
 
 
 def _look(body: dict[str, Any]) -> dict[str, Any]:
-    found = _object(class_id=_NAMED["class_id"], name=_TEXT, probability={"type": "number"})
+    number = {"type": "number"}
+    found = _object(class_id=_NAMED["class_id"], name=_TEXT, probability=number)
+    row = _object(class_id=_NAMED["class_id"], name=_TEXT, weight=number)
+    look = {**_array(_array(number)), "nullable": True}
     return {
-        "summary": "Ask about one pixel: the probabilities of all classes",
+        "summary": "Ask about one pixel: the probabilities of all classes, and what it reads",
         "parameters": [
             {
                 "name": name,
@@ -151,8 +154,15 @@ def _look(body: dict[str, Any]) -> dict[str, Any]:
         "requestBody": body,
         "responses": {
             "200": _json(
-                "the classes, the most probable first",
-                _object(row={"type": "integer"}, column={"type": "integer"}, classes=_array(found)),
+                "the classes, the most probable first; of a model with a memory also the classes "
+                "whose rows are read, and where in the picture the pixel looks",
+                _object(
+                    row={"type": "integer"},
+                    column={"type": "integer"},
+                    classes=_array(found),
+                    rows=_array(row),
+                    attention=_object(memory=look, image=look),
+                ),
             ),
             **_errors(),
         },

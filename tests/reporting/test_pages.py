@@ -11,7 +11,8 @@ import pytest
 
 from memseg_jax import reporting
 from memseg_jax.errors import UserError
-from memseg_jax.reporting import pictures, runs
+from memseg_jax.reporting import pictures, runs, sections
+from memseg_jax.reporting.sections import Section
 from tests.reporting.runs import HOSTILE, evaluated
 
 
@@ -41,8 +42,15 @@ class Page(HTMLParser):
         return json.loads(text)
 
 
-def report(workdir, **options):
-    return Page(reporting.write_report(workdir, **options).read_text(encoding="utf-8"))
+def report(workdir):
+    return Page(reporting.write_report(workdir).read_text(encoding="utf-8"))
+
+
+def keep_section(workdir, step):
+    """A part of the report, about the checkpoint of a step."""
+    section = Section("memory", "<b>Memory", "<p>rows</p>", "sectionData('memory');", [1])
+    (workdir / "memory").mkdir(exist_ok=True)
+    sections.write(workdir / "memory", step, [section])
 
 
 def compared(*workdirs):
@@ -98,20 +106,35 @@ def test_a_report_of_an_evaluation_that_was_quick(tmp_path):
 
 def test_names_from_data_are_text(tmp_path):
     bad = "</script><script>alert(2)</script>{}<img src=http://x/y onerror=alert(3)>"
-    section = reporting.Section("memory", "<b>Memory", "<p>rows</p>", "sectionData('memory');", [1])
     one = evaluated(tmp_path / "<i>a", HOSTILE, names=bad)
+    keep_section(one, step=7)
     two = evaluated(tmp_path / "b", HOSTILE, names=bad)
-    for page in (report(one, sections=[section]), compared(one, two)):
+    for page in (report(one), compared(one, two)):
         check_asks_nobody(page)
         tags = {tag for tag, _ in page.elements}
         assert not tags & {"i>a", "b>", "img"}
         for name in HOSTILE:
             assert name in page.text
         assert "<i>a" in page.text
-    data = report(one, sections=[section]).data()
+    data = report(one).data()
     assert data["classes"] == list(HOSTILE)
     assert data["sections"] == {"memory": [1]}
     assert bad.format(0) in report(one).text
+
+
+def test_a_section_is_in_the_report_of_its_step(tmp_path, caplog):
+    workdir = evaluated(tmp_path)
+    keep_section(workdir, step=6)
+    assert report(workdir).data()["sections"] == {}
+    keep_section(workdir, step=7)
+    page = report(workdir)
+    assert page.data()["sections"] == {"memory": [1]}
+    assert "finds out" not in page.text  # nothing is left to be found out
+    for content in ("", "[]", '{"step": 7}', '{"step": 7, "sections": [{"other": 1}]}'):
+        (workdir / "memory" / sections.FILE).write_text(content)
+        caplog.clear()
+        assert "finds out" in report(workdir).text
+        assert "sections.json is passed over, as it cannot be read" in caplog.text
 
 
 @pytest.mark.parametrize(("classes", "images"), [(3, 0), (1, 2), (3, 1), (60, 3)])

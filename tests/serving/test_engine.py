@@ -119,6 +119,18 @@ def test_a_look_says_what_the_overlay_says(engine, made, expected):
                 assert found["classes"][0]["class_id"] == segmentation.labels[pixel]
 
 
+def test_a_look_says_what_is_read_from_the_memory(engine, made):
+    image = made["images"][0]
+    (found,) = engine.run(None, [Look(image, (7, 8))])
+    looked = engine.model.look(image).at(7, 8)
+    assert [x["class_id"] for x in found["rows"]] == looked.rows
+    weights = [x["weight"] for x in found["rows"]]
+    assert weights == sorted(weights, reverse=True)
+    assert weights[0] == pytest.approx(looked.weights.max(), abs=1e-6)
+    for attention in found["attention"].values():
+        assert np.sum(attention) == pytest.approx(1, abs=1e-3)
+
+
 def test_a_look_at_a_large_picture_is_at_a_window_around_the_pixel(engine, made):
     image, pixel = made["images"][-1], (40, 45)
     (found,) = engine.run(None, [Look(image, pixel)])
