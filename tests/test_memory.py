@@ -8,10 +8,9 @@ import pytest
 
 from memseg_jax.checkpoint import restore_for_inference
 from memseg_jax.data import open_split
-from memseg_jax.inspection import maps
+from memseg_jax.inspection import inspector, maps
 from memseg_jax.inspection.worth import other_memories
 from memseg_jax.models.segmentor import build_segmentor
-from memseg_jax.inspection import inspector
 from memseg_jax.modes import memory as mode
 from memseg_jax.runtime import files
 from memseg_jax.scoring import memory_history

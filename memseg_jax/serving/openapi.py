@@ -138,7 +138,7 @@ def _look(body: dict[str, Any]) -> dict[str, Any]:
     number = {"type": "number"}
     found = _object(class_id=_NAMED["class_id"], name=_TEXT, probability=number)
     row = _object(class_id=_NAMED["class_id"], name=_TEXT, weight=number)
-    look = {**_array(_array(number)), "nullable": True}
+    look = {**_array(_array(number)), "type": ["array", "null"]}
     return {
         "summary": "Ask about one pixel: the probabilities of all classes, and what it reads",
         "parameters": [
