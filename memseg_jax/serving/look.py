@@ -62,7 +62,7 @@ def _rounded(value: np.ndarray) -> Any:
 def _classes(
     model: TrainedModel, image: np.ndarray, pixel: tuple[int, int]
 ) -> list[dict[str, Any]]:
-    """ "classes" of `look`."""
+    """The part of `look` that is about the classes."""
     settings: Any = model.config
     evaluation = settings.eval
     segmentor = build_segmentor(model.config)
