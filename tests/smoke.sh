@@ -59,6 +59,13 @@ run --mode plan --topology cpu:2
 run --mode predict --input data/images/val/0.png --output out
 test -s out/0.png
 test -s out/0_overlay.jpg
+run --mode report
+run --mode memory --input data/images/val/0.png
+test -s run/memory/memory.html
+run --mode export --input data/images/val/0.png
+python run/export/load.py
+if run --mode serve 2> serve.txt; then exit 1; fi  # it needs more packages, and says which
+grep -F 'pip install "memseg_jax[serve]"' serve.txt
 python - <<'PY'
 import pathlib
 import memseg_jax
