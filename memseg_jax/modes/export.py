@@ -141,7 +141,8 @@ def _fill(folder: Path, network: _Network, image: np.ndarray, sizes: list[tuple[
     model = _without_auxiliary(build_segmentor(config))
     evaluation: Any = config.eval
     contents = {export_folder.WEIGHTS: export_folder.archive(network.table)}
-    for size in [*(sizes or [image.shape[:2]]), None]:
+    sizes = sizes or [image.shape[:2]]
+    for size in [*sizes, None]:
         name = export_folder.program_name(size)
         started = time.monotonic()
         exported = program.exported(model, network.table, size, evaluation.softmax_before_resize)
@@ -152,9 +153,8 @@ def _fill(folder: Path, network: _Network, image: np.ndarray, sizes: list[tuple[
 
     predictor = Reference(config, network.variables)
     checks, stored = [], {}
-    for size in [*(sizes or [image.shape[:2]]), None]:
-        # One row and column fewer: then the padding of the program for any size matters.
-        shown = image[:-1, :-1] if size is None else resize_image(image, size)
+    for size in [*sizes, None]:
+        shown = _part_of_no(sizes, image) if size is None else resize_image(image, size)
         found, expected = load.Model(folder)(shown), predictor.predict(shown)
         name, tolerance = export_folder.program_name(size), description["tolerance"]
         checks.append(dataclasses.asdict(compare(name, found, expected, tolerance)))
@@ -166,6 +166,19 @@ def _fill(folder: Path, network: _Network, image: np.ndarray, sizes: list[tuple[
     contents[export_folder.CHECK] = export_folder.archive(stored)
     description |= {"checked": checks, "loss": _loss(network)}
     export_folder.write(folder, contents, description)
+
+
+def _part_of_no(sizes: list[tuple[int, int]], image: np.ndarray) -> np.ndarray:
+    """The upper left part of a picture, with a few rows and columns less.
+
+    Its size is none of `sizes`, so that the program for any size segments it, and hardly ever one
+    that needs no padding.
+    """
+    for cut in range(1, min(image.shape[:2])):
+        part = image[:-cut, :-cut]
+        if part.shape[:2] not in sizes:
+            return part
+    raise UserError(f"--input: a picture of {image.shape[1]}x{image.shape[0]} pixels is too small")
 
 
 def _description(network: _Network, unit: int) -> dict[str, Any]:
