@@ -316,3 +316,16 @@ def test_seams(run, tmp_path):
     assert "overlap 50%: " in printed
     with pytest.raises(UserError, match="no photograph"):
         run("seams", *flags[:2], f"--input={tmp_path}/*.jpg")
+
+
+@pytest.mark.slow
+def test_serving(run, tmp_path):
+    pytest.importorskip("uvicorn")
+    workdir = tiny.save_random_model(tmp_path)
+    (result,), printed = run(
+        "serving", f"--config={CONFIG}", f"--workdir={workdir}", "--requests=8", "--clients=2",
+        "--rounds=1", "--config.serve.batch_size=1",
+    )  # fmt: skip
+    assert (result["requests"], result["lost"], result["size"]) == (8, 0, [32, 32])
+    assert 0 < result["p50"] <= result["p95"]
+    assert "8 requests of 2 clients, 0 lost" in printed

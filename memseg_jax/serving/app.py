@@ -65,11 +65,11 @@ class Server:
         self._engine, self._examples = engine, examples
         self._limits: Any = engine.model.config.serve
         self._most_bytes = int(self._limits.max_megabytes * 1e6)
+        self._origin = self._limits.origin.rstrip("/")  # as browsers write it
         self._in_flight = 0
         self.measures = Measures()
         engine.on_pass = self.measures.add_pass
         self.batcher = Batcher(engine.run, engine.most)
-        origins = [self._limits.origin] if self._limits.origin else []
         self.app = Starlette(
             routes=[
                 Route("/segment", self._segment, methods=["POST"]),
@@ -85,7 +85,7 @@ class Server:
                 Middleware(_Outermost, self.measures, bound),
                 Middleware(
                     CORSMiddleware,
-                    allow_origins=origins,
+                    allow_origins=[self._origin] if self._origin else [],
                     allow_methods=["GET", "POST"],
                     expose_headers=["Retry-After"],
                 ),
@@ -130,7 +130,7 @@ class Server:
         What is held in memory is bounded by the places of the queue, as nothing of a request is
         read before it has one.
         """
-        bodies.check_origin(request, self._limits.origin)
+        bodies.check_origin(request, self._origin)
         if self._in_flight >= self._limits.queue or not self.batcher.alive:
             raise Refused(503, f"{self._in_flight} requests are waiting", retry_after=1)
         self._in_flight += 1

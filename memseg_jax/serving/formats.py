@@ -59,10 +59,15 @@ def polygons(prediction: Prediction, class_names: Sequence[str]) -> dict[str, An
     segments = []
     for k, name in _present(prediction.label, class_names):
         mask = (prediction.label == k).astype(np.uint8)
+        left, top, width, height = cv2.boundingRect(mask)  # what is outside would take most time
+        box = np.s_[top : top + height, left : left + width]
+        mask = np.ascontiguousarray(mask[box])
         _, areas = cv2.connectedComponents(mask, connectivity=8)
         pixels = np.bincount(areas.ravel())
-        sums = np.bincount(areas.ravel(), weights=prediction.confidence.ravel())
-        found, tree = cv2.findContours(mask, cv2.RETR_CCOMP, cv2.CHAIN_APPROX_SIMPLE)
+        sums = np.bincount(areas.ravel(), weights=prediction.confidence[box].ravel())
+        found, tree = cv2.findContours(
+            mask, cv2.RETR_CCOMP, cv2.CHAIN_APPROX_SIMPLE, offset=(left, top)
+        )
         for index, (_, _, hole, parent) in enumerate(tree[0]):
             if parent >= 0:  # itself a hole
                 continue
@@ -71,7 +76,7 @@ def polygons(prediction: Prediction, class_names: Sequence[str]) -> dict[str, An
                 outlines.append(found[hole])
                 hole = tree[0][hole][0]
             x, y = found[index][0, 0]
-            area = areas[y, x]
+            area = areas[y - top, x - left]
             segments.append(
                 {
                     "class_id": k,
