@@ -213,7 +213,9 @@ def _needs_config(argv: list[str]) -> bool:
     named = command_line.names_config(argv)
     if mode == "init" and named:
         raise UserError("--mode init writes a config file: leave out --config")
-    return mode not in ("init", "report") or named
+    if mode == "report":
+        return named or any(re.match(r"--?(no)?config[.]", word) for word in argv)
+    return mode != "init"
 
 
 def _run_name(config_flag: str) -> str:

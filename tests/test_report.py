@@ -87,6 +87,7 @@ def test_compare(tmp_path, capsys):
     [
         ((), "--mode report needs --workdir"),
         (("--workdir", "{}/nowhere"), "there is no checkpoint in"),
+        (("--workdir", "{}/run", "--config.eval.flip"), "--config FILE is required"),
         (("--compare", "{}/one"), "expected two or more workdirs with commas between them"),
         (("--compare", "{}/one,{}/two"), "there was no evaluation yet"),
     ],

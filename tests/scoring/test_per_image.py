@@ -39,7 +39,8 @@ def test_the_images_sum_to_the_whole(seed, images):
         counts, [np.diagonal(whole), whole.sum(axis=1), whole[:, :K].sum(axis=0)]
     )
     for index, score in zip(found.indices, found.scores()):
-        assert score == metrics.scores(found.matrix(index))["mIoU"]
+        assert score == pytest.approx(metrics.scores(found.matrix(index))["mIoU"])
+        assert score == pytest.approx(per_image.image_miou(found.matrix(index)))
     for true, predicted in ((0, 1), (2, 2), (1, K - 1)):
         assert sum(found.confused(true, predicted).values()) == whole[true, predicted]
 
