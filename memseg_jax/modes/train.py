@@ -24,7 +24,7 @@ from memseg_jax.runtime.stopping import StopRequests
 from memseg_jax.runtime.text import format_duration
 from memseg_jax.runtime.watchdog import Watchdog
 from memseg_jax.scoring import visualize
-from memseg_jax.scoring.evaluator import PICTURE, Evaluator, settings
+from memseg_jax.scoring.evaluator import PICTURE, Evaluator
 from memseg_jax.scoring.memory_health import MemoryHealth
 from memseg_jax.training import guards, optimizer
 from memseg_jax.training.agreement import check_processes_agree
@@ -175,7 +175,7 @@ def _run(
         watchdog,
         stops,
         folder,
-        settings(config),
+        config,
         total_steps,
         train.early_stop,
     )
@@ -303,7 +303,7 @@ class _Evaluation:
     watchdog: Watchdog
     stops: StopRequests
     folder: files.Place
-    settings: Mapping[str, Any]
+    config: ml_collections.ConfigDict
     total_steps: int
     early_stop: int
 
@@ -341,13 +341,13 @@ class _Evaluation:
         self.saver.lock.check()
         means = {k: v for k, v in result.scores.items() if isinstance(v, float)}
         if distributed.is_primary():
-            split = self.settings["split"]
+            split = self.config.data.eval_split
             self.evaluator.report(result, self.folder, {"step": step, "split": split})
         self.progress.write_scores(step, means)
         log.info("step %d: mIoU %.4f in %s", step, means["mIoU"], format_duration(result.seconds))
         self.saver.checkpointer.record_scores(step, means)
         if distributed.is_primary():  # last: it shows the scores, and a run can do without
-            described = reporting.about(self.saver.describe(step), self.settings)
+            described = reporting.about(self.saver.describe(step), self.config)
             reporting.refresh(self.folder, described, result.findings)
 
 
