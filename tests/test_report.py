@@ -52,8 +52,9 @@ def test_another_evaluation_is_not_taken_for_this_one(tmp_path):
     described = {name: described[name] for name in described if name != "format"}
     assert report._is_done(workdir, described)
     assert not report._is_done(workdir, described | {"step": 8})
-    other = described["evaluation"] | {"split": "train"}
-    assert not report._is_done(workdir, described | {"evaluation": other})
+    for change in ({"split": "train"}, {"fields": {"overlap": 0.75}}):
+        other = described["evaluation"] | change
+        assert not report._is_done(workdir, described | {"evaluation": other})
     assert not report._is_done(tmp_path / "nothing", described)
     assert not report._is_done(evaluated(tmp_path / "quick", thorough=False), described)
     (workdir / "evaluation.npz").write_bytes(b"damaged")

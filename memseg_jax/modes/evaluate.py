@@ -65,7 +65,7 @@ def run(config: ml_collections.ConfigDict, workdir: str, which: str | int = "bes
         return result.scores
     extra = {"step": meta["step"], **settings(config), "seconds": round(result.seconds, 3)}
     evaluator.report(result, folder, extra)
-    reporting.refresh(folder, reporting.about(meta, settings(config)), result.findings)
+    reporting.refresh(folder, reporting.about(meta, config), result.findings)
     if writer:
         print(writer.finish(), flush=True)
     return result.scores

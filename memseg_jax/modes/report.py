@@ -45,14 +45,14 @@ def run(
     Raises:
         UserError: there is no such checkpoint, it is of another model, or the data are bad.
     """
-    folder = files.absolute(workdir, "--workdir")
-    _, meta = checkpoint.read_meta(folder, which)
+    _, meta = checkpoint.read_meta(workdir, which)  # first: a misspelt workdir is not to be made
     config = trained_model.config_of(meta) if config is None else config
     config_rules.check(config)
     names = tuple(config.data.class_names)
     checkpoint.check_class_names(meta, names)
     distributed.check_same("report", {"the checkpoint": meta["step"]})
-    described = reporting.about(meta, settings(config))
+    folder = checkpoint.prepare_workdir(workdir)
+    described = reporting.about(meta, config)
 
     def is_done() -> bool:
         return not overwrite and _is_done(folder, described)

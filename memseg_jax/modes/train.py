@@ -24,7 +24,7 @@ from memseg_jax.runtime.stopping import StopRequests
 from memseg_jax.runtime.text import format_duration
 from memseg_jax.runtime.watchdog import Watchdog
 from memseg_jax.scoring import memory_history, visualize
-from memseg_jax.scoring.evaluator import PICTURE, Evaluator, settings
+from memseg_jax.scoring.evaluator import PICTURE, Evaluator
 from memseg_jax.scoring.memory_health import MemoryHealth
 from memseg_jax.training import guards, optimizer
 from memseg_jax.training.agreement import check_processes_agree
@@ -176,7 +176,7 @@ def _run(
         watchdog,
         stops,
         folder,
-        settings(config),
+        config,
         total_steps,
         train.early_stop,
     )
@@ -307,7 +307,7 @@ class _Evaluation:
     watchdog: Watchdog
     stops: StopRequests
     folder: files.Place
-    settings: Mapping[str, Any]
+    config: ml_collections.ConfigDict
     total_steps: int
     early_stop: int
 
@@ -345,7 +345,7 @@ class _Evaluation:
         self.saver.lock.check()
         means = {k: v for k, v in result.scores.items() if isinstance(v, float)}
         if distributed.is_primary():
-            split = self.settings["split"]
+            split = self.config.data.eval_split
             self.evaluator.report(result, self.folder, {"step": step, "split": split})
         if self.saver.health:
             memory_history.write(self.folder, step, self.saver.health.record(step, state.memory))
@@ -353,7 +353,7 @@ class _Evaluation:
         log.info("step %d: mIoU %.4f in %s", step, means["mIoU"], format_duration(result.seconds))
         self.saver.checkpointer.record_scores(step, means)
         if distributed.is_primary():  # last: it shows the scores, and a run can do without
-            described = reporting.about(self.saver.describe(step), self.settings)
+            described = reporting.about(self.saver.describe(step), self.config)
             reporting.refresh(self.folder, described, result.findings)
 
 

@@ -9,6 +9,7 @@ from memseg_jax.reporting import charts, page, pictures, runs, sections
 from memseg_jax.runtime import files
 from memseg_jax.runtime.plain import plain, show
 from memseg_jax.scoring import evaluation_file, gallery, visualize
+from memseg_jax.scoring.evaluator import settings
 from memseg_jax.scoring.findings import Findings
 
 log = logging.getLogger(__name__)
@@ -16,18 +17,22 @@ log = logging.getLogger(__name__)
 REPORT = "report.html"
 MEMORY = "memory"  # the folder of what is found out about the memory
 _RECORDED = ("step", "class_names", "palette", "versions")
+# Fields of config.eval that change no score.
+_SAME_SCORES = ("batch_size", "rows", "save_predictions", "max_megapixels")
 _METHODS = {"mcibi": "MCIBI", "mcibi_plus_plus": "MCIBI++"}
 
 
-def about(meta: Mapping[str, Any], evaluation: Mapping[str, Any]) -> dict[str, Any]:
+def about(meta: Mapping[str, Any], config: Any) -> dict[str, Any]:
     """What `evaluation_file.write` records of an evaluation.
 
     Args:
         meta: the description of the checkpoint, see `checkpoint.make_meta`.
-        evaluation: split, and how its images were segmented.
+        config: of the evaluation, whose split and fields may be others than in training.
     """
     recorded = {name: plain(meta[name]) for name in _RECORDED}
-    return recorded | {"config": recorded_config(meta), "evaluation": plain(evaluation)}
+    fields = {x: value for x, value in plain(config.eval).items() if x not in _SAME_SCORES}
+    evaluation = plain(settings(config)) | {"fields": fields}
+    return recorded | {"config": recorded_config(meta), "evaluation": evaluation}
 
 
 def refresh(

@@ -6,7 +6,7 @@ import numpy as np
 
 from memseg_jax import checkpoint, reporting
 from memseg_jax.inference import Prediction
-from memseg_jax.scoring import evaluation_file, evaluator, metrics, visualize
+from memseg_jax.scoring import evaluation_file, metrics, visualize
 from memseg_jax.scoring.findings import Findings
 from tests import tiny_config
 
@@ -51,7 +51,7 @@ def evaluated(
         found.add(Prediction(index, prediction, confidence if thorough else None), sample, matrix)
     palette = visualize.default_palette(classes)
     meta = checkpoint.make_meta(config, 7, class_names, palette, "data")
-    described = reporting.about(meta, evaluator.settings(config))
+    described = reporting.about(meta, config)
     evaluation_file.write(workdir, described, found)
     (workdir / "metrics.csv").write_text(METRICS)
     return workdir
