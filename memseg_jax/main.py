@@ -180,12 +180,11 @@ def _run_mode(line: SimpleNamespace, argv: list[str]) -> int:
     if line.mode == "plan":
         return module.run(line.config, line.topology, line.workdir, line.layout)
     which = int(line.checkpoint) if line.checkpoint.isdecimal() else line.checkpoint
-    if line.mode == "report":
-        module.run(workdir, line.config, which, line.overwrite)
-        return 0
     arguments = [line.config, workdir]
     if line.mode != "train":
         arguments.append(which)
+    if line.mode == "report":
+        arguments.append(line.overwrite)
     if line.mode == "predict":
         output = line.output or os.path.join(workdir, "predictions")
         arguments += [line.input, output, line.save_confidence, line.save_ids, line.overwrite]

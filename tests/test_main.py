@@ -119,8 +119,8 @@ def test_export(config_file, calls):
 def test_report(config_file, calls, monkeypatch):
     run("--mode", "report", "--workdir", "runs/a")  # with the config of the checkpoint
     run("--mode=report", "--config", config_file, "--checkpoint=300", "--overwrite")
-    (_, *first), (_, workdir, config, *second) = (call for call in calls if call != "cache")
-    assert first == ["runs/a", None, "best", False]
+    (_, *first), (_, config, workdir, *second) = (call for call in calls if call != "cache")
+    assert first == [None, "runs/a", "best", False]
     assert (workdir, config.data.class_names[1], *second) == ("runs/tiny", "road", 300, True)
     compared = []
     module = sys.modules["memseg_jax.modes.report"]

@@ -23,8 +23,8 @@ COMPARISON = "comparison.html"
 
 
 def run(
+    config: ml_collections.ConfigDict | None,
     workdir: str,
-    config: ml_collections.ConfigDict | None = None,
     which: str | int = "best",
     overwrite: bool = False,
 ) -> None:
@@ -35,8 +35,8 @@ def run(
     memory is inspected, by a single process only.
 
     Args:
-        workdir: folder of a run.
         config: of the evaluation; None: that of the checkpoint.
+        workdir: folder of a run.
         which: "best", "last" or a step.
         overwrite: whether to segment the split although it was done before.
 
@@ -45,9 +45,12 @@ def run(
     Raises:
         UserError: there is no such checkpoint, it is of another model, or the data are bad.
     """
+    if config is not None:
+        config_rules.check(config)
     _, meta = checkpoint.read_meta(workdir, which)  # first: a misspelt workdir is not to be made
-    config = trained_model.config_of(meta) if config is None else config
-    config_rules.check(config)
+    if config is None:
+        config = trained_model.config_of(meta)
+        config_rules.check(config)
     names = tuple(config.data.class_names)
     checkpoint.check_class_names(meta, names)
     distributed.check_same("report", {"the checkpoint": meta["step"]})

@@ -14,7 +14,12 @@ pytestmark = [
 ]
 EXTRA = {"predict": ("--input=nowhere",), "plan": ("--topology=cpu:8",)}
 # What comes after the config in the calls of `run`; the first is a folder.
-ARGUMENTS = {"plan": ("cpu:8",), "pack": (), "predict": ("best", "nowhere")}
+ARGUMENTS = {
+    "plan": ("cpu:8",),
+    "pack": (),
+    "predict": ("best", "nowhere"),
+    "export": ("best", "nowhere", "out"),
+}
 
 
 @pytest.fixture
