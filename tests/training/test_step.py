@@ -122,7 +122,8 @@ def largest_difference(a, b):
 # ---- Devices and replica groups -----------------------------------------------------------------
 
 
-@pytest.mark.parametrize("groups", [2, *(pytest.param(n, marks=pytest.mark.slow) for n in (1, 8))])
+@pytest.mark.slow  # quick: the same with accumulation (test_accumulation.py)
+@pytest.mark.parametrize("groups", [2, 1, 8])
 def test_eight_devices_give_the_numbers_of_one(groups):
     one, eight = run(devices=1, groups=groups), run(devices=8, groups=groups)
     assert_close(eight[1], one[1])
