@@ -205,8 +205,9 @@ def test_killed_and_continued_is_the_run_that_never_stopped(tmp_path, changes):
 def test_killed_in_a_bucket_and_continued_is_the_run_on_a_disk_that_never_stopped(bucket):
     kill_and_go_on(bucket)
     assert files.names(bucket) == sorted(
-        ["checkpoints", "examples.png", "log.txt", "memory_history", "metrics.csv", "metrics.json"]
-        + ["per_class.csv", "scores.json"]
+        ["checkpoints", "evaluation.npz", "examples.png", "log.txt", "memory_history"]
+        + ["metrics.csv", "metrics.json", "per_class.csv", "per_image.csv", "report.html"]
+        + ["scores.json"]
         + ["tensorboard"] * ("tensorboard" in files.names(bucket))
     )  # fmt: skip
 
