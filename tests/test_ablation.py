@@ -60,6 +60,7 @@ def test_the_methods_are_what_the_rules_allow():
 
 
 @pytest.mark.slow
+@pytest.mark.exhaustive  # four starts of the real program, whose resuming has tests of its own
 def test_what_is_there_is_not_trained_again(ablation, tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(tiny.ROOT)
     monkeypatch.setenv("MEMSEG_CACHE", cache())

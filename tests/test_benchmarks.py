@@ -212,6 +212,7 @@ def test_reading_packed_data(run):
 
 
 @pytest.mark.slow
+@pytest.mark.exhaustive  # many starts of the real program
 def test_start_up(run, tmp_path):
     data = f"--config.data.root={data_root()}"
     ((found,), printed) = run(

@@ -25,8 +25,8 @@ from tests.reference_models import reference_config, rule_variables
 # Twelve passes take about a minute, and minutes with windows; probabilities of single windows and
 # mirrored pairs of logits are what remains quick.
 SLOW = re.compile("flip|single_logits")
-# Passes over whole images are in CI with logits, and probabilities with windows.
-EXHAUSTIVE = re.compile("whole_ms_flip_probs")
+# Twelve passes are in CI over whole images, with logits; windows and probabilities in single passes.
+EXHAUSTIVE = re.compile("ms_flip_probs")
 CASES = [
     pytest.param(
         name,
