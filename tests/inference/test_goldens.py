@@ -25,7 +25,7 @@ from tests.reference_models import reference_config, rule_variables
 # Twelve passes take about a minute, and minutes with windows; probabilities of single windows and
 # mirrored pairs of logits are what remains quick.
 SLOW = re.compile("flip|single_logits")
-# Twelve passes are in CI over whole images, with logits; windows and probabilities in single passes.
+# Twelve passes are in CI over whole images, with logits; windows and probabilities in one pass.
 EXHAUSTIVE = re.compile("ms_flip_probs")
 CASES = [
     pytest.param(
