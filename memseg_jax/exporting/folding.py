@@ -34,10 +34,6 @@ def _at(tree: Any, path: tuple[str, ...]) -> Any:
     return tree
 
 
-def _copied(tree: Any) -> Any:
-    return {k: _copied(v) for k, v in tree.items()} if isinstance(tree, dict) else tree
-
-
 def fold(variables: dict[str, Any]) -> dict[str, Any]:
     """Folds every normalisation; computed in float64, once.
 
@@ -48,7 +44,7 @@ def fold(variables: dict[str, Any]) -> dict[str, Any]:
         Parameters for a network under `without_normalisations`: float32 arrays of NumPy. Of a
         normalisation there is only "bias".
     """
-    params = jax.tree.map(np.asarray, _copied(variables["params"]))
+    params = jax.tree.map(np.asarray, variables["params"])
     for path in _normalisations(variables["batch_stats"]):
         module, norm = _at(params, path[:-1]), path[-1]
         stats = _at(variables["batch_stats"], path)
@@ -72,7 +68,8 @@ def unfold(params: dict[str, Any], variables: dict[str, Any]) -> dict[str, Any]:
     Returns:
         params, batch_stats and memory; the normalisations only add their bias.
     """
-    params, stats = _copied(params), _copied(variables["batch_stats"])
+    # Copies of the dicts, not of the arrays.
+    params, stats = jax.tree.map(lambda x: x, (params, variables["batch_stats"]))
     for path in _normalisations(variables["batch_stats"]):
         norm = _at(params, path)
         norm["scale"] = np.ones_like(norm["bias"])

@@ -13,47 +13,26 @@ import jax
 import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
+from flax import traverse_util
 
 FORMS = ("float32", "bfloat16", "int8")
 _STEP = ":step"  # ends the name of the steps of an int8 kernel
 _LEVELS = 127
 
 
-def flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Nested dicts as one with names such as "backbone/stem_0/conv/kernel"."""
-    flat = {}
-    for name, value in tree.items():
-        if isinstance(value, Mapping):
-            flat |= flatten(value, f"{prefix}{name}/")
-        else:
-            flat[prefix + name] = value
-    return flat
-
-
-def unflatten(flat: Mapping[str, Any]) -> dict[str, Any]:
-    """The inverse of `flatten`."""
-    tree: dict[str, Any] = {}
-    for path, value in flat.items():
-        *groups, name = path.split("/")
-        inner = tree
-        for group in groups:
-            inner = inner.setdefault(group, {})
-        inner[name] = value
-    return tree
-
-
 def pack(tree: Mapping[str, Any], form: str) -> dict[str, np.ndarray]:
     """The table of a tree of float32 arrays.
 
     Args:
-        tree: nested dicts; the arrays that are called "kernel" get the form.
+        tree: nested dicts, whose paths ("params/stem_0/conv/kernel") become the names; arrays that
+            are called "kernel" get the form.
         form: one of `FORMS`.
 
     Returns:
         Arrays by name; bfloat16 as the uint16 of the same bits, because NumPy has no such type.
     """
     table = {}
-    for name, value in flatten(tree).items():
+    for name, value in traverse_util.flatten_dict(tree, sep="/").items():
         value = np.asarray(value, np.float32)
         kernel = name.rsplit("/", 1)[-1] == "kernel"
         if kernel and form == "bfloat16":
@@ -78,4 +57,4 @@ def unpack(table: Mapping[str, Any]) -> dict[str, Any]:
         elif value.dtype == np.int8:
             value = value.astype(jnp.float32) * table[name + _STEP]
         flat[name] = value
-    return unflatten(flat)
+    return traverse_util.unflatten_dict(flat, sep="/")
