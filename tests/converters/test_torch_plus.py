@@ -128,10 +128,22 @@ def assert_norms(golden, name, key_names, arrays, limit):
         assert abs(found - expected) <= limit * max(expected, 1e-8), f"{name} {key}"
 
 
+# In CI, of the others the forward pass: gradients are PyTorch's own. A Swin has an optimiser and
+# multipliers of its own.
+STEPS = [
+    pytest.param(
+        name,
+        marks=[] if "swin" in name or "/resnet50" in name else pytest.mark.exhaustive,
+        id=name,
+    )
+    for name in golden_files("train")
+]
+
+
 @pytest.mark.golden
 @pytest.mark.slow
 @pytest.mark.large  # a whole network in double precision
-@pytest.mark.parametrize("name", golden_files("train"))
+@pytest.mark.parametrize("name", STEPS)
 def test_two_steps_equal_the_reference(name):
     tag = pathlib.Path(name).stem
     golden = load(name)

@@ -16,6 +16,7 @@ from tests.small_models import FAST_COMPILE
 # ReLU, and as to those without it the training steps of LIP's.
 EXHAUSTIVE = {
     "forward/resnest101os8_cocostuff10k__2x3x64x96.npz",
+    "forward/resnet50os8_lip__1x3x97x129.npz",
     "forward/resnet50os8_lip__2x3x64x96.npz",
     "forward/resnet50os8_ade20k__1x3x97x129.npz",
     "forward/resnet101os8_ade20k__1x3x97x129.npz",
@@ -29,17 +30,17 @@ EXHAUSTIVE = {
 def cases():
     """All golden files; that with the smallest images of every kind of backbone is quick.
 
-    The quick ones check values of programs that XLA hardly optimises, and so do those of an HRNet,
-    which takes a minute to optimise; the others check programs as users run them. Compiling
-    an HRNet or a ResNeSt and drawing the weights of a ViT take long in any case, and a ResNet-101
-    has nothing that a ResNet-50 has not.
+    The quick ones check values of programs that XLA hardly optimises, and so do those of HRNets and
+    ResNeSts, which take a minute to optimise; the others check programs as users run them.
+    Compiling these two and drawing the weights of a ViT take long in any case, and a ResNet-101 has
+    nothing that a ResNet-50 has not.
     """
     seen = set()
     for name in sorted(golden_files("forward"), key=pixels):
         backbone = pathlib.Path(name).stem.split("_")[0]
         takes_long = backbone.startswith(("hr", "vit", "resnest", "resnet101"))
         slow = backbone in seen or takes_long
-        hardly = backbone.startswith("hr") or not slow
+        hardly = backbone.startswith(("hr", "resnest")) or not slow
         seen.add(backbone)
         options = FAST_COMPILE if hardly else {}
         marks = [pytest.mark.slow] * slow + [pytest.mark.exhaustive] * (name in EXHAUSTIVE)

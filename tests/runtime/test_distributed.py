@@ -346,6 +346,7 @@ def test_two_processes_are_killed_and_go_on_as_two_and_as_one(alone, tmp_path, d
 
 
 @pytest.mark.slow
+@pytest.mark.exhaustive  # in CI, with that of MCIBI; what the step does: training/test_methods.py
 def test_so_do_two_processes_with_the_memory_of_mcibi_plus_plus(tmp_path):
     model = {"model.method": "mcibi_plus_plus", "loss.consistency": 0.0}
     model |= {"model.memory.momentum": 0.1, "model.memory.base_lr": 0.0}

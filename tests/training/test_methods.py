@@ -110,10 +110,12 @@ def run(case, rows=1, parts=1, frozen=False):
 
 def slow_but(*quick, in_ci=tuple(CASES)):
     """All cases but the quick ones are slow; those that are not in CI, exhaustive as well."""
-    for case in CASES:
-        marks = [] if case in quick else [pytest.mark.slow]
-        marks += [pytest.mark.exhaustive] * (case not in (*quick, *in_ci))
-        yield pytest.param(case, marks=marks, id=case)
+
+    def marks(case):
+        slow = [] if case in quick else [pytest.mark.slow]
+        return slow + [pytest.mark.exhaustive] * (case not in (*quick, *in_ci))
+
+    return [pytest.param(case, marks=marks(case), id=case) for case in CASES]
 
 
 @pytest.mark.parametrize("case", slow_but("upernet"))
