@@ -188,7 +188,7 @@ SLOW_AND_EXHAUSTIVE = [pytest.mark.slow, pytest.mark.exhaustive]
 @pytest.mark.parametrize(
     "changes",
     [
-        (),
+        pytest.param((), marks=pytest.mark.slow),
         # In CI, workers when killed twice, and when stopped (test_stopping.py).
         pytest.param(("--config.data.workers=2",), marks=SLOW_AND_EXHAUSTIVE),
         pytest.param(

@@ -66,11 +66,12 @@ def compare(workdir: Path, images: list[np.ndarray], scratch: files.Place) -> fl
 
 
 @pytest.mark.usefixtures("compilations")
-def test_a_model_trained_on_generated_images(place):
+def test_a_model_trained_on_generated_images(place_of_run):
     workdir, result = tiny.trained()
     assert result.returncode == 0, result.stderr
     paths = sorted((tiny.data_root() / "images" / "val").glob("*.png"))
-    assert compare(workdir, [read_image(path) for path in paths], place) == 0
+    images = [read_image(path) for path in paths]
+    assert compare(workdir, images, place_of_run) == 0
 
 
 @pytest.mark.slow

@@ -231,7 +231,8 @@ def test_the_sum_of_passes_is_the_only_array_at_full_size():
 # ---- Rows of an image on several devices --------------------------------------------------------
 
 
-@pytest.mark.parametrize("backbone", ["resnet18", pytest.param("vitbase", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("backbone", ["resnet18", "vitbase"])
 def test_padded_images_split_by_rows_give_the_scores_of_one_device(backbone):
     """A whole network, with the masks of images of two sizes on a canvas that no part divides."""
     config = small_config()

@@ -276,7 +276,10 @@ def test_taps_outside_of_the_map_cost_nothing(size, dilation, window):
         pytest.param(ConvParams(dilation=2), marks=pytest.mark.slow),
     ],
 )
-@pytest.mark.parametrize("platform_form", ["cpu", "tiles", *range(len(FORMS))])
+@pytest.mark.parametrize(
+    "platform_form",
+    ["cpu", pytest.param("tiles", marks=pytest.mark.slow), *range(len(FORMS))],
+)
 def test_batch_split_over_devices(conv_params, platform_form, monkeypatch):
     """The same numbers, and no device collects what belongs to another one."""
     case = random_case(7, 6, (3, 3), conv_params, jnp.float32, batch=8)

@@ -93,6 +93,7 @@ def unsuitable(text):
     return found
 
 
+@pytest.mark.slow
 def test_no_unsuitable_convolution_is_lowered():
     """The same question to the program that XLA gets; needs no plugin."""
 

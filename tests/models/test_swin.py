@@ -64,6 +64,7 @@ def test_sides_are_rounded_up(size):
     ]
 
 
+@pytest.mark.slow
 def test_padding_has_no_influence():
     """Valid parts that end inside of windows, at their ends, and before the first shift."""
     sizes = [(64, 61), (37, 96), (1, 53), (48, 24)]

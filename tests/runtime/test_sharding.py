@@ -229,6 +229,7 @@ def test_lars_gives_the_same_numbers(double):
     assert_same_numbers((2, 1, 4), "shared", "lars")
 
 
+@pytest.mark.slow
 def test_the_report_of_memory(double):
     _, step, shapes = compiled((2, 4))
     report = sharding.memory_report(step, shapes)

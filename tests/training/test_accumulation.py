@@ -149,6 +149,7 @@ def test_any_images_where_batch_statistics_play_no_part(options):
     assert float(optax.tree.norm(traces[0])) > 0.1
 
 
+@pytest.mark.slow
 def test_a_batch_statistic_is_what_differs():
     whole, actual = run(parts=1, groups=2), run(parts=2, groups=2)
     assert largest_difference(actual[0][0].params, whole[0][0].params) > 1e-5
@@ -156,6 +157,7 @@ def test_a_batch_statistic_is_what_differs():
     assert loss == pytest.approx(expected, rel=0.2)
 
 
+@pytest.mark.slow
 def test_statistics_move_once_by_the_mean_over_the_parts():
     """The stem sees nothing but the images, so its statistics follow from theirs."""
     moved = run(parts=4, groups=1)[0][0].batch_stats["backbone"]["ConvNorm_0"]["norm"]

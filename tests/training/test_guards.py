@@ -322,6 +322,7 @@ def test_skip_gives_up_after_too_many_in_a_row(run, tmp_path, capsys):
     assert guards.all_finite(load(tmp_path, 9))
 
 
+@pytest.mark.slow
 def test_rollback(run, place_of_run, capsys, caplog):
     rollback = "--config.train.on_nonfinite=rollback"
     with caplog.at_level(logging.WARNING):

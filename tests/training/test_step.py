@@ -138,7 +138,8 @@ def test_a_request_to_stop_of_any_process_comes_back_to_all():
     assert [int(step["stop"]) for step in metrics] == [0, 0, 1]
 
 
-@pytest.mark.parametrize("groups", [(1, 2), pytest.param((2, 8), marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("groups", [(1, 2), (2, 8)])
 def test_the_number_of_groups_matters(groups):
     a, b = (run(groups=number)[0][-1] for number in groups)
     assert largest_difference(a.params, b.params) > 1e-4
