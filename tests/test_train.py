@@ -182,17 +182,15 @@ def kill_and_go_on(workdir, *arguments):
     assert_same_run(workdir, tiny.trained()[0])
 
 
-SLOW_AND_EXHAUSTIVE = [pytest.mark.slow, pytest.mark.exhaustive]
-
-
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "changes",
     [
-        pytest.param((), marks=pytest.mark.slow),
+        (),
         # In CI, workers when killed twice, and when stopped (test_stopping.py).
-        pytest.param(("--config.data.workers=2",), marks=SLOW_AND_EXHAUSTIVE),
+        pytest.param(("--config.data.workers=2",), marks=pytest.mark.exhaustive),
         pytest.param(
-            ("--config.data.threads=0", "--config.data.prefetch=1"), marks=SLOW_AND_EXHAUSTIVE
+            ("--config.data.threads=0", "--config.data.prefetch=1"), marks=pytest.mark.exhaustive
         ),
     ],
     ids=["", "workers", "no threads"],
