@@ -328,21 +328,27 @@ def kill_two_and_go_on(alone, workdir, *arguments, homes=None, model=(), losses=
     assert_same_run(workdir, alone, losses)
 
 
+ROWS = {"rows": 2, "weight_update": "shared"}
+
+
+def layout_flags(layout):
+    return [f"--config.sharding.{name}={value}" for name, value in layout.items()]
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("devices", "layout"),
     [
-        # In CI, parameters that are whole in each process: the next test.
+        # In CI, parameters that are whole in each process: `test_one_of_two_is_killed`.
         pytest.param(1, {}, id="images", marks=pytest.mark.exhaustive),
         # Two devices of each process: parameters lie on both, and on both processes.
         pytest.param(2, {"fsdp": 4}, id="parameters"),
-        # Each process has one half of every image.
-        pytest.param(1, {"rows": 2, "weight_update": "shared"}, id="rows"),
+        # Each process has one half of every image. In CI, in a bucket.
+        pytest.param(1, ROWS, id="rows", marks=pytest.mark.exhaustive),
     ],
 )
 def test_two_processes_are_killed_and_go_on_as_two_and_as_one(alone, tmp_path, devices, layout):
-    flags = [f"--config.sharding.{name}={value}" for name, value in layout.items()]
-    kill_two_and_go_on(alone, tmp_path / "run", *flags, devices=devices)
+    kill_two_and_go_on(alone, tmp_path / "run", *layout_flags(layout), devices=devices)
 
 
 @pytest.mark.slow
@@ -353,13 +359,13 @@ def test_so_do_two_processes_with_the_memory_of_mcibi_plus_plus(tmp_path):
     model = [f"--config.{name}={value}" for name, value in model.items()]
     run(1, tmp_path / "alone", *model)
     losses = ("loss", "loss_context", "loss_stage1", "loss_stage2", "loss_aux", "lr")
-    rows = ("--config.sharding.rows=2", "--config.sharding.weight_update=shared")
+    rows = layout_flags(ROWS)
     kill_two_and_go_on(tmp_path / "alone", tmp_path / "run", *rows, model=model, losses=losses)
 
 
 @pytest.mark.slow
 def test_two_processes_in_a_bucket_are_killed_and_go_on_as_two_and_as_one(alone, bucket, tmp_path):
-    kill_two_and_go_on(alone, bucket / "run", homes=tmp_path)
+    kill_two_and_go_on(alone, bucket / "run", *layout_flags(ROWS), homes=tmp_path)
     assert checkpoint.all_steps(bucket / "run") == checkpoint.all_steps(alone)
 
 
