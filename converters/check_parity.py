@@ -15,7 +15,6 @@ import contextlib
 import copy
 import dataclasses
 import platform
-import re
 import sys
 import time
 import types
@@ -212,19 +211,6 @@ def first_exceeding(rows: Sequence[Row]) -> Row | None:
 # ---- The input -----------------------------------------------------------------------------------
 
 
-def parse_size(text: str) -> tuple[int, int]:
-    """Returns height and width of a text such as "97x129".
-
-    Raises:
-        UserError: it is something else.
-    """
-    match = re.fullmatch(r"(\d+)x(\d+)", text)
-    size = tuple(int(n) for n in match.groups()) if match else (0, 0)
-    if min(size) < 1:
-        raise UserError(f"--size={text}: expected HEIGHTxWIDTH in pixels, such as 512x512")
-    return size
-
-
 def make_input(
     config: ml_collections.ConfigDict, image: str | None, size: tuple[int, int] | None
 ) -> tuple[np.ndarray, str]:
@@ -382,7 +368,7 @@ def main(argv: list[str]) -> int:
         UserError: bad input.
     """
     arguments = command_line.parse(argv, FLAGS, required=("checkpoint",), doc=__doc__)
-    size = parse_size(arguments.size) if arguments.size else None
+    size = command_line.parse_size("--size", arguments.size) if arguments.size else None
     report = files.place(arguments.report, "--report") if arguments.report else None
     on_disk = report and not files.in_bucket(report)
     if on_disk and (report.is_dir() or not report.parent.is_dir()):

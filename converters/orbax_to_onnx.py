@@ -9,7 +9,6 @@ float32, both [height, width].
 """
 
 import os
-import re
 import sys
 import tempfile
 from collections.abc import Iterable
@@ -182,22 +181,14 @@ def run(file: Path, image: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     return labels, confidence
 
 
-def _size(text: str | None) -> tuple[int, int] | None:
-    if not text:
-        return None
-    match = re.fullmatch(r"([1-9]\d{0,4})x([1-9]\d{0,4})", text)
-    if not match:
-        raise UserError(f"--size {text}: expected HEIGHTxWIDTH, such as 512x512")
-    return int(match[1]), int(match[2])
-
-
 def main(argv: Iterable[str]) -> int:
     """Runs the command; returns the exit status."""
     needed = ("workdir", "input", "output")
     values = command_line.parse(argv, FLAGS, required=needed, doc=__doc__, with_config=False)
     which = values.checkpoint or "best"
     which = int(which) if which.isdecimal() else which
-    target = convert(values.workdir, which, values.input, values.output, _size(values.size))
+    size = command_line.parse_size("--size", values.size) if values.size else None
+    target = convert(values.workdir, which, values.input, values.output, size)
     print(f"wrote {target}, checked with onnxruntime")
     return 0
 

@@ -205,6 +205,22 @@ def field_values(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     return fields
 
 
+def parse_size(flag: str, text: str) -> tuple[int, int]:
+    """Returns height and width, in pixels, of a flag's value such as "97x129".
+
+    Args:
+        flag: with its dashes, and its whole value if that is a list, for the message.
+        text: the value, or one of the list.
+
+    Raises:
+        UserError: it is something else.
+    """
+    if not re.fullmatch(r"[1-9]\d{0,4}x[1-9]\d{0,4}", text):
+        raise UserError(f"{flag}: found {text!r}; expected HEIGHTxWIDTH in pixels, such as 512x512")
+    height, width = map(int, text.split("x"))
+    return height, width
+
+
 def _find_config(name: str) -> Path:
     path = Path(name)
     if path.is_file():

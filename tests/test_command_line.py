@@ -1,5 +1,6 @@
 """Config files: where they are looked up, what they may import, and that each is run once."""
 
+import re
 import sys
 from pathlib import Path
 
@@ -148,3 +149,11 @@ def test_help(capsys):
 def test_shipped_configs_lie_beside_the_package():
     assert (command_line.SHIPPED / "common.py").is_file()
     assert Path(command_line.__file__).parents[1] == command_line.SHIPPED.parent
+
+
+@pytest.mark.parametrize("text", ["", "97", "97x", "0x12", "97*129", "-1x5", "1x2x3", "100000x1"])
+def test_sizes(text):
+    assert command_line.parse_size("--size", "97x129") == (97, 129)
+    message = f"--size: found '{text}'; expected HEIGHTxWIDTH"
+    with pytest.raises(UserError, match=re.escape(message)):
+        command_line.parse_size("--size", text)

@@ -189,7 +189,7 @@ def test_a_difference_leaves_nothing(workdir, picture, tmp_path, monkeypatch, ca
     ("arguments", "answer"),
     [
         (["--weights=int4"], "--weights int4: there is no such form. Did you mean int8?"),
-        (["--sizes=512"], "--sizes 512: found '512'; expected sizes HEIGHTxWIDTH"),
+        (["--sizes=512"], "--sizes=512: found '512'; expected HEIGHTxWIDTH"),
         (["--sizes=512x0"], "found '512x0'"),
         (["--checkpoint=3"], "step 3"),
     ],

@@ -2,7 +2,6 @@
 
 import dataclasses
 import logging
-import re
 import time
 from pathlib import Path
 from typing import Any
@@ -11,7 +10,7 @@ import jax
 import ml_collections
 import numpy as np
 
-from memseg_jax import checkpoint, config_rules, trained_model
+from memseg_jax import checkpoint, command_line, config_rules, trained_model
 from memseg_jax.checkpoint.meta import versions
 from memseg_jax.data import open_split
 from memseg_jax.data.transforms import MEAN, STD, evaluation_resize, resize_image
@@ -39,15 +38,8 @@ def parse_sizes(text: str) -> list[tuple[int, int]]:
     Raises:
         UserError: it is something else.
     """
-    sizes = []
-    for part in text.split(",") if text else ():
-        match = re.fullmatch(r"\s*(\d{1,5})x(\d{1,5})\s*", part)
-        if not match or not all(map(int, match.groups())):
-            raise UserError(
-                f"--sizes {text}: found {part.strip()!r}; expected sizes HEIGHTxWIDTH with commas "
-                "between them, such as 512x512,480x640"
-            )
-        sizes.append((int(match[1]), int(match[2])))
+    parts = text.split(",") if text else ()
+    sizes = [command_line.parse_size(f"--sizes={text}", part.strip()) for part in parts]
     return list(dict.fromkeys(sizes))
 
 

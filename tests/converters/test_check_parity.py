@@ -14,7 +14,6 @@ from converters import check_parity, names, taps, torch_files
 from converters.check_parity import Outputs, compare, compare_arrays, first_exceeding
 from memseg_jax import command_line
 from memseg_jax.data.transforms import evaluation_transform
-from memseg_jax.errors import UserError
 from memseg_jax.models.segmentor import build_segmentor
 from memseg_jax.runtime import compilation
 from tests import session, tiny
@@ -179,13 +178,6 @@ def test_random_input_is_always_the_same():
     assert first.dtype == np.float32
     assert "random numbers" in text
     np.testing.assert_array_equal(first, check_parity.make_input(config, None, None)[0])
-
-
-@pytest.mark.parametrize("text", ["", "97", "97x", "0x12", "97*129", "-1x5", "1x2x3"])
-def test_sizes(text):
-    assert check_parity.parse_size("97x129") == (97, 129)
-    with pytest.raises(UserError, match="expected HEIGHTxWIDTH"):
-        check_parity.parse_size(text)
 
 
 # ---- The program ---------------------------------------------------------------------------------

@@ -56,7 +56,7 @@ def start(*arguments):
     ("output", "more", "answer"),
     [
         ("a.pb", (), "expected a name that ends in .onnx"),
-        ("a.onnx", ("--size=512",), "--size 512: expected HEIGHTxWIDTH"),
+        ("a.onnx", ("--size=512",), "--size: found '512'; expected HEIGHTxWIDTH"),
         ("there.onnx", (), "exists already"),
         ("a.onnx", ("--workdir=nowhere",), "nowhere"),
     ],
