@@ -171,6 +171,9 @@ def get_config() -> ml_collections.ConfigDict:
     memory.slots = 1  # rows per class
     memory.hard = False  # read by the arg-max class instead of the class probabilities
     memory.within_image_context = True  # a second attention, from the context to what was read
+    # "residual", of MCIBI alone: the head is that of the plain baseline, to whose features what was
+    # read is added by a normalisation whose scale starts at 0: training starts as the baseline.
+    memory.fusion = "published"
     memory.strategy = "cosine"  # weights of a class's pixels: 1 - cosine; or "mean"
     memory.momentum = 0.9
     memory.base_lr = 0.01  # momentum at learning rate lr is momentum / base_lr * lr; 0: fixed

@@ -73,6 +73,7 @@ _EARLIER = {
     "model.memory.downsample": 1,
     "model.memory.read_by": "context",
     "model.memory.fuse_before_fpn": False,
+    "model.memory.fusion": "published",
     "loss.context": 1.0,
     "eval.rows": 1,
 }
