@@ -61,7 +61,8 @@ def test_what_a_run_took_is_kept(ablation, tmp_path, monkeypatch):
     def run(seeds):
         flags = [f"--variants={tmp_path / 'variants.json'}", f"--workdir={tmp_path}"]
         assert ablation.main(["ablation", *flags, f"--seeds={seeds}"]) == 0
-        return {key: row["seconds"] for key, row in ablation.read(tmp_path / "ablation.csv").items()}
+        found = ablation.read(tmp_path / ablation.RESULTS)
+        return {key: row["seconds"] for key, row in found.items()}
 
     (tmp_path / "variants.json").write_text('{"a": [], "b": []}')
     monkeypatch.setattr(ablation, "train", train)
@@ -69,7 +70,7 @@ def test_what_a_run_took_is_kept(ablation, tmp_path, monkeypatch):
     # Nothing of earlier calls is lost, even of seeds that this one does not ask for.
     assert run("1") == {("a", 0): 1, ("b", 0): 2, ("a", 1): 3, ("b", 1): 4}
     assert run("0,1") == {("a", 0): 1, ("b", 0): 2, ("a", 1): 3, ("b", 1): 4}
-    assert calls == ["a_0", "b_0", "a_1", "b_1"] + ["a_0", "b_0", "a_1", "b_1"]
+    assert calls == 2 * ["a_0", "b_0", "a_1", "b_1"]
 
 
 @pytest.mark.parametrize("name", ["methods", "memory_variants"])

@@ -74,6 +74,7 @@ _EARLIER = {
     "model.memory.read_by": "context",
     "model.memory.fuse_before_fpn": False,
     "model.memory.fusion": "published",
+    "model.memory.start_epoch": 1,
     "loss.context": 1.0,
     "eval.rows": 1,
 }
