@@ -18,7 +18,7 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -47,14 +47,18 @@ def main(argv: Sequence[str]) -> int:
     seeds = read_seeds(values.seeds or "0,1,2")
     given = [word for word in argv[1:] if word.split("=")[0].startswith("--config.")]
     workdir, rows = Path(values.workdir), []
+    known = read(workdir / RESULTS)
     for seed in seeds:  # seed by seed: what is there can be compared at any time
         for name, settings in variants.items():
             flags = [*given, *(f"--config.{x}" for x in settings), f"--config.seed={seed}"]
             folder = workdir / f"{name}_{seed}".replace(" ", "_")
-            scores = train(values.config_flag, flags, folder)
-            rows.append({"variant": name, "seed": seed} | scores)
+            result = train(values.config_flag, flags, folder)
+            if before := known.get((name, seed)):  # this call only looked at what is there
+                result["seconds"] = before["seconds"]
+            rows.append({"variant": name, "seed": seed} | result)
             print(", ".join(f"{k} {v}" for k, v in rows[-1].items()), file=sys.stderr, flush=True)
-            write(workdir / RESULTS, rows)
+            known[name, seed] = rows[-1]
+            write(workdir / RESULTS, known.values())
     print(table(rows))
     summary = {"benchmark": "ablation", "config": values.config_flag, "rows": rows}
     print(json.dumps(summary), flush=True)
@@ -112,10 +116,19 @@ def train(config_flag: str, flags: Sequence[str], folder: Path) -> dict[str, flo
     return {name: round(scores[name], 4) for name in SCORES} | {"seconds": seconds}
 
 
-def write(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
-    """Writes all results so far."""
+def read(path: Path) -> dict[tuple[str, int], dict[str, Any]]:
+    """Reads the results of earlier calls: variant and seed -> row; none if there is no file."""
+    if not path.exists():
+        return {}
+    with open(path, newline="", encoding="utf-8") as file:
+        rows = [{**row, "seconds": float(row["seconds"])} for row in csv.DictReader(file)]
+    return {(row["variant"], int(row["seed"])): row for row in rows}
+
+
+def write(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:
+    """Writes all results so far, those of earlier calls included."""
     with open(path, "w", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, rows[0])
+        writer = csv.DictWriter(file, ("variant", "seed", *SCORES, "seconds"))
         writer.writeheader()
         writer.writerows(rows)
 

@@ -171,9 +171,15 @@ def get_config() -> ml_collections.ConfigDict:
     memory.slots = 1  # rows per class
     memory.hard = False  # read by the arg-max class instead of the class probabilities
     memory.within_image_context = True  # a second attention, from the context to what was read
+    # "residual", of MCIBI alone: the head is that of the plain baseline, to whose features what was
+    # read is added by a normalisation whose scale starts at 0: training starts as the baseline.
+    memory.fusion = "published"
     memory.strategy = "cosine"  # weights of a class's pixels: 1 - cosine; or "mean"
     memory.momentum = 0.9
     memory.base_lr = 0.01  # momentum at learning rate lr is momentum / base_lr * lr; 0: fixed
+    # The first epoch that writes it, from 1; until then what is read is as empty as at first. If it
+    # is after the last one, the memory stays empty: its layers are all that is left of the method.
+    memory.start_epoch = 1
     # The rest is of MCIBI++ alone, which has neither slots nor strategy.
     memory.downsample = 1  # 2: rows are read at half the size (HRNet on large crops)
     # Whose class probabilities weigh the rows: those predicted from the context, or "pixels".
@@ -186,7 +192,7 @@ def get_config() -> ml_collections.ConfigDict:
     loss.context = 1.0  # MCIBI++: of the prediction from the context
     loss.auxiliary = 0.4
     loss.consistency = 0.0  # representation-consistency loss on the memory rows
-    loss.consistency_from_epoch = 2  # epochs count from 1
+    loss.consistency_from_epoch = 2  # epochs count from 1; not before the memory's first
     # One per class; empty: all 1; "balanced": the rarer a class is in the images that show it, the
     # more its pixels weigh (median frequency), counted once, before the training.
     loss.class_weights = config_dict.FieldReference((), field_type=object)

@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
 
+from memseg_jax.errors import UserError
 from memseg_jax.models.swin import relative_positions
 
 MEMORY_KEY = "memory_module.memory"
@@ -159,6 +160,28 @@ _LEAVES = {
     "mean": "running_mean",
     "var": "running_var",
 }
+
+
+def check_counterpart(config: Any) -> None:
+    """Refuses models that the PyTorch reference does not have.
+
+    Args:
+        config: the whole config.
+
+    Raises:
+        UserError: says which field is in the way.
+    """
+    memory = config.model.memory
+    if not memory.enabled:
+        found = "enabled is False; expected True: the PyTorch reference only has models with memory"
+    elif memory.fusion != "published":
+        found = (
+            f"fusion is {memory.fusion!r}; expected 'published': that form is not in the PyTorch "
+            "reference, so nothing can be converted from or to it, or compared with it"
+        )
+    else:
+        return
+    raise UserError(f"config.model.memory.{found}. Take another model, or stay with the JAX one.")
 
 
 def torch_key(path: str, method: str = "mcibi") -> str:

@@ -18,7 +18,7 @@ import numpy as np
 
 from converters import names
 from converters.torch_files import import_safetensors, import_torch
-from memseg_jax import checkpoint, command_line
+from memseg_jax import checkpoint, command_line, trained_model
 from memseg_jax.errors import UserError
 from memseg_jax.models.segmentor import build_segmentor
 from memseg_jax.runtime import files
@@ -95,14 +95,10 @@ def convert(workdir: str | os.PathLike, which: str | int, output: str | os.PathL
     if files.in_bucket(output):
         files.writable_folder(output.parent, "the folder", "--output")
     step, meta = checkpoint.read_meta(workdir, which)
-    config = ml_collections.ConfigDict(meta["config"])
-    model = build_segmentor(config)
-    if not model.memory_enabled:
-        raise UserError(
-            f"{workdir} holds a model without memory (config.model.memory.enabled is False), which "
-            "the PyTorch reference does not have"
-        )
-    variables, _ = checkpoint.restore_for_inference(workdir, abstract_variables(model), step)
+    config = trained_model.config_of(meta)
+    names.check_counterpart(config)
+    abstract = abstract_variables(build_segmentor(config))
+    variables, _ = checkpoint.restore_for_inference(workdir, abstract, step)
     origin = meta.get("origin")
     tensors = state_dict(variables, config, origin["counters"] if origin else step)
     del variables

@@ -81,11 +81,8 @@ def to_variables(
     Raises:
         UserError: a tensor is missing, unknown, of another shape or type, or not finite.
     """
+    names.check_counterpart(config)
     abstract = names.flatten(abstract_variables(model))
-    if not model.memory_enabled:
-        raise UserError(
-            "config.model.memory.enabled is False: the PyTorch models all have the memory"
-        )
     keys = names.torch_keys(names.unflatten(abstract), config.model.method)
     wanted = {
         keys[path]: names.torch_shape(leaf.shape, keys[path]) for path, leaf in abstract.items()

@@ -26,6 +26,7 @@ PAGES = [
         "export",
         "serve",
         "memory_map",
+        "memory",
     )
 ]
 TEXTS = [*PAGES, *sorted(LAUNCH.iterdir())]

@@ -3,8 +3,8 @@
 import ml_collections
 from torch import nn
 
+from converters import names
 from converters.torch_model import hrnet, mcibi, mcibi_plus_plus, resnest, resnet, swin, vit
-from memseg_jax.errors import UserError
 from memseg_jax.models import segmentor as ours
 
 METHODS = {"mcibi": mcibi, "mcibi_plus_plus": mcibi_plus_plus}
@@ -31,9 +31,5 @@ def build_torch_model(
         UserError: the reference has no such model.
     """
     ours.build_segmentor(config)  # refuses what does not fit together
-    if not config.model.memory.enabled:
-        raise UserError(
-            "config.model.memory.enabled is False; the PyTorch reference only has the model with "
-            "memory. Set it to True, or stay with the JAX model."
-        )
+    names.check_counterpart(config)
     return METHODS[config.model.method].build(build_backbone(config.model), config)

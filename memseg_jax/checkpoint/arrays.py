@@ -28,6 +28,7 @@ _SHAPE_FIELDS = (
     "model.memory.enabled",
     "model.memory.attention_dim",
     "model.memory.slots",
+    "model.memory.fusion",
     "model.method",
     "model.context",
     "model.fpn",

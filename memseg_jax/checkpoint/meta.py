@@ -73,6 +73,8 @@ _EARLIER = {
     "model.memory.downsample": 1,
     "model.memory.read_by": "context",
     "model.memory.fuse_before_fpn": False,
+    "model.memory.fusion": "published",
+    "model.memory.start_epoch": 1,
     "loss.context": 1.0,
     "eval.rows": 1,
 }

@@ -152,6 +152,8 @@ RULES = {
     "model.memory.hard": Switch(),
     "model.memory.within_image_context": Switch(),
     "model.memory.strategy": Choice(("cosine", "mean")),
+    "model.memory.fusion": Choice(("published", "residual")),
+    "model.memory.start_epoch": _COUNT,
     "model.memory.momentum": _SHARE,
     "model.memory.base_lr": Number(0, 1000),
     "model.memory.downsample": Choice((1, 2)),

@@ -72,6 +72,7 @@ _OF_METHOD = {
         "model.downsample": 1,
         "model.memory.slots": 1,
         "model.memory.strategy": "cosine",
+        "model.memory.fusion": "published",
         "loss.consistency": 0.0,
     },
     "mcibi_plus_plus": {
@@ -97,6 +98,18 @@ def _only_of_method(config: Any) -> Iterator[UserError]:
                     value,
                     f"{default!r} beside config.model.method = {method!r}: {owner!r} alone has it",
                 )
+
+
+def _widths_that_add_up(config: Any) -> Iterator[UserError]:
+    model = config.model
+    adds = model.method == "mcibi" and model.memory.enabled and model.memory.fusion == "residual"
+    if adds and model.context != "none" and model.aspp_dim != model.feature_dim:
+        yield refusal(
+            "config.model.aspp_dim",
+            model.aspp_dim,
+            f"config.model.feature_dim, {model.feature_dim}, beside config.model.memory.fusion = "
+            "'residual': what is read from the memory is added to the context",
+        )
 
 
 def _pyramid_of_maps(config: Any) -> Iterator[UserError]:
@@ -400,6 +413,7 @@ RELATIONS = (
     _as_many_as_classes,
     _some_weight,
     _only_of_method,
+    _widths_that_add_up,
     _pyramid_of_maps,
     _read_by_a_prediction,
     _paths_to_drop,

@@ -14,7 +14,7 @@ from memseg_jax.errors import UserError
 from memseg_jax.models import rematerialise
 from memseg_jax.models.cell_sums import MemorySums
 from memseg_jax.models.decoders import Decoder
-from memseg_jax.models.layers import Array, ConvNorm, ValidSize, record
+from memseg_jax.models.layers import Array, Classifier, ConvNorm, ValidSize, record
 from memseg_jax.models.memory import MemoryModule, row_weights
 from memseg_jax.models.memory_update import memory_sums_groups, move_memory_groups
 from memseg_jax.models.segmentor import Segmentor
@@ -29,6 +29,9 @@ class MCIBI(Segmentor):
         hard: see `MemoryModule`.
         within_image_context: see `MemoryModule`.
         strategy: of the memory's update, see `update_memory`.
+        residual: the head is that of `Plain`, with what was read from the memory added to what it
+            classifies. The last normalisation of that branch starts with a scale of zero, so that
+            the network starts as the plain one with the same parameters.
     """
 
     attention_dim: int = 256
@@ -36,6 +39,7 @@ class MCIBI(Segmentor):
     hard: bool = False
     within_image_context: bool = True
     strategy: str = "cosine"
+    residual: bool = False
 
     gradient_sees_update = True
     classifies_rows = True
@@ -51,15 +55,24 @@ class MCIBI(Segmentor):
             self.hard,
             self.within_image_context,
             remat=self.remat,
+            linear_output=self.residual,
             **kw,
         )
         decoder = [self.feature_dim, self.num_classes, 1, self.dropout]
         self.decoder_stage1 = Decoder(*decoder, **kw)
-        self.decoder_stage2 = Decoder(*decoder, **kw)
+        if self.residual:
+            self.classifier = Classifier(self.num_classes, self.dropout, self.dtype)
+        else:
+            self.decoder_stage2 = Decoder(*decoder, **kw)
 
     def memory_shape(self) -> tuple[int, int, int]:
         """Classes, slots, channels."""
         return (self.num_classes, self.slots, self.feature_dim)
+
+    def zeros_at_start(self) -> tuple[str, ...]:
+        """See `Segmentor.zeros_at_start`: the scale of the residual branch."""
+        last = "bottleneck_ms" if self.within_image_context else "bottleneck"
+        return (f"params/memory_module/{last}/norm/scale",) if self.residual else ()
 
     def rows_of(self, memory: Array) -> Array:
         """The memory is its rows."""
@@ -133,17 +146,22 @@ class MCIBI(Segmentor):
             train=train,
             valid_size=valid_size,
         )
-        logits = rematerialise.call(
-            self.decoder_stage2, augmented, remat=self.remat, train=train, valid_size=valid_size
-        )
+        if self.residual:
+            context = encoded["context"] if self.has_context else encoded["memory_input"]
+            logits = self.classifier(context + augmented, train=train)
+        else:
+            logits = rematerialise.call(
+                self.decoder_stage2, augmented, remat=self.remat, train=train, valid_size=valid_size
+            )
         record(self, "stage2_logits", logits)
         return logits
 
     def classify_rows(self, rows: Array, *, train: bool) -> Array:
-        """Puts memory rows through decoder stage 2, as images of one pixel.
+        """Puts memory rows through the final decoder, as images of one pixel.
 
-        In training this is a second use of that decoder in the step: the rows are normalised with
-        their own batch statistics, and the running statistics move a second time.
+        Where that decoder has a normalisation, this is a second use of it in a training step: the
+        rows are normalised with their own batch statistics, and the running statistics move a
+        second time.
 
         Args:
             rows: [rows, channels].
@@ -152,7 +170,8 @@ class MCIBI(Segmentor):
         Returns:
             float32 logits [rows, classes].
         """
-        return self.decoder_stage2(rows[:, None, None, :], train=train)[:, 0, 0]
+        decoder = self.classifier if self.residual else self.decoder_stage2
+        return decoder(rows[:, None, None, :], train=train)[:, 0, 0]
 
 
 def build(config: ml_collections.ConfigDict, shared: Mapping[str, Any]) -> MCIBI:
@@ -175,4 +194,5 @@ def build(config: ml_collections.ConfigDict, shared: Mapping[str, Any]) -> MCIBI
         hard=memory.hard,
         within_image_context=memory.within_image_context and model.context != "none",
         strategy=memory.strategy,
+        residual=memory.fusion == "residual",
     )

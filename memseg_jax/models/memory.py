@@ -81,6 +81,7 @@ class MemoryModule(nn.Module):
         activation: name, see `layers.activation`.
         dtype: compute type.
         remat: whether training recomputes the inside of every layer.
+        linear_output: no activation after the last normalisation, for a result of either sign.
     """
 
     features: int
@@ -90,6 +91,7 @@ class MemoryModule(nn.Module):
     activation: str = "relu"
     dtype: Any = jnp.float32
     remat: bool = False
+    linear_output: bool = False
 
     @nn.compact
     def __call__(
@@ -117,6 +119,7 @@ class MemoryModule(nn.Module):
             valid_size: the valid part of padded images.
         """
         kw = {"activation": self.activation, "dtype": self.dtype}
+        last = kw | {"activation": "none"} if self.linear_output else kw
         on = {"train": train, "valid_size": valid_size, "remat": self.remat}
         slots = memory.shape[1]
         if gradient_memory is None:
@@ -141,7 +144,8 @@ class MemoryModule(nn.Module):
             augmentation = rematerialise.call(fuse, jnp.concatenate(gathered, axis=-1), **on)
         record(self, "selfatt_memory", augmentation)
         x = jnp.concatenate([pixels, augmentation], axis=-1)
-        bottleneck = ConvNorm(self.features, 3, name="bottleneck", **kw)
+        of_bottleneck = kw if self.within_image_context else last
+        bottleneck = ConvNorm(self.features, 3, name="bottleneck", **of_bottleneck)
         x = rematerialise.call(bottleneck, x, **on)
         record(self, "memory_bottleneck", x)
         if self.within_image_context:
@@ -151,7 +155,7 @@ class MemoryModule(nn.Module):
             refined = rematerialise.call(attention, pixels, context, **on)
             record(self, "selfatt_ms", refined)
             x = jnp.concatenate([refined, x], axis=-1)
-            bottleneck = ConvNorm(self.features, 3, name="bottleneck_ms", **kw)
+            bottleneck = ConvNorm(self.features, 3, name="bottleneck_ms", **last)
             x = rematerialise.call(bottleneck, x, **on)
         record(self, "memory_output", x)
         return x

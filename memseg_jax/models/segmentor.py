@@ -117,6 +117,10 @@ class Segmentor(nn.Module):
         """The memory before the first step, float32."""
         return np.zeros(self.memory_shape(), np.float32)
 
+    def zeros_at_start(self) -> tuple[str, ...]:
+        """Paths of the parameters, "params/...", that start at 0 unlike others of their kind."""
+        return ()
+
     def rows_of(self, memory: Array) -> Array:
         """The features that a memory stands for: [classes, rows of a class, channels]."""
         raise NotImplementedError

@@ -58,8 +58,8 @@ def run(config: ml_collections.ConfigDict, workdir: str | None = None) -> dict[s
     config_rules.check(config)
     mesh = sharding.make_mesh(layout=config.sharding)
     config = config.copy_and_resolve_references()
-    # The consistency loss belongs to the step in all epochs but the first.
-    config.loss.consistency_from_epoch = 1
+    # What starts with a later epoch belongs to most steps.
+    config.loss.consistency_from_epoch = config.model.memory.start_epoch = 1
     model = build_segmentor(config)
     sharding_rules.check(config, mesh, model.coarsest_stride)
     check_evaluation(config.eval, model, config.augment.flip_pairs)

@@ -7,7 +7,7 @@ from typing import Any
 import jax
 import ml_collections
 import numpy as np
-from flax.traverse_util import flatten_dict
+from flax.traverse_util import flatten_dict, unflatten_dict
 
 from memseg_jax import checkpoint
 from memseg_jax.errors import UserError
@@ -74,7 +74,8 @@ def _known_from_checkpoint(
     """The arrays of a trained model that fit: all of them, or all but those of its classes."""
     folder = files.place(config.init.checkpoint, "config.init.checkpoint")
     step, meta = checkpoint.read_meta(folder, "best")
-    trained = build_segmentor(ml_collections.ConfigDict(meta["config"]))
+    recorded = unflatten_dict(checkpoint.recorded_config(meta), sep=".")
+    trained = build_segmentor(ml_collections.ConfigDict(recorded))
     saved, _ = checkpoint.restore_for_inference(folder, abstract_variables(trained), step)
     saved = flatten_dict(saved, sep="/")
     wanted = flatten_dict(abstract_variables(model), sep="/")

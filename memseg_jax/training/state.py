@@ -125,7 +125,7 @@ def init_variables(
         {"params", "batch_stats", "memory"}: nested dicts of float32 arrays.
     """
     known = known or {}
-    abstract = abstract_variables(model)
+    abstract, zeros = abstract_variables(model), model.zeros_at_start()
 
     def fill(tree: Any, prefix: str) -> Any:
         if not isinstance(tree, dict):
@@ -139,6 +139,8 @@ def init_variables(
                 filled[name] = fill(value, path)
             elif path in known:
                 filled[name] = known[path]
+            elif path in zeros:
+                filled[name] = np.zeros(value.shape, np.float32)
             else:
                 entropy = [seed % 2**63, *path.encode()]
                 filled[name] = init_array(path, value.shape, fan_in, np.random.default_rng(entropy))

@@ -50,7 +50,7 @@ def make_train_step(
         config: the whole config.
         tx: the optimiser, from `optimizer.from_config`.
         schedule: learning rate by step; the memory's momentum follows it.
-        steps_per_epoch: the consistency loss starts with an epoch.
+        steps_per_epoch: the memory and the consistency loss start with an epoch.
         shares: of the parameters, where devices hold parts of them.
 
     Returns:
@@ -61,7 +61,7 @@ def make_train_step(
         otherwise 0, and "stop": the largest of the flags (see `runtime.stopping`); and with a
         memory `PIXELS` [classes]: how many pixels of every class moved it.
     """
-    losses = Losses(model, config, (config.loss.consistency_from_epoch - 1) * steps_per_epoch)
+    losses = Losses(model, config, steps_per_epoch)
     parts = config.train.accumulate
     halts = config.train.on_nonfinite == "raise"
 
@@ -109,12 +109,23 @@ class Losses:
     Attributes:
         model: the segmentor.
         config: the whole config.
-        first_consistency_step: the first step in which the consistency loss counts.
+        steps_per_epoch: the memory and the consistency loss start with an epoch.
     """
 
     model: Segmentor
     config: ml_collections.ConfigDict
-    first_consistency_step: int
+    steps_per_epoch: int
+
+    @property
+    def first_memory_step(self) -> int:
+        """Number of steps before the first one that moves the memory."""
+        return (self.config.model.memory.start_epoch - 1) * self.steps_per_epoch
+
+    @property
+    def first_consistency_step(self) -> int:
+        """Number of steps before the first one in which the consistency loss counts."""
+        of_loss = (self.config.loss.consistency_from_epoch - 1) * self.steps_per_epoch
+        return max(of_loss, self.first_memory_step)
 
     @property
     def class_weights(self) -> jax.Array | None:
@@ -158,17 +169,28 @@ class Losses:
         return self.model.memory_sums(memory, encoded, labels, groups=groups)
 
     def move_memory(
-        self, memory: jax.Array, sums: Any, lr: jax.Array
-    ) -> tuple[jax.Array, jax.Array]:
-        """Returns the new memory, and every replica group's own."""
-        m = self.config.model.memory
-        base_lr = m.base_lr * linear_scale(self.config)
-        return self.model.move_memory(memory, sums, memory_momentum(lr, m.momentum, base_lr))
+        self, state: TrainState, sums: Any, lr: jax.Array
+    ) -> tuple[jax.Array, jax.Array, Metrics]:
+        """Moves the memory, once its first epoch has come.
 
-    def pixels(self, sums: Any) -> Metrics:
-        """How many pixels of every class are in the sums of a batch, float32 [classes]."""
+        Args:
+            state: before the step.
+            sums: of all images.
+            lr: learning rate.
+
+        Returns:
+            The new memory, every replica group's own, and `PIXELS`.
+        """
+        m = self.config.model.memory
+        momentum = memory_momentum(lr, m.momentum, m.base_lr * linear_scale(self.config))
+        moved, local = self.model.move_memory(state.memory, sums, momentum)
         per_group = sums.count.reshape(len(sums.count), self.model.num_classes, -1)
-        return {PIXELS: jnp.sum(per_group, axis=(0, 2)).astype(jnp.float32)}
+        pixels = jnp.sum(per_group, axis=(0, 2)).astype(jnp.float32)
+        if self.first_memory_step:
+            starts = state.step >= self.first_memory_step
+            moved, local = (jnp.where(starts, x, state.memory) for x in (moved, local))
+            pixels = jnp.where(starts, pixels, 0)
+        return moved, local, {PIXELS: pixels}
 
     def of_images(
         self,
@@ -258,8 +280,7 @@ def whole_batch(
         # see the updated rows (`read_memory`); the value that is read is the old one.
         if losses.model.memory_enabled:
             sums = losses.memory_sums(memory, encoded, batch["label"])
-            memory, local = losses.move_memory(memory, sums, lr)
-            pixels = losses.pixels(sums)
+            memory, local, pixels = losses.move_memory(state, sums, lr)
         logits, batch_stats = losses.apply(
             "decode", params, batch_stats, rngs[1], encoded, state.memory, local
         )
@@ -323,8 +344,7 @@ def accumulate_gradients(
     update_comes_last = losses.model.memory_enabled and not update_comes_first
     if update_comes_first:
         sums = _sum_over_parts(sums_of_part, parts)
-        memory, local = losses.move_memory(memory, sums, lr)
-        pixels = losses.pixels(sums)
+        memory, local, pixels = losses.move_memory(state, sums, lr)
 
     total_weights = group_weights(
         batch["label"],
@@ -354,8 +374,7 @@ def accumulate_gradients(
 
     grads, metrics, batch_stats, sums = _sum_over_parts(gradients_of_part, parts)
     if update_comes_last:
-        memory, local = losses.move_memory(memory, sums, lr)
-        pixels = losses.pixels(sums)
+        memory, local, pixels = losses.move_memory(state, sums, lr)
     more, (of_rows, batch_stats) = jax.grad(consistency, has_aux=True)(state.params)
     grads = jax.tree.map(jnp.add, grads, more)
     metrics |= of_rows

@@ -56,6 +56,14 @@ def config_with(**fields):
             "config.model.downsample is 2; expected 1 beside config.model.method",
         ),
         (
+            {**PLUS_PLUS, "model__memory__fusion": "residual"},
+            ".*fusion is 'residual'; expected 'published' beside config.model.method",
+        ),
+        (
+            {"model__memory__fusion": "residual", "model__aspp_dim": 24},
+            "config.model.aspp_dim is 24; expected config.model.feature_dim, 16, beside",
+        ),
+        (
             {"model__memory__downsample": 2},
             ".*memory.downsample is 2; expected 1 .* 'mcibi': 'mcibi_plus_plus' alone has it",
         ),

@@ -179,6 +179,8 @@ def test_the_memory_is_a_parameter_without_gradient():
 def test_the_reference_has_no_model_without_memory():
     with pytest.raises(UserError, match=r"model\.memory\.enabled is False"):
         build_torch_model(changed(memory_enabled=False))
+    with pytest.raises(UserError, match=r"model\.memory\.fusion is 'residual'"):
+        build_torch_model(changed(memory_fusion="residual"))
 
 
 def test_an_unknown_backbone_is_refused():

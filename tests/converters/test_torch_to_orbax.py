@@ -234,15 +234,22 @@ def test_a_backbone_alone_is_recognised(tmp_path, config, tensors):
         torch_to_orbax.convert(path, config, tmp_path / "run")
 
 
-def test_the_baseline_has_no_counterpart(tmp_path, config, tensors):
+@pytest.mark.parametrize(
+    ("field", "value", "message"),
+    [
+        ("enabled", False, r"memory\.enabled is False; expected True"),
+        ("fusion", "residual", r"memory\.fusion is 'residual'; expected 'published'"),
+    ],
+)
+def test_what_the_reference_lacks_has_no_counterpart(tmp_path, tensors, field, value, message):
     path = files.save_2021(tmp_path / "x.pth", tensors)
-    plain = small_config()
-    plain.model.memory.enabled = False
-    with pytest.raises(UserError, match=r"memory\.enabled is False"):
-        torch_to_orbax.convert(path, plain, tmp_path / "run")
-    tiny.save_random_model(tmp_path / "plain", plain)
-    with pytest.raises(UserError, match=r"memory\.enabled is False"):
-        orbax_to_torch.convert(tmp_path / "plain", "last", tmp_path / "back.pth")
+    other = small_config()
+    other.model.memory[field] = value
+    with pytest.raises(UserError, match=message):
+        torch_to_orbax.convert(path, other, tmp_path / "run")
+    tiny.save_random_model(tmp_path / "other", other)
+    with pytest.raises(UserError, match=message):
+        orbax_to_torch.convert(tmp_path / "other", "last", tmp_path / "back.pth")
 
 
 # ---- Nothing is overwritten, nothing left behind ------------------------------------------------

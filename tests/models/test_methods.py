@@ -22,6 +22,8 @@ PARTS = {
     "fcn": "bottleneck memory_module decoder_stage1 decoder_stage2",
     "mcibi pspnet": "context bottleneck memory_module decoder_stage1 decoder_stage2",
     "mcibi fcn": "bottleneck memory_module decoder_stage1 decoder_stage2",
+    "residual": "context bottleneck memory_module decoder_stage1 classifier",
+    "residual fcn": "bottleneck memory_module decoder_stage1 classifier",
     "plain upernet": "context fpn bottleneck classifier",
     "plain fcn": "bottleneck classifier",
 }
@@ -47,7 +49,7 @@ def test_parts_and_strides(case):
 
 
 @pytest.mark.parametrize(
-    "case", slow_but(in_ci=("upernet", "aspp", "mcibi pspnet", "plain upernet"))
+    "case", slow_but(in_ci=("upernet", "aspp", "mcibi pspnet", "residual", "plain upernet"))
 )
 def test_padding_changes_no_number(case):
     assert_padding_changes_nothing(build_segmentor(config_of(case)), [(33, 47), (9, 5)])

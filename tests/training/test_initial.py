@@ -71,6 +71,20 @@ def test_auxiliary_heads_may_be_on_one_side_only(trained):
     assert found.keys() < saved(trained).keys()
 
 
+def test_a_checkpoint_from_before_a_field_is_taken(tmp_path, monkeypatch):
+    real = checkpoint.make_meta
+
+    def make_older(*args):
+        meta = real(*args)
+        del meta["config"]["model"]["memory"]["fusion"]
+        return meta
+
+    monkeypatch.setattr(checkpoint, "make_meta", make_older)
+    config = tiny.get_config()
+    config.init.checkpoint = str(tiny.save_random_model(tmp_path))
+    assert start(config)["memory"].any()
+
+
 def test_another_model_is_refused(trained):
     config = tiny.get_config()
     config.init.checkpoint = str(trained)

@@ -11,7 +11,7 @@ from memseg_jax import checkpoint
 from memseg_jax.models.cell_sums import MemorySums
 from memseg_jax.models.segmentor import build_segmentor
 from memseg_jax.training import guards, optimizer
-from memseg_jax.training.state import init_state
+from memseg_jax.training.state import TrainState, init_state
 from memseg_jax.training.step import Losses, make_train_step
 from tests import checkpoints, tiny
 from tests.small_models import ThreeConvolutions, fast_jit, random_variables
@@ -91,7 +91,8 @@ def test_a_bad_batch_moves_the_warmup_and_nothing_else():
 def test_the_memory_moves_by_a_share_of_the_rate_that_was_given(base_batch, lr, share):
     config = get_config()  # momentum 0.9 at 1e-3, which base_batch 2 makes 4e-3
     config.optimizer.base_batch = base_batch
-    sums = MemorySums(np.zeros((1, 1, 1, 2)), np.ones((1, 1, 1)), np.ones((1, 1, 1)))
+    sums = MemorySums(np.zeros((1, 3, 1, 2)), np.ones((1, 3, 1)), np.ones((1, 3, 1)))
     losses = Losses(build_segmentor(config), config, 0)
-    moved, _ = losses.move_memory(np.ones((1, 1, 2), np.float32), sums, lr)
+    memory = np.ones((3, 1, 2), np.float32)
+    moved, _, _ = losses.move_memory(TrainState(0, {}, {}, memory, ()), sums, lr)
     np.testing.assert_allclose(moved, 1 - share, rtol=1e-6)

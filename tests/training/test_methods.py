@@ -39,6 +39,8 @@ CASES = {
     "fcn": {**PLUS_PLUS, "context": "none", "memory.read_by": "pixels", "memory.hard": True},
     "mcibi pspnet": {"context": "pyramid_pooling"},
     "mcibi fcn": {"context": "none"},
+    "residual": {"memory.fusion": "residual", "memory.slots": 2, "remat": "blocks"},
+    "residual fcn": {"memory.fusion": "residual", "context": "none", "memory.hard": True},
     "plain upernet": {**PYRAMID, "memory.enabled": False},
     "plain fcn": {"context": "none", "memory.enabled": False},
 }
@@ -165,7 +167,7 @@ def test_a_memory_of_statistics_starts_at_zero_and_one():
     np.testing.assert_array_equal(memory, [[0, 1]] * 5)
 
 
-@pytest.mark.parametrize("case", slow_but(in_ci=("late fusion", "mcibi pspnet")))
+@pytest.mark.parametrize("case", slow_but(in_ci=("late fusion", "residual")))
 def test_parts_are_the_whole_batch(case):
     whole, parts = run(case, frozen=True), run(case, parts=4, frozen=True)
     for expected, found in zip(whole, parts):

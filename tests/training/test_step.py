@@ -41,12 +41,13 @@ def batch(number):
 
 
 @functools.cache
-def build(groups=1, dropout=0.0, memory=True, name="sgd"):
+def build(groups=1, dropout=0.0, memory=True, name="sgd", start_epoch=1):
     """Returns config, model, schedule and optimiser. An epoch has one step."""
     config = tiny.get_config()
     config.replica_groups = groups
     config.model.dropout = dropout
     config.model.memory.enabled = memory
+    config.model.memory.start_epoch = start_epoch
     config.optimizer.name = name
     model = build_segmentor(config).clone(
         backbone=ThreeConvolutions(jnp.float64), dtype=jnp.float64
@@ -231,6 +232,16 @@ def test_the_optimiser_is_sgd_on_the_gradient_of_the_sum():
         assert float(optax.tree.norm(gradient)) == pytest.approx(
             float(metrics[number]["grad_norm"]), rel=1e-9
         )
+
+
+def test_a_memory_that_starts_later_is_empty_until_then():
+    (first, second, third, fourth), metrics = run(start_epoch=3)
+    assert not any(state.memory.any() for state in (first, second, third))
+    assert [bool(values[PIXELS].any()) for values in metrics] == [False, False, True]
+    assert [bool(values["loss_memory"]) for values in metrics] == [False, False, True]
+    # The step that begins it is one that finds an empty memory, as the first of other runs does.
+    assert_close(take_step(third, batch(2))[0].memory, fourth.memory)
+    assert fourth.memory.any(axis=-1).all()
 
 
 # ---- Consistency loss ---------------------------------------------------------------------------
