@@ -82,7 +82,7 @@ def compare(path: Path, folder: Path, device: jax.Device) -> dict[str, dict[str,
     seed = (folder / "seed.txt").read_text(encoding="utf-8").rstrip("\r\n")
     with np.load(path, allow_pickle=False) as stored:
         golden = {key: stored[key] for key in stored.files}
-    config = command_line.load_config(_config(path))
+    config = command_line.load_config(config_of(path))
     images = _generator(seed, f"image:{path.stem}").standard_normal(_shape(path))
     columns, variables = {}, None
     for arithmetic in arithmetics(device.platform):
@@ -158,7 +158,7 @@ def _shape(path: Path) -> tuple[int, ...]:
     return tuple(map(int, path.stem.split("__")[1].split("x")))
 
 
-def _config(path: Path) -> str:
+def config_of(path: Path) -> str:
     """The config of a case; today's form of the reference unless its name says otherwise."""
     backbone, data, era = re.fullmatch(r"([a-z0-9]+)_([a-z0-9]+)(_2021)?__.*", path.stem).groups()
     name = f"{data}_{CONFIGS[backbone]}"
