@@ -12,6 +12,7 @@ are compared by their change in the step, module by module.
 
 import dataclasses
 import json
+import os
 import sys
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -23,6 +24,7 @@ import numpy as np
 from benchmarks import measure, models
 from converters import names, taps
 from memseg_jax import command_line
+from memseg_jax.errors import UserError
 from memseg_jax.models.segmentor import build_segmentor
 from memseg_jax.runtime import sharding
 from memseg_jax.training.program import random_batch, training_program
@@ -64,7 +66,7 @@ def main(argv: Sequence[str]) -> int:
     config, _, variables = models.prepare(values)
     crop, classes = tuple(config.augment.crop), len(config.data.class_names)
     batch = random_batch(config.train.batch_size, crop, classes)
-    device, (cpu, *_) = jax.devices()[0], jax.devices("cpu")
+    device, cpu = jax.devices()[0], _cpu()
     reference = outputs(config, variables, batch, cpu, EXACT)
     columns = {}
     for arithmetic in arithmetics(device.platform):
@@ -80,6 +82,17 @@ def main(argv: Sequence[str]) -> int:
     facts = {"benchmark": "device_parity", "what": what, "holds": holds} | measure.machine()
     print(json.dumps(facts | {"differences": columns}), flush=True)
     return 0
+
+
+def _cpu() -> jax.Device:
+    try:
+        return jax.devices("cpu")[0]
+    except RuntimeError as error:
+        named = os.environ.get("JAX_PLATFORMS")
+        raise UserError(
+            f"$JAX_PLATFORMS is {named!r}, so JAX has no CPU to compare with; set it to "
+            f'"{named},cpu", or not at all'
+        ) from error
 
 
 def outputs(

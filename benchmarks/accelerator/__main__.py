@@ -48,7 +48,15 @@ def main(argv: Sequence[str]) -> int:
         _list(plan.choose(_steps(values.reduced, batch, camvid), values.only))
         return 0
     plan.choose(_steps(values.reduced, batch, camvid), values.only)  # wrong names are refused first
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # ends a step, too
+    # Who ends this program wants its steps to end, too: as an exception, it does.
+    before = signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
+    try:
+        return _measure(values, folder, batch, camvid, 60 * minutes)
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def _measure(values: Any, folder: Path, batch: int, camvid: str | None, seconds: float) -> int:
     machine = _machine(folder)
     reduced = values.reduced or machine["platform"] == "cpu"
     if reduced and not values.reduced:
@@ -60,7 +68,8 @@ def main(argv: Sequence[str]) -> int:
             )
         print("no accelerator here: reduced sizes, on the CPU", file=sys.stderr)
     steps = plan.choose(_steps(reduced, batch, camvid), values.only)
-    outcomes = run.run_all(steps, folder, 60 * minutes, lambda _: report.write(folder))
+    outcomes = run.run_all(steps, folder, seconds, lambda _: _report_so_far(folder))
+    report.write(folder)
     print(f"\nwrote {folder / report.REPORT} and {folder / report.SECTION}", file=sys.stderr)
     left = [outcome for outcome in outcomes if outcome.status != run.ENDED]
     for outcome in left:
@@ -100,6 +109,13 @@ def _machine(folder: Path) -> dict[str, Any]:
         log = own / run.LOG
         raise UserError(f"JAX does not start here; {log} says why:\n{_last_lines(log)}")
     return found
+
+
+def _report_so_far(folder: Path) -> None:
+    try:
+        report.write(folder)
+    except Exception as error:  # an hour of a device is worth more; the last report will say it
+        print(f"no report yet: {error!r}", file=sys.stderr)
 
 
 def _last_lines(log: Path, count: int = 5) -> str:

@@ -82,7 +82,7 @@ def scores(results: Results, variant: str) -> dict[int, float]:
 
 def _on_the_device(results: Results) -> bool:
     machine = run.machine_of(results)
-    return bool(machine) and DEVICE in machine["device"]
+    return bool(machine) and DEVICE in machine["device"] and machine["devices"] == 1
 
 
 def _no_figure(goal: str, results: Results) -> Verdict:

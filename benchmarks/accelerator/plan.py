@@ -62,6 +62,7 @@ class Sizes:
         quickstart: further arguments of its training.
         camvid: config and further arguments of its trainings.
         parity: crop of the comparison with the CPU.
+        workers: of the input pipeline, besides threads; "": none.
         duration: factor on the seconds of all steps.
     """
 
@@ -83,6 +84,7 @@ class Sizes:
     quickstart: tuple[str, ...]
     camvid: tuple[str, ...]
     parity: str
+    workers: str = ""
     duration: float = 1.0
 
 
@@ -119,7 +121,8 @@ FULL = Sizes(
     },
     quickstart=(),
     camvid=("configs/camvid_resnet50.py", "--config.model.compute_dtype=bfloat16"),
-    parity="64x96",
+    parity="272x272",  # more tokens than an attention takes at once
+    workers="4,8",
 )
 REDUCED = Sizes(
     name="reduced",
@@ -329,7 +332,9 @@ def _convolutions(sizes: Sizes, dtype: str) -> list[Step]:
 
 def _input(sizes: Sizes) -> Step:
     config = next(iter(sizes.models.values()))
-    command = _module("input_pipeline", f"--config={config}", f"--seconds={sizes.seconds}")
+    flags = (f"--config={config}", f"--seconds={sizes.seconds}")
+    flags += (f"--workers={sizes.workers}",) if sizes.workers else ()
+    command = _module("input_pipeline", *flags)
     return Step("input-pipeline", (command,), 60, "whether the host can feed the device")
 
 

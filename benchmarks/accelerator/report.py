@@ -232,11 +232,12 @@ def input_lines(results: Results) -> list[str]:
     machine = run.machine_of(results) or {}
     lines = []
     for values in figures(results, "input-pipeline", "images_per_second"):
-        rates = ", ".join(f"{x:.4g} with {name}" for name, x in values["images_per_second"].items())
+        each = values["images_per_second"].items()
+        rates = ", ".join(f"{rate:.4g} images/s with {name}" for name, rate in each)
         core = 1 / values["core_seconds_per_image"]
         lines.append(
-            f"`{values['config']}`, {values['files']}: {core:.4g} images/s of one core; arriving "
-            f"from {machine.get('cores')} cores: {rates} images/s."
+            f"`{values['config']}`, {values['files']}: {core:.4g} images/s of one core; of "
+            f"{machine.get('cores')} cores {rates}."
         )
         wanted = [
             (x["images_per_second"], f"{x['backbone']}, {arithmetic(x)}")

@@ -53,14 +53,19 @@ def test_the_script_refuses_before_it_installs(arguments, environment, message, 
     assert not list(tmp_path.iterdir())
 
 
-def test_a_folder_belongs_to_one_device(tmp_path, monkeypatch, capsys):
-    devices = iter(["NVIDIA H200", "TPU v4"])
+def looks(monkeypatch, *values):
+    """Lets each call find another machine."""
+    values = iter(values)
 
     def look(chosen, folder, left):
-        run.write_result(folder, value := found(next(devices)))
+        run.write_result(folder, value := next(values))
         return value
 
     monkeypatch.setattr(run, "run_step", look)
+
+
+def test_a_folder_belongs_to_one_device(tmp_path, monkeypatch, capsys):
+    looks(monkeypatch, found("NVIDIA H200"), found("TPU v4"))
     monkeypatch.setattr(run, "run_all", lambda *_: [])
     line = ["accelerator", f"--output={tmp_path}"]
     assert command_line.run_main(accelerator.main, line) == 0
@@ -71,8 +76,7 @@ def test_a_folder_belongs_to_one_device(tmp_path, monkeypatch, capsys):
 
 
 def test_a_gpu_that_jax_does_not_see_is_no_cpu(tmp_path, monkeypatch, capsys):
-    value = found("cpu", platform="cpu", nvidia_smi="NVIDIA L4, 570.1")
-    monkeypatch.setattr(run, "run_step", lambda *_: value)
+    looks(monkeypatch, found("cpu", platform="cpu", nvidia_smi="NVIDIA L4, 570.1"))
     line = ["accelerator", f"--output={tmp_path}"]
     assert command_line.run_main(accelerator.main, line) == 1
     assert (
@@ -82,7 +86,7 @@ def test_a_gpu_that_jax_does_not_see_is_no_cpu(tmp_path, monkeypatch, capsys):
 
 def test_a_cpu_gets_reduced_sizes(tmp_path, monkeypatch, capsys):
     taken = []
-    monkeypatch.setattr(run, "run_step", lambda *_: found("cpu", platform="cpu"))
+    looks(monkeypatch, found("cpu", platform="cpu"))
     monkeypatch.setattr(run, "run_all", lambda steps, *_: taken.extend(steps) or [])
     assert command_line.run_main(accelerator.main, ["accelerator", f"--output={tmp_path}"]) == 0
     assert taken == plan.steps(plan.REDUCED)
@@ -110,6 +114,7 @@ def test_the_whole_command_on_a_cpu(tmp_path, monkeypatch, capsys):
         duration=20,  # of patience, whatever else runs
     )
     monkeypatch.setattr(plan, "REDUCED", small)
+    monkeypatch.setenv("XLA_FLAGS", "")  # one device, not the eight of the tests
     line = ["accelerator", f"--output={tmp_path}", "--reduced", "--minutes=1000"]
     line.append("--only=parity-resnet18,kernels-resnet18,benchmark-resnet18-float32,memory-update")
     assert accelerator.main(line) == 0

@@ -51,7 +51,6 @@ def test_every_program_accepts_its_arguments(sizes, monkeypatch):
             if module == "benchmarks.accelerator.machine":
                 continue
             found = importlib.import_module(module)
-            flags = {name: value[0] for name, value in found.FLAGS.items()}
             if module == "memseg_jax.main":
                 assert found is main
                 flags = {name: (value[0], value[-1]) for name, value in found.FLAGS.items()}

@@ -52,6 +52,7 @@ def test_goals_that_are_missed(tmp_path):
     "other",
     [
         [found("NVIDIA A100-SXM4-80GB"), result("benchmark-resnet50-bfloat16", [benchmark()])],
+        [found(devices=8), result("benchmark-resnet50-bfloat16", [benchmark()])],
         [found(), result("benchmark-resnet50-bfloat16", [benchmark()], run.LATE)],
         [found(), result("benchmark-resnet50-bfloat16", [benchmark(batch_size=8)])],
         [found(), result("training-resnet50", [compared(3, 2e10) | {"what": "2 x 64x64"}])],
@@ -128,7 +129,7 @@ def test_report_of_all_parts(tmp_path):
         "Folding wins from 32 dilations in the map on, shifts below.",
         "5 training steps: resnet50, 20 ms in kernels each:",
         "| gemm \\| a | fusion.1 | 50.0% |",
-        "200 images/s of one core; arriving from 16 cores: 700 with 4 threads images/s.",
+        "200 images/s of one core; of 16 cores 700 images/s with 4 threads.",
         "The device takes 200 images/s at most (resnet50, bfloat16): 1.0 cores.",
         "Quickstart: mIoU 0.9100, 1m01s from its start to its end.",
         "| memory | 0.6000 | 0: 0.6000 |",

@@ -86,7 +86,8 @@ def test_a_late_program_is_ended_with_children_that_ignore_the_request(tmp_path,
     """Time is over as soon as the child is there: nothing depends on how fast this machine is."""
     log = tmp_path / "log.txt"
     child = "trap '' TERM; echo child $$; while true; do sleep 1; done"
-    code = f"trap '' TERM; bash -c \"{child.replace('$$', '$BASHPID')}\" & wait"
+    (tmp_path / "child.sh").write_text(child)
+    code = "trap '' TERM; bash child.sh & wait"
 
     class Late(subprocess.Popen):
         def wait(self, timeout=None):
