@@ -280,7 +280,7 @@ def steps_table(results: Results) -> list[str]:
         (
             result["name"],
             result["status"],
-            format_duration(result["seconds"]),
+            format_duration(result["seconds"]) if result["seconds"] else "-",
             "; ".join(f"`python {' '.join(x)}`" for x in result["commands"]),
         )
         for result in results.values()
