@@ -6,7 +6,9 @@
 The model of the config with random weights, in every arithmetic that the device has: float32 with
 all digits ("highest"), with fewer ("high" and "default": TF32 on a GPU, three and one products of
 bfloat16 on a TPU), and bfloat16. The reference is the same program on the CPU of the same process.
-Shown is the largest difference as a share of the standard deviation of the reference; parameters
+Shown is, of the forward pass, the largest difference as a share of the standard deviation of the
+reference, and of the step, the root mean square of the differences as a share of that of the
+reference: single elements of a gradient are no more exact than the largest ones allow. Parameters
 are compared by their change in the step, module by module.
 """
 
@@ -14,7 +16,7 @@ import dataclasses
 import json
 import os
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -74,7 +76,7 @@ def main(argv: Sequence[str]) -> int:
         columns[arithmetic.name] = differences(reference, found)
         print(f"{arithmetic.name}: done", file=sys.stderr, flush=True)
     what = models.describe(config).removesuffix(", float32")
-    print(f"\n{what}, {device.device_kind} and the CPU: share of the standard deviation\n")
+    print(f"\n{what}, {device.device_kind} and the CPU: differences as shares\n")
     print(table(columns))
     exact = columns[EXACT.name]
     holds = bool(exact["logits"] <= taps.limit("logits") and exact["taps"] <= taps.limit(""))
@@ -113,7 +115,8 @@ def outputs(
 
     Returns:
         Arrays by name of: "logits" and "taps" of the forward pass in evaluation, and after one
-        training step "loss", "parameter changes", "statistics" and "memory".
+        training step "loss", "parameter changes", "statistics" (all means, all variances) and
+        "memory".
     """
     config = config.copy_and_resolve_references()
     config.model.compute_dtype = arithmetic.dtype
@@ -127,16 +130,21 @@ def outputs(
     state, metrics = program.step(state, sharding.place_batch(batch, mesh))
     state, metrics = jax.device_get((state, metrics))
     before, after = (names.flatten(x) for x in (variables["params"], state.params))
-    changes: dict[str, list[np.ndarray]] = {}
-    for path, value in after.items():
-        change = np.asarray(value, np.float64) - before[path]
-        changes.setdefault(path.split("/")[0], []).append(change.ravel())
+    changes = {path: np.asarray(x, np.float64) - before[path] for path, x in after.items()}
     return found | {
-        "loss": {"loss": np.asarray(metrics["loss"], np.float64)},
-        "parameter changes": {name: np.concatenate(x) for name, x in changes.items()},
-        "statistics": dict(names.flatten(state.batch_stats)),
+        "loss": {"loss": np.asarray(metrics["loss"])},
+        "parameter changes": _joined(changes, lambda path: path.split("/")[0]),
+        "statistics": _joined(names.flatten(state.batch_stats), lambda path: path.split("/")[-1]),
         "memory": {"memory": state.memory},
     }
+
+
+def _joined(arrays: Mapping[str, np.ndarray], group: Callable[[str], str]) -> dict[str, np.ndarray]:
+    """One flat array for each group of paths."""
+    found: dict[str, list[np.ndarray]] = {}
+    for path, array in arrays.items():
+        found.setdefault(group(path), []).append(np.ravel(array))
+    return {name: np.concatenate(parts) for name, parts in found.items()}
 
 
 def forward(
@@ -159,22 +167,38 @@ def forward(
     }
 
 
-def difference(reference: np.ndarray, found: np.ndarray) -> float:
-    """The largest difference as a share of the standard deviation, of one value of its size."""
+def largest(reference: np.ndarray, found: np.ndarray) -> float:
+    """The largest difference as a share of the standard deviation."""
     reference, found = (np.asarray(x, np.float64) for x in (reference, found))
-    scale = reference.std() if reference.size > 1 else abs(reference)
-    worst = np.abs(reference - found).max()
-    return float(worst / scale) if scale else float(np.inf if worst else 0.0)
+    return _share(np.abs(reference - found).max(), reference.std())
+
+
+def distance(reference: np.ndarray, found: np.ndarray) -> float:
+    """Root mean square of the differences as a share of that of the reference."""
+    reference, found = (np.asarray(x, np.float64) for x in (reference, found))
+    return _share(np.linalg.norm(reference - found), np.linalg.norm(reference))
+
+
+def _share(part: np.floating, whole: np.floating) -> float:
+    """The quotient; of nothing, 0 is the whole."""
+    return float(part / whole) if whole else float(np.inf if part else 0.0)
 
 
 def differences(
     reference: Mapping[str, Mapping[str, np.ndarray]], found: Mapping[str, Mapping[str, np.ndarray]]
 ) -> dict[str, float]:
-    """The largest of each group of arrays; NaN where a value is."""
+    """The worst of each group of arrays; NaN where a value is."""
     return {
-        group: float(np.max([difference(x, found[group][name]) for name, x in arrays.items()]))
+        group: float(
+            np.max([measure_of(group)(x, found[group][name]) for name, x in arrays.items()])
+        )
         for group, arrays in reference.items()
     }
+
+
+def measure_of(group: str) -> Callable[[np.ndarray, np.ndarray], float]:
+    """How a group of `outputs` is compared: logits and taps by the largest difference."""
+    return largest if group in ("logits", "taps") else distance
 
 
 def table(columns: Mapping[str, Mapping[str, float]]) -> str:

@@ -118,7 +118,8 @@ def parity_tables(results: Results) -> list[str]:
             lines.append((what, quantity, *cells, within))
     if not lines:
         return []
-    note = "Largest difference as a share of the standard deviation; the limits are those of "
+    note = "Logits and intermediates (taps): the largest difference as a share of the standard "
+    note += "deviation; the rest: root mean squares. The limits are those of "
     note += "`converters.check_parity`, and hold for float32 in the forward pass."
     return [note, "", *_table(("compared with", "of", *columns, "within"), lines)]
 

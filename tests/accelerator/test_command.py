@@ -2,6 +2,7 @@
 
 import dataclasses
 import os
+import re
 import shutil
 import subprocess
 
@@ -51,6 +52,14 @@ def test_the_script_refuses_before_it_installs(arguments, environment, message, 
     assert done.returncode == 2
     assert message in done.stderr
     assert not list(tmp_path.iterdir())
+
+
+def test_the_page_names_flags_that_there_are():
+    text = (tiny.ROOT / "docs" / "accelerator.md").read_text(encoding="utf-8")
+    lines = re.findall(r"benchmarks\.accelerator( [^\n#`]*)", text)
+    named = {name for line in lines for name in re.findall(r"--(\w+)", line)}
+    assert named == {"minutes", "camvid", "list", "only"}
+    assert named <= accelerator.FLAGS.keys()
 
 
 def looks(monkeypatch, *values):

@@ -61,21 +61,21 @@ def test_no_trace(tmp_path):
 # ---- Parity -------------------------------------------------------------------------------------
 
 
-def test_differences_are_shares_of_the_standard_deviation():
-    from benchmarks.device_parity import difference, differences, table
+def test_differences_are_shares():
+    from benchmarks.device_parity import differences, distance, largest, table
 
     x = np.array([1.0, 3.0])
-    assert difference(x, x + np.array([0, 0.5])) == 0.5
-    assert difference(np.float64(4), np.float64(5)) == 0.25
-    assert difference(np.zeros(3), np.zeros(3)) == 0
-    assert difference(np.zeros(3), np.ones(3)) == np.inf
-    groups = {"a": {"x": x, "y": x}}
-    assert differences(groups, {"a": {"x": x, "y": x + 2}}) == {"a": 2.0}
-    assert np.isnan(differences(groups, {"a": {"x": x * np.nan, "y": x}})["a"])
-    assert (
-        table({"one": {"a": 0.5}, "two": {"a": 1e-7}}).splitlines()[2]
-        == "| a | 5.0e-01 | 1.0e-07 |"
-    )
+    assert largest(x, x + np.array([0, 0.5])) == 0.5
+    assert distance(x, x + np.array([0.6, 0.8])) == pytest.approx(10**-0.5)
+    assert distance(np.float32(4), np.float32(5)) == 0.25
+    assert (largest(np.zeros(3), np.zeros(3)), distance(np.zeros(3), np.ones(3))) == (0, np.inf)
+    groups = {"logits": {"x": x, "y": x}, "memory": {"x": np.array([0.0, 4.0])}}
+    found = differences(groups, {"logits": {"x": x, "y": x + 2}, "memory": {"x": np.array([3, 4])}})
+    assert found == {"logits": 2.0, "memory": 0.75}
+    groups.pop("memory")
+    assert np.isnan(differences(groups, {"logits": {"x": x * np.nan, "y": x}})["logits"])
+    shown = table({"one": {"a": 0.5}, "two": {"a": 1e-7}}).splitlines()[2]
+    assert shown == "| a | 5.0e-01 | 1.0e-07 |"
 
 
 def test_weights_of_golden_numbers_are_those_of_the_tests():
