@@ -61,8 +61,10 @@ def section(results: Results, machine: Mapping[str, Any]) -> list[str]:
         machine: from `run.machine_of`.
     """
     versions = ", ".join(f"{name} {x}" for name, x in machine["versions"].items())
+    on_cpu = machine["platform"] == "cpu"
+    title = "On a CPU, for want of an accelerator" if on_cpu else "On an accelerator"
     lines = [
-        f"## On an accelerator: {machine['device']}",
+        f"## {title}: {machine['device']}",
         "",
         "    python -m benchmarks.accelerator",
         "",
@@ -79,7 +81,7 @@ def section(results: Results, machine: Mapping[str, Any]) -> list[str]:
         "Parity": parity_tables(results),
         "Training and evaluation": benchmark_table(results),
         "Beside PyTorch": comparison_table(results),
-        "Convolutions": convolution_lines(results),
+        "Convolutions": convolution_lines(results, with_threshold=not on_cpu),
         "Where the time goes": kernel_tables(results),
         "Input": input_lines(results),
         "Trainings": training_lines(results),
@@ -96,7 +98,7 @@ def section(results: Results, machine: Mapping[str, Any]) -> list[str]:
 def goals_table(results: Results) -> list[str]:
     """Met, missed or not measured."""
     rows = [(x.goal, x.status, x.found) for x in goals.check(results)]
-    return _table(("goal", "", "found"), rows)
+    return _table(("goal", "verdict", "found"), rows)
 
 
 def parity_tables(results: Results) -> list[str]:
@@ -173,8 +175,14 @@ def comparison_table(results: Results) -> list[str]:
     return _table(header, rows) if rows else []
 
 
-def convolution_lines(results: Results) -> list[str]:
-    """The forms of each convolution, and from which dilation on folding is the best."""
+def convolution_lines(results: Results, with_threshold: bool) -> list[str]:
+    """The forms of each convolution.
+
+    Args:
+        results: from `run.read_all`.
+        with_threshold: whether to say from which dilation on folding is faster than shifts, which
+            only GPUs choose between.
+    """
     found: dict[tuple, Mapping[str, Any]] = {}
     for values in _all(results, "convolutions-", "rows"):
         for row in values["rows"]:
@@ -193,7 +201,7 @@ def convolution_lines(results: Results) -> list[str]:
             in_map = min(row["map"]) / row["dilation"]
             folds.append((in_map, times["folding"] / times["shifts"], name))
     lines = _table(("convolution", "pass", "fastest of ours", "ms of each"), rows)
-    if folds:
+    if folds and with_threshold:
         lines += ["", *_threshold(sorted(folds))]
     return lines
 
@@ -205,8 +213,7 @@ def _threshold(folds: Sequence[tuple[float, float, str]]) -> list[str]:
     better = [in_map for in_map, ratio, _ in folds if ratio < 1]
     worse = [in_map for in_map, ratio, _ in folds if ratio >= 1]
     if not better or not worse:
-        which = "Folding" if better else "Shifts"
-        verdict = f"{which} win{'s' if better else ''} everywhere."
+        verdict = f"{'Folding wins' if better else 'Shifts win'} in all of these."
     elif max(worse) < min(better):
         verdict = f"Folding wins from {min(better):.3g} dilations in the map on, shifts below."
     else:
@@ -286,7 +293,7 @@ def steps_table(results: Results) -> list[str]:
         )
         for result in results.values()
     ]
-    return _table(("step", "", "took", "commands"), rows)
+    return _table(("step", "status", "took", "commands"), rows)
 
 
 # ---- Helpers ------------------------------------------------------------------------------------

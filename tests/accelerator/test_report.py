@@ -151,3 +151,18 @@ def test_a_report_needs_results(tmp_path):
     run.write_result(tmp_path / "loss", result("loss", []))
     with pytest.raises(UserError, match="does not say what machine"):
         report.write(tmp_path)
+
+
+def test_a_cpu_is_called_one_and_has_no_threshold_of_gpus(tmp_path):
+    rows = [{"name": name, "seconds": 0.001} for name in ("in use", "folding", "shifts")]
+    row = {"convolution": "3x3", "pass": "filter", "map": [8, 8], "dilation": 2, "results": rows}
+    folder = folder_of(
+        tmp_path,
+        found("cpu", platform="cpu"),
+        result("convolutions-forms", [{"batch": 1, "crop": [64, 64], "rows": [row]}]),
+    )
+    report.write(folder)
+    section = (folder / report.SECTION).read_text()
+    assert section.startswith("## On a CPU, for want of an accelerator: cpu\n")
+    assert "| 3x3, 1 x 64x64 | filter | in use |" in section
+    assert "DILATIONS_PER_MAP_TO_FOLD" not in section
