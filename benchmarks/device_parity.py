@@ -72,7 +72,8 @@ def main(argv: Sequence[str]) -> int:
     reference = outputs(config, variables, batch, cpu, EXACT)
     columns = {}
     for arithmetic in arithmetics(device.platform):
-        found = outputs(config, variables, batch, device, arithmetic)
+        same = device == cpu and arithmetic == EXACT  # without an accelerator: no news
+        found = reference if same else outputs(config, variables, batch, device, arithmetic)
         columns[arithmetic.name] = differences(reference, found)
         print(f"{arithmetic.name}: done", file=sys.stderr, flush=True)
     what = models.describe(config).removesuffix(", float32")

@@ -145,7 +145,7 @@ REDUCED = Sizes(
     quickstart=("--config.train.epochs=1", "--config.train.eval_every=0"),
     camvid=("configs/camvid_resnet18.py", "--config.train.epochs=1"),
     parity="48x64",
-    duration=0.3,
+    duration=0.4,
 )
 
 
@@ -168,7 +168,7 @@ def steps(sizes: Sizes, camvid: str | None = None) -> list[Step]:
     ]
     dtype, *other_dtypes = sizes.dtypes
     found = [
-        Step("machine", (_module("accelerator.machine"),), 30, "what all figures depend on"),
+        Step("machine", (_module("accelerator.machine"),), 15, "what all figures depend on"),
         *goldens[:1],
         _parity(sizes, first, "the same beside the CPU, a training step included"),
         _training(sizes, first, "a goal: twice as fast as torch.compile at no more memory"),
@@ -180,21 +180,22 @@ def steps(sizes: Sizes, camvid: str | None = None) -> list[Step]:
         *_parts(sizes, dtype),
     ]
     trainings = _trainings(sizes, camvid) if camvid else []
-    found += trainings[:2]
-    found += _convolutions(sizes, dtype)
+    forms, every_form = _convolutions(sizes, dtype)
+    found += trainings[:2] + forms
     found += [_benchmark(sizes, name, dtype, "another backbone") for name in others]
-    found += [_input(sizes), *goldens[1:]]
+    found.append(_input(sizes))
     found += [
         _benchmark(sizes, name, other, "the price of another type")
         for other in other_dtypes
         for name in sizes.models
     ]
+    found += goldens[1:]
     for name in others:
-        found.append(_parity(sizes, name, "the same for another backbone"))
         found.append(_training(sizes, name, "another backbone beside PyTorch"))
         found.append(_evaluation(sizes, name, None, "the same in evaluation"))
+        found.append(_parity(sizes, name, "another backbone beside the CPU"))
         found.append(_kernels(sizes, name, "where the time of another backbone goes"))
-    found += trainings[2:]
+    found += every_form + trainings[2:]
     names = [step.name for step in found]
     assert len(set(names)) == len(names), names
     return [dataclasses.replace(x, seconds=sizes.duration * x.seconds) for x in found]
@@ -236,7 +237,7 @@ def _main(*arguments: str) -> tuple[str, ...]:
 
 def _parity(sizes: Sizes, name: str, why: str) -> Step:
     flags = (f"--config={sizes.models[name]}", f"--crop={sizes.parity}", *sizes.small)
-    return Step(f"parity-{name}", (_module("device_parity", *flags),), 180, why)
+    return Step(f"parity-{name}", (_module("device_parity", *flags),), 150, why)
 
 
 def _pair(sizes: Sizes, crop: str, batch: int) -> tuple[str, ...]:
@@ -248,13 +249,13 @@ def _pair(sizes: Sizes, crop: str, batch: int) -> tuple[str, ...]:
 
 def _training(sizes: Sizes, name: str, why: str) -> Step:
     flags = (f"--config={sizes.models[name]}", *_pair(sizes, sizes.crop, sizes.batch))
-    return Step(f"training-{name}", (_module("training_step", *flags),), 300, why)
+    return Step(f"training-{name}", (_module("training_step", *flags),), 200, why)
 
 
 def _evaluation(sizes: Sizes, name: str, large: tuple[str, str] | None, why: str) -> Step:
     config, crop, batch = (*large, 1) if large else (sizes.models[name], sizes.crop, sizes.batch)
     flags = (f"--config={config}", *_pair(sizes, crop, batch))
-    return Step(f"evaluation-{name}", (_module("evaluation_forward", *flags),), 150, why)
+    return Step(f"evaluation-{name}", (_module("evaluation_forward", *flags),), 120, why)
 
 
 def _benchmark(sizes: Sizes, name: str, dtype: str, why: str) -> Step:
@@ -268,7 +269,7 @@ def _benchmark(sizes: Sizes, name: str, dtype: str, why: str) -> Step:
     if sizes.batch % 8:
         flags += ("--config.replica_groups=1",)
     command = _main(*flags, *sizes.small)
-    return Step(f"benchmark-{name}-{dtype}", (command,), 130, why, (BENCHMARK_FILE,))
+    return Step(f"benchmark-{name}-{dtype}", (command,), 100, why, (BENCHMARK_FILE,))
 
 
 def _large_images(sizes: Sizes, dtype: str) -> Step:
@@ -284,7 +285,7 @@ def _large_images(sizes: Sizes, dtype: str) -> Step:
         *sizes.small,
     )
     why = "a goal: images/s from a whole large image to its label map"
-    return Step("benchmark-large-images", (command,), 150, why, (BENCHMARK_FILE,))
+    return Step("benchmark-large-images", (command,), 120, why, (BENCHMARK_FILE,))
 
 
 def _kernels(sizes: Sizes, name: str, why: str) -> Step:
@@ -296,13 +297,13 @@ def _kernels(sizes: Sizes, name: str, why: str) -> Step:
         f"--trace={STEP_FOLDER}/trace",
         *sizes.small,
     )
-    return Step(f"kernels-{name}", (_module("longest_kernels", *flags),), 100, why)
+    return Step(f"kernels-{name}", (_module("longest_kernels", *flags),), 70, why)
 
 
 def _quickstart(sizes: Sizes) -> Step:
     command = _main("--config=configs/quickstart.py", *sizes.quickstart)
     why = "the whole program once, from a start to scores"
-    return Step("quickstart", (command,), 180, why, (METRICS_FILE,))
+    return Step("quickstart", (command,), 90, why, (METRICS_FILE,))
 
 
 def _parts(sizes: Sizes, dtype: str) -> list[Step]:
@@ -314,20 +315,24 @@ def _parts(sizes: Sizes, dtype: str) -> list[Step]:
     loss = _module("loss", f"--logits={sizes.logits}", labels, seconds, *compiles)
     attention = _module("attention", f"--tokens={sizes.tokens}", f"--dtype={dtype}", seconds)
     return [
-        Step("memory-update", (update,), 60, "a part of its own algorithm"),
-        Step("loss", (loss,), 80, "the same"),
-        Step("attention", (attention, (*attention, "--forward")), 120, "the same"),
+        Step("memory-update", (update,), 40, "a part of its own algorithm"),
+        Step("loss", (loss,), 60, "the same"),
+        Step("attention", (attention, (*attention, "--forward")), 90, "the same"),
     ]
 
 
-def _convolutions(sizes: Sizes, dtype: str) -> list[Step]:
-    found = []
+def _convolutions(sizes: Sizes, dtype: str) -> tuple[list[Step], list[Step]]:
+    """The forms that a GPU chooses between; and where the sizes have it, everything."""
+    forms, everything = [], []
     for name, flags in sizes.convolutions.items():
-        whole = name == "all"
-        why = "every convolution, every form" if whole else "which form of a gradient is fastest"
         command = _module("convolutions", *flags, f"--dtype={dtype}", f"--seconds={sizes.seconds}")
-        found.append(Step(f"convolutions-{name}", (command,), 900 if whole else 180, why))
-    return found
+        if name == "all":
+            why = "every convolution, every form"
+            everything.append(Step("convolutions-all", (command,), 900, why))
+        else:
+            why = "which form of a gradient is fastest"
+            forms.append(Step(f"convolutions-{name}", (command,), 120, why))
+    return forms, everything
 
 
 def _input(sizes: Sizes) -> Step:

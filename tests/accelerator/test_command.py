@@ -13,6 +13,7 @@ from benchmarks.accelerator import plan, report, run
 from memseg_jax import command_line
 from tests import tiny
 from tests.accelerator.made_up import found
+from tests.small_models import FAST_COMPILE
 
 
 @pytest.mark.parametrize(
@@ -123,7 +124,9 @@ def test_the_whole_command_on_a_cpu(tmp_path, monkeypatch, capsys):
         duration=20,  # of patience, whatever else runs
     )
     monkeypatch.setattr(plan, "REDUCED", small)
-    monkeypatch.setenv("XLA_FLAGS", "")  # one device, not the eight of the tests
+    # One device, not the eight of the tests, and programs that compile quickly.
+    options = (f"--{name}={int(value)}" for name, value in FAST_COMPILE.items())
+    monkeypatch.setenv("XLA_FLAGS", " ".join(options))
     line = ["accelerator", f"--output={tmp_path}", "--reduced", "--minutes=1000"]
     line.append("--only=parity-resnet18,kernels-resnet18,benchmark-resnet18-float32,memory-update")
     assert accelerator.main(line) == 0
