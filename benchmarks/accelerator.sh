@@ -36,11 +36,12 @@ echo "installing for: $kind, into $place" >&2
 [ -x "$place/bin/python" ] || "${PYTHON:-python3}" -m venv "$place"
 pip=("$place/bin/python" -m pip install --quiet)
 
-# Without a GPU, PyTorch's build for CPUs: the usual one has gigabytes of CUDA.
+# Without a GPU, PyTorch's build for CPUs: the usual one has gigabytes of CUDA. What it needs comes
+# with the package, from the usual place.
 torch_for_cpu() {
   local version
   version=$(sed -n 's/^ *torch == *//p' setup.cfg)
-  "${pip[@]}" "torch==$version" --index-url https://download.pytorch.org/whl/cpu ||
+  "${pip[@]}" --no-deps "torch==$version" --index-url https://download.pytorch.org/whl/cpu ||
     echo "no PyTorch for CPUs alone there: the usual one" >&2
 }
 case $kind in
