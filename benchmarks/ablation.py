@@ -22,9 +22,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from scipy import stats
-
 from benchmarks import measure
+from benchmarks.seeds import paired
 from memseg_jax import command_line
 from memseg_jax.errors import UserError
 from memseg_jax.runtime.text import first_few
@@ -156,18 +155,6 @@ def table(rows: Sequence[Mapping[str, Any]]) -> str:
             f"| {low:+.4f} to {high:+.4f} |"
         )
     return "\n".join(lines).replace("+nan", "-").replace("nan", "-")
-
-
-def paired(a: Mapping[int, float], b: Mapping[int, float]) -> tuple[float, float, float]:
-    """Mean of `b - a` over the keys of both, between the limits of its 95 % interval."""
-    differences = [b[key] - a[key] for key in a.keys() & b.keys()]
-    if not differences:
-        return math.nan, math.nan, math.nan
-    mean, count = statistics.fmean(differences), len(differences)
-    if count == 1:
-        return math.nan, mean, math.nan
-    spread = stats.t.ppf(0.975, count - 1) * statistics.stdev(differences) / math.sqrt(count)
-    return mean - spread, mean, mean + spread
 
 
 if __name__ == "__main__":

@@ -6,6 +6,7 @@ python -m benchmarks.convolutions --crop 256x256 --batch 2 --only "3x3 512 -> 51
 `gpu_programs` shows what the forms compile to on a GPU, without one.
 """
 
+import dataclasses
 import functools
 import json
 import sys
@@ -21,15 +22,12 @@ from benchmarks.shapes import GROUPED, RESNET50, Shape
 from memseg_jax import command_line
 from memseg_jax.errors import UserError
 from memseg_jax.models import convolution_gradients as gradients
-from memseg_jax.models.convolution import convolve
+from memseg_jax.models.convolution import PLAIN, POSITIONS, SHIFTS, TILES, Forms, convolve
 from memseg_jax.models.convolution_forms import (
     ConvParams,
     convolve_by_group,
-    convolve_by_shifts,
     convolve_plainly,
-    convolve_positions,
 )
-from memseg_jax.models.winograd import convolve_by_tiles
 
 FLAGS = {
     "crop": "height x width of the images (default: 512x512)",
@@ -70,31 +68,27 @@ def main(argv: Sequence[str]) -> int:
         known = [times.pop(name, "") for name in (OURS, XLA, "PyTorch")]
         others = ", ".join(f"{name} {time}" for name, time in times.items())
         print(f"| {shape.name} | {kind} | {' | '.join(known)} | {others} |", flush=True)
-        rows.append({"convolution": shape.name, "pass": kind, "results": results})
+        sides = [-(-side // shape.reduction) for side in crop]
+        row = {"convolution": shape.name, "pass": kind, "map": sides, "results": results}
+        rows.append(row | {"dilation": shape.conv_params.dilation})
     print()
     facts = {"benchmark": "convolutions", "crop": crop, "batch": batch, "dtype": dtype}
     print(json.dumps(facts | measure.machine() | {"rows": rows}), flush=True)
     return 0
 
 
-def _forms(shape: Shape, size: Sequence[int], every: bool) -> dict[str, Callable]:
-    """Functions of (x, kernel, conv_params) by name, for a map of that height and width."""
-
-    def ours(x: jax.Array, kernel: jax.Array, conv_params: ConvParams) -> jax.Array:
-        g = conv_params
-        return convolve(x, kernel, stride=g.stride, dilation=g.dilation, groups=g.groups)
-
-    forms = {OURS: ours, XLA: convolve_plainly}
-    if not every or shape.conv_params.dilation >= min(size):  # `convolve` cuts such kernels first
-        return forms
-    by_group = functools.partial(functools.partial, convolve_by_group)
+def _forms(shape: Shape, size: Sequence[int]) -> dict[str, Forms]:
+    """What else computes a convolution on maps of that height and width, by name."""
+    if shape.conv_params.dilation >= min(size):  # `convolve` cuts such kernels first
+        return {}
+    forms = {}
     if shape.conv_params.groups > 1:
-        forms["group by group"] = by_group(form=convolve_plainly)
+        by_group = gradients.filter_gradient_by_group
+        forms["group by group"] = dataclasses.replace(PLAIN, filter_gradient=by_group)
     if shape.window == 1:
-        forms["matrix product"] = by_group(form=convolve_positions)
+        forms["matrix product"] = POSITIONS
     elif shape.conv_params.stride == 1:
-        forms["shifts"] = by_group(form=convolve_by_shifts)
-        forms["tiles"] = by_group(form=convolve_by_tiles)
+        forms |= {"shifts": SHIFTS, "tiles": TILES}
     return forms
 
 
@@ -120,27 +114,46 @@ def _candidates(
         )
     ]
     x, kernel, dy = (jax.device_put(array).astype(dtype) for array in arrays)
-    for name, form in _forms(shape, size, every).items():
-        run, held = measure.compiled(_program(form, kind, conv_params), x, kernel, dy)
+    programs = {
+        OURS: _derived(functools.partial(convolve, **dataclasses.asdict(conv_params)), kind),
+        XLA: _derived(functools.partial(convolve_plainly, conv_params=conv_params), kind),
+    }
+    if every:
+        for name, forms in _forms(shape, size).items():
+            programs[name] = _chosen(forms, kind, conv_params)
+        if kind == "filter" and conv_params.dilation > 1 and conv_params.stride == 1:
+            by_folding = gradients.filter_gradient_by_folding
+            forms = dataclasses.replace(PLAIN, filter_gradient=by_folding)
+            programs["folding"] = _chosen(forms, kind, conv_params)
+    for name, program in programs.items():
+        run, held = measure.compiled(program, x, kernel, dy)
         call = lambda run=run: jax.block_until_ready(run(x, kernel, dy))  # noqa: E731
         yield measure.Candidate(name, call, held)
-    if every and kind == "filter" and conv_params.dilation > 1:
-        window = kernel.shape[:2]
-        run, held = measure.compiled(
-            lambda x, dy: gradients.filter_gradient_by_folding(x, dy, window, conv_params), x, dy
-        )
-        yield measure.Candidate("folding", lambda: jax.block_until_ready(run(x, dy)), held)
     if device:
         yield _on_torch(shape, kind, arrays, getattr(torch, dtype), device)
 
 
-def _program(form: Callable, kind: str, conv_params: ConvParams) -> Callable:
-    """What is compiled: a function of the input, the kernel and the gradient by the result."""
+def _derived(form: Callable, kind: str) -> Callable:
+    """A function of input, kernel and gradient by the result, for a function of (x, kernel)."""
     if kind == "forward":
-        return lambda x, kernel, dy: form(x, kernel, conv_params)
+        return lambda x, kernel, dy: form(x, kernel)
     if kind == "input":
-        return lambda x, kernel, dy: jax.vjp(lambda x: form(x, kernel, conv_params), x)[1](dy)
-    return lambda x, kernel, dy: jax.vjp(lambda kernel: form(x, kernel, conv_params), kernel)[1](dy)
+        return lambda x, kernel, dy: jax.vjp(lambda x: form(x, kernel), x)[1](dy)
+    return lambda x, kernel, dy: jax.vjp(lambda kernel: form(x, kernel), kernel)[1](dy)
+
+
+def _chosen(forms: Forms, kind: str, conv_params: ConvParams) -> Callable:
+    """The same, as `convolve` runs it where it chooses these forms."""
+
+    def filter_gradient(x: jax.Array, kernel: jax.Array, dy: jax.Array) -> jax.Array:
+        return forms.filter_gradient(x, dy, kernel.shape[:2], conv_params)
+
+    functions = {
+        "forward": lambda x, kernel, dy: convolve_by_group(x, kernel, conv_params, forms.convolve),
+        "input": lambda x, kernel, dy: forms.input_gradient(x, kernel, dy, conv_params),
+        "filter": filter_gradient,
+    }
+    return functions[kind]
 
 
 def _on_torch(

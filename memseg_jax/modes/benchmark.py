@@ -81,6 +81,9 @@ def run(config: ml_collections.ConfigDict, workdir: str | None = None) -> dict[s
             f"{mesh.size} device(s); lower config.train.batch_size or config.augment.crop"
         ) from error
     del state
+    # The allocator's account of everything so far, beside the compiler's of the training step.
+    stats = mesh.local_devices[0].memory_stats() or {}
+    result["device_peak_bytes"] = stats.get("peak_bytes_in_use")
     result |= _measure_peak(config, mesh)
     result["share_of_measured_peak"] = result["flops_per_second"] / result["measured_peak"]
     if result["nominal_peak"]:
@@ -319,6 +322,9 @@ def format_result(result: dict[str, Any]) -> str:
     lines.append(f"compile: the training step, {cold}")
     lines.append("memory: the compiled training step's arguments, results and buffers, per device")
     lines.append("TFLOP/image: products and convolutions of the network, forward, times 3")
+    if result["device_peak_bytes"]:
+        peak = format_bytes(result["device_peak_bytes"])
+        lines.append(f"the device's own account, training and evaluation: {peak} at most")
     peak = f"{measured / 1e12:.3g} TFLOP/s in a large matrix product here"
     if nominal:
         peak = f"{nominal / 1e12:.4g} TFLOP/s by the maker; {peak}"

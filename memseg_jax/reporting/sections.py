@@ -53,12 +53,12 @@ def read(folder: files.Place, step: int) -> list[Section]:
     """
     path = folder / FILE
     try:
-        stored = json.loads(files.read_text(path))
+        if (text := files.read_text(path)) is None:
+            return []
+        stored = json.loads(text)
         return [Section(**fields) for fields in stored["sections"] if stored["step"] == step]
     except Unreachable:
         raise
-    except FileNotFoundError:
-        return []
     except (OSError, ValueError, TypeError, KeyError) as error:
         log.warning("%s is passed over, as it cannot be read: %s", path, error)
         return []
