@@ -183,15 +183,13 @@ def kill_and_go_on(workdir, *arguments):
 
 
 @pytest.mark.slow
+@pytest.mark.exhaustive  # in CI, killed twice, in a bucket, and stopped (test_stopping.py)
 @pytest.mark.parametrize(
     "changes",
     [
         (),
-        # In CI, workers when killed twice, and when stopped (test_stopping.py).
-        pytest.param(("--config.data.workers=2",), marks=pytest.mark.exhaustive),
-        pytest.param(
-            ("--config.data.threads=0", "--config.data.prefetch=1"), marks=pytest.mark.exhaustive
-        ),
+        ("--config.data.workers=2",),
+        ("--config.data.threads=0", "--config.data.prefetch=1"),
     ],
     ids=["", "workers", "no threads"],
 )
