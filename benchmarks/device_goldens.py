@@ -13,7 +13,6 @@ import json
 import os
 import re
 import sys
-import zlib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -21,7 +20,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from benchmarks import measure
+from benchmarks import golden_rule, measure
 from benchmarks.device_parity import EXACT, arithmetics, forward, table
 from converters import names, taps
 from memseg_jax import command_line
@@ -83,7 +82,7 @@ def compare(path: Path, folder: Path, device: jax.Device) -> dict[str, dict[str,
     with np.load(path, allow_pickle=False) as stored:
         golden = {key: stored[key] for key in stored.files}
     config = command_line.load_config(config_of(path))
-    images = _generator(seed, f"image:{path.stem}").standard_normal(_shape(path))
+    images = golden_rule.generator(seed, f"image:{path.stem}").standard_normal(_shape(path))
     columns, variables = {}, None
     for arithmetic in arithmetics(device.platform):
         config.model.compute_dtype = arithmetic.dtype
@@ -106,44 +105,14 @@ def _difference(golden: Mapping[str, np.ndarray], name: str, found: np.ndarray) 
     return float(worst / golden[f"{name}__stats"][1])
 
 
-# ---- The rule -----------------------------------------------------------------------------------
-
-
 def rule_variables(model: Segmentor, seed: str) -> dict[str, Any]:
     """Every variable of a model, filled by the rule under the reference's names."""
     filled = {}
     for path, leaf in names.flatten(abstract_variables(model)).items():
         key = names.torch_key(path)
-        value = rule_array(key, names.torch_shape(leaf.shape), seed)
+        value = golden_rule.array(key, names.torch_shape(leaf.shape), seed)
         filled[path] = names.from_torch_layout(value)
     return names.unflatten(filled)
-
-
-def rule_array(key: str, shape: tuple[int, ...], seed: str) -> np.ndarray:
-    """The value of one entry of the reference's state dict, float32 in PyTorch's layout."""
-    rng, last = _generator(seed, key), key.split(".")[-1]
-    if last in ("cls_token", "pos_embed", "memory"):
-        value = 0.5 * rng.standard_normal(shape)
-    elif last == "running_var":
-        value = rng.uniform(0.5, 1.5, shape)
-    elif last == "running_mean" or "bias" in last:
-        value = 0.1 * rng.standard_normal(shape)
-    elif len(shape) > 1:
-        value = _gain(key) * rng.standard_normal(shape) * (1.0 / np.prod(shape[1:])) ** 0.5
-    else:  # of normalisations; the last one of a block is small
-        small = any(part in key for part in (".bn2.", ".bn3.", ".fuse_layers."))
-        value = rng.uniform(*((0.25, 0.5) if small else (0.5, 1.5)), shape)
-    return value.astype(np.float32)
-
-
-def _gain(key: str) -> float:
-    if ".query_project." in key or ".key_project." in key:
-        return 2.5
-    return 8.0 if key == "decoder_stage1.4.weight" else 1.0
-
-
-def _generator(seed: str, name: str) -> np.random.Generator:
-    return np.random.Generator(np.random.PCG64(zlib.crc32((seed + name).encode())))
 
 
 # ---- Names of files -----------------------------------------------------------------------------

@@ -284,14 +284,6 @@ def machine() -> dict[str, Any]:
     }
 
 
-def device_peak() -> int | None:
-    """Most bytes that this process held on its device at a time; None where it does not say.
-
-    All of JAX: on a GPU, PyTorch in the same process has an allocator of its own.
-    """
-    return (jax.devices()[0].memory_stats() or {}).get("peak_bytes_in_use")
-
-
 def report(benchmark: str, what: str, results: Sequence[Mapping[str, Any]], **facts: Any) -> None:
     """Prints a Markdown table, and the same and more as one line of JSON.
 
@@ -313,7 +305,6 @@ def report(benchmark: str, what: str, results: Sequence[Mapping[str, Any]], **fa
         )
     print()
     facts = {"benchmark": benchmark, "what": what} | machine() | facts
-    facts["device_peak_bytes"] = device_peak()
     print(json.dumps(facts | {"results": list(results)}), flush=True)
 
 

@@ -95,6 +95,15 @@ def double_precision():
     jax.config.update("jax_enable_x64", False)
 
 
+@pytest.fixture(scope="module")
+def keep_threads():
+    """Importing `benchmarks.measure` sets PyTorch's threads for the process."""
+    torch = pytest.importorskip("torch")
+    before = torch.get_num_threads()
+    yield
+    torch.set_num_threads(before)
+
+
 @pytest.fixture
 def forms_of(monkeypatch):
     """A function that makes all convolutions take the forms that another platform would have.

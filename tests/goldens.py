@@ -16,10 +16,11 @@ import json
 import os
 import pathlib
 import re
-import zlib
 from collections.abc import Mapping
 
 import numpy as np
+
+from benchmarks import golden_rule
 
 
 def goldens_dir() -> pathlib.Path:
@@ -128,8 +129,7 @@ def seed_string(folder: pathlib.Path | None = None) -> str:
 
 def generator(text: str, folder: pathlib.Path | None = None) -> np.random.Generator:
     """Returns the generator of a text; the seed string is put in front of it here."""
-    seed = zlib.crc32((seed_string(folder) + text).encode("utf-8"))
-    return np.random.Generator(np.random.PCG64(seed))
+    return golden_rule.generator(seed_string(folder), text)
 
 
 def rule_array(key: str, shape: tuple[int, ...]) -> np.ndarray:
@@ -139,39 +139,7 @@ def rule_array(key: str, shape: tuple[int, ...]) -> np.ndarray:
         key: the complete state-dict key in the reference's naming.
         shape: its shape in PyTorch's layout.
     """
-    return rule_value(key, shape, generator(key), _gain(key))
-
-
-def rule_value(
-    key: str, shape: tuple[int, ...], rng: np.random.Generator, gain: float
-) -> np.ndarray:
-    """Returns what `rule_array` does, from the generator of the key and the gain of its matrix."""
-    shape = tuple(int(n) for n in shape)
-    last = key.split(".")[-1]
-    if last == "num_batches_tracked":
-        return np.zeros(shape, np.int64)
-    if last in ("cls_token", "pos_embed", "memory"):
-        value = 0.5 * rng.standard_normal(shape)
-    elif last == "running_mean":
-        value = 0.1 * rng.standard_normal(shape)
-    elif last == "running_var":
-        value = rng.uniform(0.5, 1.5, shape)
-    elif "bias" in last and last != "relative_position_bias_table":
-        value = 0.1 * rng.standard_normal(shape)
-    elif len(shape) >= 2:
-        fan_in = int(np.prod(shape[1:]))
-        value = gain * rng.standard_normal(shape) * (1.0 / fan_in) ** 0.5
-    elif any(part in key for part in (".bn2.", ".bn3.", ".fuse_layers.")):
-        value = rng.uniform(0.25, 0.5, shape)
-    else:
-        value = rng.uniform(0.5, 1.5, shape)
-    return np.asarray(value).astype(np.float32)
-
-
-def _gain(key: str) -> float:
-    if ".query_project." in key or ".key_project." in key:
-        return 2.5
-    return 8.0 if key == "decoder_stage1.4.weight" else 1.0
+    return golden_rule.array(key, shape, seed_string())
 
 
 def rule_image(name: str, shape: tuple[int, ...], folder: pathlib.Path | None = None) -> np.ndarray:

@@ -9,6 +9,7 @@ import pathlib
 
 import numpy as np
 
+from benchmarks import golden_rule
 from tests import goldens
 
 
@@ -55,7 +56,7 @@ def rule_array(key: str, shape: tuple[int, ...]) -> np.ndarray:
         return np.stack([0.5 * value[:, 0], 0.25 + 0.5 * np.abs(value[:, 1])], 1).astype(np.float32)
     gain = 2.5 if ".query_project." in key or ".key_project." in key else 1.0
     gain = 8.0 if key in ("decoder_pr.conv2.weight", "decoder_cwi.conv2.weight") else gain
-    return goldens.rule_value(key, shape, rng, gain)
+    return golden_rule.value(key, shape, rng, gain)
 
 
 def rule_image(name: str, shape: tuple[int, ...]) -> np.ndarray:

@@ -16,17 +16,8 @@ from tests.small_models import FAST_COMPILE
 from tests.tiny import CONFIG, data_root
 
 pytest.importorskip("torch")
+pytestmark = pytest.mark.usefixtures("keep_threads")
 MODEL = (f"--config={CONFIG}", "--crop=32x32", "--batch=2")
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _keep_threads():
-    """Importing `benchmarks.measure` sets PyTorch's threads for the process."""
-    import torch
-
-    before = torch.get_num_threads()
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture

@@ -259,33 +259,30 @@ def _evaluation(sizes: Sizes, name: str, large: tuple[str, str] | None, why: str
 
 
 def _benchmark(sizes: Sizes, name: str, dtype: str, why: str) -> Step:
-    flags = (
-        "--mode=benchmark",
-        f"--config={sizes.models[name]}",
-        f"--config.augment.crop=({sizes.crop.replace('x', ',')})",
-        f"--config.train.batch_size={sizes.batch}",
-        f"--config.model.compute_dtype={dtype}",
-    )
-    if sizes.batch % 8:
-        flags += ("--config.replica_groups=1",)
-    command = _main(*flags, *sizes.small)
+    command = _mode_benchmark(sizes, sizes.models[name], sizes.crop, sizes.batch, dtype)
     return Step(f"benchmark-{name}-{dtype}", (command,), 100, why, (BENCHMARK_FILE,))
 
 
 def _large_images(sizes: Sizes, dtype: str) -> Step:
     """Mode benchmark takes its random image for the evaluation in the size of the crops."""
-    config, crop = sizes.large
-    command = _main(
+    command = _mode_benchmark(sizes, *sizes.large, 2, dtype)
+    why = "a goal: images/s from a whole large image to its label map"
+    return Step("benchmark-large-images", (command,), 120, why, (BENCHMARK_FILE,))
+
+
+def _mode_benchmark(
+    sizes: Sizes, config: str, crop: str, batch: int, dtype: str
+) -> tuple[str, ...]:
+    flags = (
         "--mode=benchmark",
         f"--config={config}",
         f"--config.augment.crop=({crop.replace('x', ',')})",
-        "--config.train.batch_size=2",
-        "--config.replica_groups=1",
+        f"--config.train.batch_size={batch}",
         f"--config.model.compute_dtype={dtype}",
-        *sizes.small,
     )
-    why = "a goal: images/s from a whole large image to its label map"
-    return Step("benchmark-large-images", (command,), 120, why, (BENCHMARK_FILE,))
+    if batch % 8:
+        flags += ("--config.replica_groups=1",)
+    return _main(*flags, *sizes.small)
 
 
 def _kernels(sizes: Sizes, name: str, why: str) -> Step:

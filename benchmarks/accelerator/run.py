@@ -12,6 +12,7 @@ from typing import Any
 from benchmarks.accelerator import process
 from benchmarks.accelerator.plan import STEP_FOLDER, Step
 from memseg_jax.errors import UserError
+from memseg_jax.runtime import files
 from memseg_jax.runtime.text import format_duration
 
 ROOT = Path(__file__).absolute().parents[2]
@@ -146,9 +147,7 @@ def read_result(folder: Path) -> dict[str, Any] | None:
 
 def write_result(folder: Path, result: Mapping[str, Any]) -> None:
     """Writes `result.json`, which is whole whenever this process ends."""
-    half = folder / f"{RESULT}.part"
-    half.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
-    os.replace(half, folder / RESULT)
+    files.write_text(folder / RESULT, json.dumps(result, indent=1) + "\n")
 
 
 def read_all(folder: Path) -> dict[str, dict[str, Any]]:

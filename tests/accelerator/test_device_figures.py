@@ -79,7 +79,7 @@ def test_differences_are_shares():
 
 
 def test_weights_of_golden_numbers_are_those_of_the_tests():
-    from benchmarks.device_goldens import rule_array
+    from benchmarks.golden_rule import array as rule_array
 
     cases = {
         "backbone_net.layer1.0.conv1.weight": (8, 4, 3, 3),
