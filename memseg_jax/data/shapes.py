@@ -5,11 +5,14 @@ Outline and surface both identify the class: circles are dotted, squares checked
 stars faceted, rings round in section, and the background is a calm gradient with clouds. Colours,
 the texture's scale and angle, sizes, places and lighting are drawn independently of the class. The
 set is made to be learned within minutes from random weights; it is not a benchmark.
+
+With `PAIR_NAMES` as its classes, every outline comes with every surface, and each of these 25 pairs
+is a class: what a shape is cannot be seen from a piece of its surface, nor from its outline alone.
 """
 
 import hashlib
 import math
-from typing import Any
+from typing import Any, NamedTuple
 
 import cv2
 import numpy as np
@@ -18,6 +21,11 @@ from memseg_jax.data import IGNORE_LABEL
 from memseg_jax.errors import UserError
 
 CLASS_NAMES = ("background", "circle", "square", "triangle", "star", "ring")
+_SURFACES = ("dotted", "checked", "striped", "faceted", "tubular")  # of circle, square, ...
+PAIR_NAMES = (
+    CLASS_NAMES[0],
+    *(f"{surface} {outline}" for outline in CLASS_NAMES[1:] for surface in _SURFACES),
+)
 PALETTE = (
     (44, 50, 64),
     (239, 83, 80),
@@ -69,21 +77,25 @@ def open_split(data_config: Any, split: str) -> "Shapes":
             f"config.data.name = 'shapes' has the splits {', '.join(map(repr, lengths))}, "
             f"not {split!r}"
         )
-    if len(data_config.class_names) != len(CLASS_NAMES):
+    classes = len(data_config.class_names)
+    if classes not in (len(CLASS_NAMES), len(PAIR_NAMES)):
         raise UserError(
-            f"config.data.class_names has {len(data_config.class_names)} names, but config.data."
-            f"name = 'shapes' generates {len(CLASS_NAMES)} classes; set it to {CLASS_NAMES}"
+            f"config.data.class_names has {classes} names, but config.data.name = 'shapes' "
+            f"generates {len(CLASS_NAMES)} classes or {len(PAIR_NAMES)}; set it to {CLASS_NAMES}, "
+            "or to memseg_jax.data.shapes.PAIR_NAMES"
         )
-    return Shapes(split, lengths[split], tuple(data_config.image_size))
+    pairs = classes == len(PAIR_NAMES)
+    return Shapes(split, lengths[split], tuple(data_config.image_size), pairs)
 
 
 class Shapes:
     """One split of the generated set: random access, the same everywhere and every time."""
 
-    def __init__(self, split: str, length: int, image_size: tuple[int, int]):
+    def __init__(self, split: str, length: int, image_size: tuple[int, int], pairs: bool = False):
         self._split = split
         self._length = int(length)
         self._size = (int(image_size[0]), int(image_size[1]))
+        self._pairs = pairs
 
     def __len__(self) -> int:
         return self._length
@@ -92,7 +104,7 @@ class Shapes:
         index = int(index)
         if not 0 <= index < self._length:
             raise IndexError(f"index {index} of a split with {self._length} images")
-        image, label = generate(_generator(self._split, index), self._size)
+        image, label = generate(_generator(self._split, index), self._size, self._pairs)
         return {"image": image, "label": label, "name": f"{self._split}_{index:06d}"}
 
     def describe(self, index: int) -> str:
@@ -102,6 +114,7 @@ class Shapes:
     def fingerprint(self) -> str:
         """Returns a short hash of everything that determines the samples."""
         text = f"shapes {_VERSION} {self._split} {self._length} {self._size}"
+        text += " pairs" if self._pairs else ""
         return hashlib.blake2b(text.encode(), digest_size=8).hexdigest()
 
 
@@ -111,12 +124,15 @@ def _generator(split: str, index: int) -> np.random.Generator:
     return np.random.Generator(np.random.Philox(key=int.from_bytes(digest, "little")))
 
 
-def generate(rng: np.random.Generator, size: tuple[int, int]) -> tuple[np.ndarray, np.ndarray]:
+def generate(
+    rng: np.random.Generator, size: tuple[int, int], pairs: bool = False
+) -> tuple[np.ndarray, np.ndarray]:
     """Draws one image and its label.
 
     Args:
         rng: All randomness comes from it.
         size: (height, width) in pixels.
+        pairs: the classes are those of `PAIR_NAMES` instead of `CLASS_NAMES`.
 
     Returns:
         (image RGB uint8 `[height, width, 3]`, label uint8 `[height, width]`); a thin line of
@@ -130,18 +146,32 @@ def generate(rng: np.random.Generator, size: tuple[int, int]) -> tuple[np.ndarra
 
     placed: list[tuple[float, float, float]] = []
     for _ in range(int(rng.integers(*_SHAPES))):
-        kind = int(rng.integers(1, len(CLASS_NAMES)))
+        kind = _draw_kind(rng, pairs)
         radius = rng.uniform(*_RADIUS) * min(size)
         place = _free_place(rng, size, radius, placed)
         if place is None:
             continue
         placed.append((*place, radius))
-        if CLASS_NAMES[kind] in ("triangle", "star"):
+        if CLASS_NAMES[kind.outline] in ("triangle", "star"):
             radius *= 1.2  # they fill little of the circle around them
         _draw(rng, image, label, kind, place, radius, light, background)
 
     image += rng.uniform(1.0, 6.0) * rng.standard_normal((height, width, 1), np.float32)
     return np.clip(np.rint(image), 0, 255).astype(np.uint8), label
+
+
+class _Kind(NamedTuple):
+    outline: int  # whose of `CLASS_NAMES`
+    surface: int
+    label: int
+
+
+def _draw_kind(rng: np.random.Generator, pairs: bool) -> _Kind:
+    outline = int(rng.integers(1, len(CLASS_NAMES)))
+    if not pairs:
+        return _Kind(outline, outline, outline)
+    surface = int(rng.integers(1, len(CLASS_NAMES)))
+    return _Kind(outline, surface, len(_SURFACES) * (outline - 1) + surface)
 
 
 def _free_place(
@@ -193,7 +223,7 @@ def _surface(
 
     Args:
         rng: Scale and angle of the texture come from it.
-        kind: The class, 1 to 5.
+        kind: The class that it is of, 1 to 5.
         y: float32 `[height, width]`, coordinates in pixels.
         x: The same for columns.
         radius: Of the circle around the shape, in pixels.
@@ -238,7 +268,7 @@ def _draw(
     rng: np.random.Generator,
     image: np.ndarray,
     label: np.ndarray,
-    kind: int,
+    kind: _Kind,
     place: tuple[float, float],
     radius: float,
     light: tuple[float, float],
@@ -257,13 +287,13 @@ def _draw(
     x -= np.float32(place[1])
 
     angle = rng.uniform(0, 2 * math.pi)
-    distance = _outline_distance(kind, y, x, radius, angle)
+    distance = _outline_distance(kind.outline, y, x, radius, angle)
     offset = shadow_length * light[0], shadow_length * light[1]
     shadow = _outline_distance(
-        kind, y + np.float32(offset[0]), x + np.float32(offset[1]), radius, angle
+        kind.outline, y + np.float32(offset[0]), x + np.float32(offset[1]), radius, angle
     )
 
-    mix = _surface(rng, kind, y, x, radius, angle, light)
+    mix = _surface(rng, kind.surface, y, x, radius, angle, light)
     surface = _mix_colours(*_shape_colours(rng, background), mix)
     # Brighter towards the lamp and darker at the rim, as if the shape were slightly curved.
     shade = 1 + (y * light[0] + x * light[1]) * np.float32(0.22 / radius)
@@ -275,7 +305,7 @@ def _draw(
     image[window] = below + cover * (surface * shade[..., None] - below)
 
     part = label[window]
-    part[distance < 0] = kind
+    part[distance < 0] = kind.label
     part[np.abs(distance) < _IGNORED] = IGNORE_LABEL
 
 

@@ -122,6 +122,44 @@ def test_surfaces_use_both_colours(kind):
     assert np.array_equal(*drawn) == fixed
 
 
+def test_every_outline_with_every_surface():
+    """25 classes and the background, and no image of them is one of the six classes."""
+    source = shapes.Shapes("train", 400, (48, 48), pairs=True)
+    classes = len(shapes.PAIR_NAMES)
+    counts = sum(np.bincount(source[i]["label"].ravel(), minlength=256) for i in range(400))
+    assert set(np.flatnonzero(counts)) == {*range(classes), IGNORE_LABEL}
+    assert counts[1:classes].min() > 0.005 * counts.sum()
+    assert shapes.PAIR_NAMES[1] == "dotted circle"
+    assert shapes.PAIR_NAMES[classes - 1] == "tubular ring"
+    plain = shapes.Shapes("train", 400, (48, 48))
+    assert plain.fingerprint() != source.fingerprint()
+    assert not np.array_equal(plain[0]["image"], source[0]["image"])
+    names = shapes.PAIR_NAMES
+    assert data.open_split(make_config(class_names=names), "train").fingerprint() == (
+        shapes.Shapes("train", 20, (48, 64), pairs=True).fingerprint()
+    )
+
+
+@pytest.mark.parametrize("outline", range(1, NUM_CLASSES))
+@pytest.mark.parametrize("surface", range(1, NUM_CLASSES))
+def test_a_pair_is_drawn_as_its_name_says(outline, surface):
+    """The shape of a pair lies where its outline says, with the texture that its surface says."""
+    kind = shapes._Kind(outline, surface, 5 * (outline - 1) + surface)
+    image, label = np.zeros((80, 80, 3), np.float32), np.zeros((80, 80), np.uint8)
+    rng, again = np.random.default_rng(3), np.random.default_rng(3)
+    shapes._draw(rng, image, label, kind, (40, 40), 30.0, (0.6, 0.8), np.zeros(3))
+    angle = again.uniform(0, 2 * np.pi)
+    y, x = np.mgrid[-40:40, -40:40].astype(np.float32)
+    inside = shapes._outline_distance(outline, y, x, 30.0, angle) < -2
+    assert set(label[inside]) == {kind.label}
+    mix = shapes._surface(again, surface, y, x, 30.0, angle, (0.6, 0.8))
+    grey = image.mean(-1)
+    shade = 1 + (0.6 * y + 0.8 * x) * 0.22 / 30  # but for the darker rim, which a tube feels most
+    assert abs(np.corrcoef((grey / shade)[inside], mix[inside])[0, 1]) > 0.8
+    words = shapes.PAIR_NAMES[kind.label].split()
+    assert words == [shapes._SURFACES[surface - 1], shapes.CLASS_NAMES[outline]]
+
+
 def test_colour_does_not_tell_the_class():
     source = shapes.Shapes("train", 300, (48, 48))
     means = [[] for _ in range(NUM_CLASSES)]
