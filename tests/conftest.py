@@ -47,7 +47,7 @@ def pytest_xdist_auto_num_workers():
 
 # These take longest, and a file is not divided: begun last, one would leave the others idle.
 LONGEST_FIRST = (
-    "test_distributed.py",
+    "test_several_processes.py",
     "test_train.py",
     "test_tpu_pod.py",
     "test_notebooks.py",

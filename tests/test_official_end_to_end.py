@@ -244,7 +244,7 @@ def test_packed(name, walks):
         tiny.assert_same_samples(source, open_split(walk.config().data, split))
 
 
-@pytest.mark.exhaustive  # in CI, on other data: runtime/test_distributed.py
+@pytest.mark.exhaustive  # in CI, on other data: runtime/test_several_processes.py
 @pytest.mark.parametrize("name", ON_ANY)
 def test_two_processes_train_and_score_the_same(name, walks):
     walk = walks(name)

@@ -21,7 +21,7 @@ from memseg_jax.runtime import distributed
 from memseg_jax.runtime.stopping import SIGNALS, StopRequests
 from memseg_jax.scoring import evaluator
 from tests import tiny
-from tests.runtime.test_distributed import (
+from tests.processes import (
     LIMIT,
     PROGRAM,
     STEPS,
