@@ -7,7 +7,8 @@ The file of variants is JSON: names, each with a list of settings such as
 "model.memory.enabled=False"; the first one is what the others are compared with, seed by seed.
 Every run is a training of its own, by the real program, in a folder below the workdir. What is
 there already is not trained again, and a run that was stopped goes on, so that the same command,
-or one with more seeds, completes the table. Further `--config.` arguments are for all runs.
+or one with more seeds, completes the table. --only chooses variants of the file, the first of which
+is then what the others are compared with. Further `--config.` arguments are for all runs.
 """
 
 import csv
@@ -26,10 +27,12 @@ from benchmarks import measure
 from benchmarks.seeds import paired
 from memseg_jax import command_line
 from memseg_jax.errors import UserError
+from memseg_jax.runtime.suggest import did_you_mean
 from memseg_jax.runtime.text import first_few
 
 FLAGS = {
     "variants": "a JSON file: {name: [settings]}",
+    "only": "comma-separated names of variants (default: all of the file)",
     "seeds": "comma-separated numbers (default: 0,1,2)",
     "workdir": "folder of all runs",
 }
@@ -42,7 +45,7 @@ def main(argv: Sequence[str]) -> int:
     values = measure.parse(argv, FLAGS, __doc__, config=True)
     if not values.workdir or not values.variants:
         raise UserError("--variants and --workdir are required; --help says what they are")
-    variants = read_variants(values.variants)
+    variants = choose(read_variants(values.variants), values.only)
     seeds = read_seeds(values.seeds or "0,1,2")
     given = [word for word in argv[1:] if word.split("=")[0].startswith("--config.")]
     workdir, rows = Path(values.workdir), []
@@ -83,6 +86,21 @@ def read_variants(path: str) -> dict[str, list[str]]:
             f'--variants={path}: expected {{"name": ["model.memory.enabled=False", ...], ...}}'
         )
     return variants
+
+
+def choose(variants: Mapping[str, list[str]], only: str) -> dict[str, list[str]]:
+    """Returns the variants of --only in the order given there; all of them without it.
+
+    Raises:
+        UserError: there is no such variant.
+    """
+    if not only:
+        return dict(variants)
+    chosen = [name.strip() for name in only.split(",")]
+    for name in chosen:
+        if name not in variants:
+            raise UserError(f"--only: no variant {name!r}.{did_you_mean(name, variants)}")
+    return {name: variants[name] for name in chosen}
 
 
 def read_seeds(text: str) -> list[int]:

@@ -45,6 +45,15 @@ def test_another_file_is_refused(ablation, tmp_path, text):
         ablation.read_variants(str(tmp_path / "variants.json"))
 
 
+def test_some_of_the_variants(ablation):
+    variants = {"a": ["x=1"], "b": ["x=2"], "later rows": ["x=3"]}
+    assert ablation.choose(variants, "") == variants
+    chosen = ablation.choose(variants, "later rows, a")
+    assert list(chosen.items()) == [("later rows", ["x=3"]), ("a", ["x=1"])]
+    with pytest.raises(UserError, match=r"--only: no variant 'late rows'.*later rows"):
+        ablation.choose(variants, "a,late rows")
+
+
 def test_seeds_are_numbers(ablation):
     assert ablation.read_seeds("0, 4") == [0, 4]
     with pytest.raises(UserError, match="--seeds=0,x: expected numbers"):
