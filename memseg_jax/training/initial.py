@@ -2,6 +2,7 @@
 
 import logging
 import os
+from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -20,6 +21,9 @@ log = logging.getLogger(__name__)
 # Parts of a path whose arrays belong to the classes: of no use for other classes.
 _OF_CLASSES = ("memory", "classifier", "full_classifier")
 _AUXILIARY = "auxiliary_decoders_"
+# What models of all methods have, with or without a memory: it has to fit. All else is their head.
+_BODY = ("backbone", "context", "fpn", "norm_layers", "downsampling")
+_READING = "memory_module"  # what it computes, and how it starts, is another thing in each of them
 
 
 def initial_variables(
@@ -91,8 +95,18 @@ def _known_from_checkpoint(
 
     saved = {path: array for path, array in saved.items() if is_taken(path)}
     expected = {path: leaf for path, leaf in wanted.items() if is_taken(path)}
+    if _head(recorded["model"]) != _head(config.model):
+        taken = _same_modules(saved, expected) - {_READING}
+        saved, expected = (
+            {
+                path: array
+                for path, array in arrays.items()
+                if _module(path).startswith(_BODY) or _module(path) in taken
+            }
+            for arrays in (saved, expected)
+        )
     checkpoint.check_same_arrays(folder, saved, expected, meta)
-    fresh = sorted({path.split("/")[1] for path in wanted.keys() - saved.keys() if "/" in path})
+    fresh = sorted({_module(path) for path in wanted.keys() - saved.keys()} - {"memory"})
     log.info(
         "starting from step %d of %s: %d of %d arrays%s",
         step,
@@ -104,3 +118,27 @@ def _known_from_checkpoint(
     if fresh:
         log.info("starting anew, wholly or in part: %s", ", ".join(fresh))
     return {path: np.asarray(array) for path, array in saved.items()}
+
+
+def _head(model_config: Mapping[str, Any]) -> tuple:
+    """What decides which modules come after the context."""
+    memory = model_config["memory"]
+    return model_config["method"], memory["enabled"], memory["enabled"] and memory["fusion"]
+
+
+def _module(path: str) -> str:
+    """The part of the model that an array belongs to: "backbone" of "params/backbone/..."."""
+    return path.split("/")[1] if "/" in path else path
+
+
+def _same_modules(saved: Mapping[str, Any], wanted: Mapping[str, Any]) -> set[str]:
+    """Names of the modules whose arrays are the same in number, names and shapes."""
+
+    def by_module(arrays: Mapping[str, Any]) -> dict[str, set]:
+        modules: dict[str, set] = {}
+        for path, array in arrays.items():
+            modules.setdefault(_module(path), set()).add((path, tuple(array.shape)))
+        return modules
+
+    ours, theirs = by_module(saved), by_module(wanted)
+    return {name for name in ours if ours[name] == theirs.get(name)}

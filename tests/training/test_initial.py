@@ -71,6 +71,76 @@ def test_auxiliary_heads_may_be_on_one_side_only(trained):
     assert found.keys() < saved(trained).keys()
 
 
+PLAIN = {"model.memory.enabled": False}
+RESIDUAL = {"model.memory.fusion": "residual"}
+
+
+@pytest.mark.parametrize(
+    ("before", "now", "anew"),
+    [
+        (PLAIN, {}, {"bottleneck", "decoder_stage1", "decoder_stage2", "memory_module", "memory"}),
+        (PLAIN, RESIDUAL, {"bottleneck", "decoder_stage1", "memory_module", "memory"}),
+        (PLAIN, PLAIN | {"class_names": "abcd"}, {"auxiliary_decoders_0", "classifier"}),
+        ({}, PLAIN, {"classifier", "memory"}),  # which is empty
+        ({}, RESIDUAL, {"classifier", "memory_module"}),
+    ],
+)
+def test_a_model_may_start_from_one_with_another_head(tmp_path, before, now, anew):
+    """What both have is taken, and only that is random which the other one has not."""
+
+    def config_of(changes):
+        config = tiny.get_config()
+        for name, value in changes.items():
+            if name == "class_names":
+                config.data.class_names = tuple(value)
+            else:
+                config.update_from_flattened_dict({name: value})
+        return config
+
+    trained = tiny.save_random_model(tmp_path, config_of(before))
+    old = flatten_dict(
+        checkpoint.restore_for_inference(
+            trained, abstract_variables(build_segmentor(config_of(before)))
+        )[0],
+        sep="/",
+    )
+    config = config_of(now)
+    config.init.checkpoint = str(trained)
+    found, random = start(config), fresh(config)
+    assert found.keys() == random.keys()
+    changed = set()
+    for path, value in found.items():
+        module = path.split("/")[1] if "/" in path else path
+        if path in old and np.array_equal(value, old[path]):
+            continue
+        np.testing.assert_array_equal(value, random[path])
+        changed.add(module)
+    assert changed == anew
+
+
+def test_a_residual_start_from_the_baseline_computes_what_it_does(tmp_path):
+    plain, residual = tiny.get_config(), tiny.get_config()
+    plain.model.memory.enabled = False
+    residual.model.memory.fusion = "residual"
+    residual.init.checkpoint = str(tiny.save_random_model(tmp_path, plain))
+    images = np.random.default_rng(0).normal(size=(2, 32, 32, 3)).astype(np.float32)
+    plain_model, model = build_segmentor(plain), build_segmentor(residual)
+    before = checkpoint.restore_for_inference(
+        residual.init.checkpoint, abstract_variables(plain_model)
+    )[0]
+    expected, found = (
+        compute.apply(
+            {k: v for k, v in variables.items() if k != "memory"}, images, variables["memory"]
+        )
+        for compute, variables in (
+            (plain_model, before),
+            (model, initial_variables(residual, model)),
+        )
+    )
+    expected, found = expected["logits"], found["logits"]
+    np.testing.assert_allclose(found, expected, atol=1e-5 * np.std(expected))
+
+
 def test_a_checkpoint_from_before_a_field_is_taken(tmp_path, monkeypatch):
     real = checkpoint.make_meta
 
