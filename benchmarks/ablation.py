@@ -99,7 +99,7 @@ def choose(variants: Mapping[str, list[str]], only: str) -> dict[str, list[str]]
     chosen = [name.strip() for name in only.split(",")]
     for name in chosen:
         if name not in variants:
-            raise UserError(f"--only: no variant {name!r}.{did_you_mean(name, variants)}")
+            raise UserError(f"--only: no variant {name!r}. {did_you_mean(name, variants)}")
     return {name: variants[name] for name in chosen}
 
 

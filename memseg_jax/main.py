@@ -173,12 +173,12 @@ def _run_mode(line: SimpleNamespace, argv: list[str]) -> int:
         return module.run(workdir)
     if line.mode == "pack":
         return module.run(line.config)
+    if line.mode == "plan":  # programs for devices that are not here could not be read again
+        return module.run(line.config, line.topology, line.workdir, line.layout)
     importlib.import_module("memseg_jax.runtime.compilation").keep_programs()
     if line.mode == "benchmark":  # it measures the config, not a run
         module.run(line.config, line.workdir)
         return 0
-    if line.mode == "plan":
-        return module.run(line.config, line.topology, line.workdir, line.layout)
     which = int(line.checkpoint) if line.checkpoint.isdecimal() else line.checkpoint
     arguments = [line.config, workdir]
     if line.mode != "train":

@@ -1,304 +1,19 @@
-"""Mode plan: topologies, what is read from compiled programs, the estimates, and the report."""
+"""Mode plan: what it takes from a config, and what it says."""
 
-import importlib.metadata
-import importlib.util
 import json
 import os
 import subprocess
 import sys
 
 import jax
-import jax.numpy as jnp
-import numpy as np
 import pytest
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from memseg_jax.errors import UserError
-from memseg_jax.hlo import estimates, hlo_text, planned_programs, topologies
-from memseg_jax.hlo.chips import CHIPS, Chip
-from memseg_jax.hlo.hlo_text import Collective
+from memseg_jax.hlo import planned_programs, topologies
 from memseg_jax.models.segmentor import build_segmentor
 from memseg_jax.modes import plan
+from memseg_jax.runtime import compilation
 from memseg_jax.training.state import abstract_variables
 from tests import session, tiny
-
-# ---- Topologies ---------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("text", topologies.EXAMPLES)
-def test_examples_are_topologies(text):
-    topology = topologies.parse(text)
-    assert topology.name == text
-    assert topology.chips == np.prod(topology.shape)
-
-
-def test_shapes_and_rings():
-    assert topologies.parse(" V5E:2x4 ").shape == (2, 4)
-    assert topologies.parse("v5e:16x8").rings == (True, False)
-    assert topologies.parse("v4:2x4x8").rings == (False, True, True)
-    assert not topologies.parse("h200:16").is_tpu
-
-
-@pytest.mark.parametrize(
-    ("text", "words"),
-    [
-        ("v9:2x2", "there is no kind 'v9'"),
-        ("v5e", "no shape"),
-        ("v5e:", "no shape"),
-        ("v5e:0x4", "no shape"),
-        ("v5e:axb", "no shape"),
-        ("v5e:8", "v5e takes 2 axes"),
-        ("v4:4x4", "v4 takes 3 axes"),
-        ("h200:2x4", "h200 takes one number"),
-        ("h200:12", "whole hosts"),
-    ],
-)
-def test_what_is_no_topology(text, words):
-    with pytest.raises(UserError, match=words) as error:
-        topologies.parse(text)
-    if "hosts" not in words:
-        assert all(example in str(error.value) for example in topologies.EXAMPLES)
-
-
-def test_missing_compilers(monkeypatch):
-    def no_package(name):
-        raise importlib.metadata.PackageNotFoundError(name)
-
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    monkeypatch.setattr(importlib.metadata, "version", no_package)
-    assert topologies.missing("cpu") is None
-    assert f'pip install "jax[tpu]=={jax.__version__}"' in topologies.missing("v5e")
-    assert "jax-cuda13-plugin is not installed" in topologies.missing("h200")
-    monkeypatch.setattr(importlib.metadata, "version", lambda name: "0.0.1")
-    assert f"jax-cuda13-pjrt=={jax.__version__}" in topologies.missing("h200")
-    monkeypatch.setattr(importlib.metadata, "version", lambda name: jax.__version__)
-    assert topologies.missing("h200") is None
-
-
-def test_too_many_cpu_devices():
-    jax.devices()  # from now on their number cannot be changed
-    assert len(topologies.open_devices(topologies.parse("cpu:3")).devices) == 3
-    with pytest.raises(UserError, match=r"cpu:99999: this process has \d+ CPU device"):
-        topologies.open_devices(topologies.parse("cpu:99999"))
-
-
-# ---- Collectives in programs --------------------------------------------------------------------
-
-
-def compiled_text(function, *shapes, devices=8, out=None):
-    """The program of a function of arrays that are split over devices by their first axis."""
-    mesh = Mesh(np.array(jax.devices()[:devices]), ("data",))
-    split = PartitionSpec("data")
-    mapped = jax.shard_map(
-        function, mesh=mesh, in_specs=split, out_specs=split if out is None else out,
-        check_vma=False,
-    )  # fmt: skip
-    sharding = NamedSharding(mesh, split)
-    args = [jax.ShapeDtypeStruct(s, jnp.float32, sharding=sharding) for s in shapes]
-    return jax.jit(mapped).lower(*args).compile().as_text()
-
-
-def test_an_all_reduce_counts_its_array_on_one_device():
-    text = compiled_text(lambda x: jax.lax.psum(x, "data"), (8 * 6, 100), out=PartitionSpec())
-    assert hlo_text.collectives(text, 8) == [Collective("all-reduce", 6 * 100 * 4, 8, 1)]
-
-
-def test_gathering_and_scattering_count_the_whole_array():
-    text = compiled_text(
-        lambda x: jax.lax.all_gather(x, "data", tiled=True), (8 * 6, 100), out=PartitionSpec()
-    )
-    assert hlo_text.collectives(text, 8) == [Collective("all-gather", 8 * 6 * 400, 8, 1)]
-    text = compiled_text(
-        lambda x: jax.lax.psum_scatter(x, "data", tiled=True), (8 * 16, 100), devices=8
-    )
-    assert hlo_text.collectives(text, 8) == [Collective("reduce-scatter", 16 * 400, 8, 1)]
-
-
-def test_loops_count_as_often_as_they_run_and_one_branch_counts():
-    def loop(x):
-        def body(carry, _):
-            return jax.lax.psum(carry * 0.5, "data"), None
-
-        return jax.lax.scan(body, x, length=7)[0]
-
-    found = hlo_text.collectives(compiled_text(loop, (8, 50)), 8)
-    assert found == [Collective("all-reduce", 200, 8, 7)]
-
-    def branch(x):
-        def longer(x):
-            return jax.lax.psum(jnp.sin(jax.lax.psum(x, "data")), "data")
-
-        return jax.lax.cond(x[0, 0] > 0, longer, lambda x: jax.lax.psum(x, "data"), x)
-
-    found = hlo_text.collectives(compiled_text(branch, (8, 50)), 8)
-    assert found == [Collective("all-reduce", 200, 8, 2)]
-
-
-TEXT = """\
-HloModule jit_step, is_scheduled=true
-
-%add (a: f32[], b: f32[]) -> f32[] {
-  %a = f32[] parameter(0)
-  %b = f32[] parameter(1)
-  ROOT %sum = f32[] add(%a, %b)
-}
-
-%fused (p: bf16[8,128]) -> bf16[8,128] {
-  %p = bf16[8,128]{1,0:T(8,128)(2,1)} parameter(0)
-  ROOT %inside = bf16[8,128]{1,0:T(8,128)(2,1)} all-reduce(%p), replica_groups={{0,1},{2,3}}, to_apply=%add
-}
-
-ENTRY %main (x: f32[16], y: bf16[8,128]) -> f32[16] {
-  %x = f32[16]{0} parameter(0)
-  %y = bf16[8,128]{1,0:T(8,128)(2,1)} parameter(1)
-  %start = (f32[16]{0}, pred[3]{0}) all-reduce-start(%x, %x), replica_groups=mesh['a'=2,'b'=4] {'b'}, to_apply=%add
-  %done = (f32[16]{0}, pred[3]{0}) all-reduce-done(%start)
-  %gather = (f32[2]{0}, f32[16]{0}) all-gather-start(%x), replica_groups=[1,8]<=[8], dimensions={0}
-  %gathered = f32[16]{0} all-gather-done(%gather)
-  %fusion = bf16[8,128]{1,0:T(8,128)(2,1)S(1)} fusion(%y), kind=kCustom, calls=%fused
-  ROOT %result = f32[16]{0} negate(%gathered)
-}
-"""  # noqa: E501
-
-
-def test_forms_that_gpus_and_tpus_use():
-    assert hlo_text.collectives(TEXT, 8) == [
-        Collective("all-reduce", 8 * 128 * 2, 2, 1, ((0, 1),)),
-        Collective("all-reduce", 16 * 4 + 3, 4, 1, ((0, 1, 2, 3),)),
-        Collective("all-gather", 16 * 4, 8, 1),
-    ]
-
-
-def test_traffic_of_the_text():
-    # all-reduce: x twice and the results; all-gather: x and the tuple; fusion: y alone, as its
-    # result is on the chip; negate: one array in, one out.
-    expected = (64 + 64 + 67) + (64 + 72) + 2048 + (64 + 64)
-    assert hlo_text.traffic(TEXT) == expected
-
-
-def test_traffic_of_elementwise_work_and_of_slices():
-    def one(function, *shapes):
-        args = [jax.ShapeDtypeStruct(s, jnp.float32) for s in shapes]
-        return hlo_text.traffic(jax.jit(function).lower(*args).compile().as_text())
-
-    n = 1 << 16
-    assert one(lambda x, y: jnp.sin(x) + y * 2, (n,), (n,)) == 3 * 4 * n
-    # A loop over the rows of an array reads and writes each of them about once.
-    rows = one(lambda x: jax.lax.map(jnp.sin, x), (64, 1024))
-    assert 2 * 4 * n <= rows < 2.5 * 2 * 4 * n
-
-
-# ---- Estimates ----------------------------------------------------------------------------------
-
-CHIP = Chip(100e12, 50e12, 10e12, 16e9, 1000e9, 50e9, 25e9)
-
-
-class Device:
-    def __init__(self, *coords):
-        self.coords = coords
-
-
-def seconds_of(size, topology, group=None, kind="all-reduce", partners=None):
-    topology = topologies.parse(topology)
-    grid = [Device(*reversed(place)) for place in np.ndindex(topology.shape[::-1])]
-    devices = topologies.Devices(topology, grid)
-    collective = Collective(kind, size, group or topology.chips, 1, partners)
-    return estimates.collective_seconds(collective, devices, CHIP)
-
-
-def test_a_large_all_reduce_on_a_torus_sends_the_array_twice_over_all_links():
-    # Four links of 50 GB/s; 16 hops of 1 us each way.
-    expected = 2 * 1e9 * 255 / 256 / 200e9 + 2 * 16e-6
-    assert seconds_of(1e9, "v5e:16x16") == pytest.approx(expected)
-    assert seconds_of(1e9, "v5e:16x16", kind="all-gather") == pytest.approx(expected / 2)
-    # Half of the bandwidth where the ends are not linked.
-    expected = 2 * 1e9 * 7 / 8 / 100e9 + 2 * (1 + 3) * 1e-6
-    assert seconds_of(1e9, "v5e:2x4") == pytest.approx(expected)
-    assert seconds_of(1e9, "v5e:1x1") == 0
-
-
-@pytest.mark.parametrize(
-    ("topology", "partners", "links"),
-    [
-        ("v5e:8x8", ((0, 1), (1, 2), (8, 16)), (1, 1)),
-        ("v5e:8x8", ((0, 1), (0, 9), (3, 4)), (2, 2)),
-        ("v5e:8x8", ((0, 7),), (7, 1)),
-        ("v5e:16x16", ((0, 15),), (1, 1)),  # around the ring
-        ("v5e:16x16", ((0, 8),), (8, 1)),
-    ],
-)
-def test_neighbours_wait_for_the_links_between_them(topology, partners, links):
-    count, axes = links
-    kw = {"partners": partners, "kind": "collective-permute"}
-    expected = count * 1e-6 + 1e6 / (axes * 50e9)
-    assert seconds_of(1e6, topology, **kw) == pytest.approx(expected)
-
-
-def test_a_group_in_a_corner_of_the_torus():
-    corner = ((0, 1, 8, 9),)
-    expected = 2 * (1 + 1) * 1e-6 + 2 * 1e6 * 3 / 4 / 100e9
-    assert seconds_of(1e6, "v5e:8x8", group=4, partners=corner) == pytest.approx(expected)
-
-
-@pytest.mark.parametrize(
-    ("text", "expected"),
-    [
-        ("replica_groups=[2,4]<=[8]", ((0, 1, 2, 3),)),
-        ("replica_groups=[2,4]<=[4,2]T(1,0)", ((0, 2, 4, 6),)),
-        ("replica_groups=mesh['a'=4,'b'=2] {'a'}", ((0, 2, 4, 6),)),
-        ("replica_groups=mesh['a'=2,'b'=2,'c'=2] {'a','c'}", ((0, 1, 4, 5),)),
-        ("source_target_pairs={{0,1},{1,2}}", ((0, 1), (1, 2))),
-    ],
-)
-def test_who_exchanges_with_whom(text, expected):
-    line = f"ENTRY %main (x: f32[16]) -> f32[16] {{\n  ROOT %y = f32[16] all-reduce(%x), {text}\n}}"
-    if "pairs" in text:
-        line = line.replace("all-reduce", "collective-permute")
-    assert hlo_text.collectives(line, 8)[0].partners == expected
-
-
-def test_an_all_reduce_between_gpus():
-    inside = 2 * 1e9 * 7 / 8 / 50e9
-    assert seconds_of(1e9, "h200:8") == pytest.approx(inside + estimates.GPU_LATENCY)
-    between = 2 * 1e9 / 8 * 3 / 4 / 25e9
-    latency = estimates.GPU_LATENCY + estimates.NETWORK_LATENCY
-    assert seconds_of(1e9, "h200:32") == pytest.approx(inside + between + latency)
-    assert seconds_of(1e9, "h200:8", group=1) == pytest.approx(estimates.GPU_LATENCY)
-
-
-def test_larger_arrays_and_more_devices_take_longer():
-    times = [seconds_of(n, "v5e:8x8") for n in (0, 1e3, 1e6, 1e9)]
-    assert times == sorted(set(times))
-    times = [seconds_of(1e3, f"v5e:{n}x{n}") for n in (2, 4, 8)]
-    assert times == sorted(set(times))
-
-
-@pytest.mark.parametrize(
-    ("flops", "traffic", "slowest"), [(1e15, 1e9, "compute"), (1e9, 1e12, "memory")]
-)
-def test_the_slowest_counts_and_small_collectives_are_added(flops, traffic, slowest):
-    devices = topologies.Devices(topologies.parse("v5e:2x2"), jax.devices()[:4], True)
-    small = Collective("all-reduce", 1000, 4, 100)
-    large = Collective("all-reduce", 10**6, 4, 1)
-    times = estimates.estimate(flops, traffic, [small, large], devices, 197e12)
-    chip = CHIPS["TPU v5 lite"]
-    assert times["compute"] == pytest.approx(flops / 197e12 / estimates.EFFICIENCY)
-    assert times["memory"] == pytest.approx(traffic / chip.bandwidth)
-    one = estimates.collective_seconds(small, devices, chip)
-    assert times["small_collectives"] == pytest.approx(100 * one)
-    assert times["step"] == pytest.approx(times[slowest] + 100 * one)
-
-
-def test_what_xla_says_it_needs():
-    message = (
-        "RESOURCE_EXHAUSTED: XLA:TPU compile permanent error. Ran out of memory in memory space "
-        "hbm. Used 20.50G of 15.75G hbm. Exceeded hbm capacity by 4.75G."
-    )
-    assert planned_programs.needed_bytes(message) == 20.5 * 2**30
-    assert planned_programs.needed_bytes("RESOURCE_EXHAUSTED: no figures") is None
-
-
-# ---- Configs ------------------------------------------------------------------------------------
 
 
 def test_the_largest_input_of_the_evaluation():
@@ -361,6 +76,15 @@ def test_mistakes(quiet_entry, capsys, arguments, words):
 def test_topology_is_of_no_other_mode(quiet_entry, capsys):
     assert tiny.run("--mode", "train", "--topology", "cpu:8") == 1
     assert "--topology is only for --mode plan" in capsys.readouterr().err
+
+
+def test_programs_of_devices_that_are_not_here_are_not_kept(quiet_entry, monkeypatch):
+    """They cannot be read again; JAX warns of each."""
+    called = []
+    monkeypatch.setattr(compilation, "keep_programs", lambda: called.append("keep"))
+    monkeypatch.setattr(plan, "run", lambda *_: called.append("plan") or 0)
+    assert tiny.run("--mode", "plan", "--topology", "v5e:2x4") == 0
+    assert called == ["plan"]
 
 
 PLAIN = {
@@ -492,24 +216,6 @@ def test_what_does_not_fit_is_said_with_advice(no_compilers, quiet_entry, capsys
     printed = capsys.readouterr().out
     assert "22 GB per device, 128% of 17.2 GB: DOES NOT FIT" in printed
     assert "--config.model.remat=blocks" in printed
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize(
-    "topology", ["v4:2x2x1", "v5p:2x2x1", "v5e:2x4", "v6e:2x4", "v5e:8x8", "h200:8"]
-)
-def test_a_device_is_a_chip(topology):
-    wanted = topologies.parse(topology)
-    if reason := topologies.missing(wanted.kind):
-        pytest.skip(reason)
-    code = "from memseg_jax.hlo.topologies import open_devices, parse; "
-    code += f"print(len(open_devices(parse({topology!r})).devices))"
-    env = os.environ | {"JAX_PLATFORMS": "cpu"}
-    command = [sys.executable, "-c", code]  # the compilers' settings stay in that process
-    found = subprocess.run(
-        command, cwd=tiny.ROOT, env=env, check=True, timeout=300, capture_output=True, text=True
-    )
-    assert int(found.stdout) == wanted.chips
 
 
 PLANS = [("v4:2x2x1", 4), ("v5e:2x4", 8), ("v5e:8x8", 64), ("h200:8", 8)]
