@@ -37,7 +37,7 @@ CORES = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os
 torch.set_num_threads(CORES)
 
 DEFAULT_CONFIG = "configs/ade20k_resnet50.py"
-SMALL_CONFIG = "configs/quickstart.py"  # whose training step compiles in seconds
+SMALL_CONFIG = "benchmarks/small.py"  # whose training step compiles in seconds
 _LEAST_ROUNDS = 3
 _SHORT = 0.05  # calls that take less are repeated within a round until it takes about this long
 _LONG = 5.0  # calls that take longer are announced

@@ -30,6 +30,7 @@ def get_config():
     config = own_folder.get_config("data", shapes.CLASS_NAMES, crop=(64, 64), epochs=2)
     config.model.backbone_width = 0.125
     config.model.feature_dim = config.model.aspp_dim = 32
+    config.model.memory.enabled = True
     config.model.memory.attention_dim = 16
     config.train.batch_size = 4
     config.train.log_every = 2

@@ -126,12 +126,12 @@ FULL = Sizes(
 )
 REDUCED = Sizes(
     name="reduced",
-    models={"resnet18": "configs/quickstart.py"},
+    models={"resnet18": "benchmarks/small.py"},
     goldens={"resnet50os8": ("--backbones=resnet50os8", "--pixels=12300")},
     small=("--config.model.backbone_width=0.125",),
     crop="64x64",
     batch=2,
-    large=("configs/quickstart.py", "96x128"),
+    large=("benchmarks/small.py", "96x128"),
     dtypes=("float32",),
     seconds=2,
     compile=False,  # it takes minutes on a CPU
