@@ -103,7 +103,7 @@ def collectives(text: str, devices: int) -> list[Collective]:
         if kind not in COLLECTIVES:
             continue
         sizes = _sizes(x.shape)
-        if x.opcode == "all-gather-start":
+        if x.opcode in ("all-gather-start", "reduce-scatter-start"):
             sizes = sizes[len(sizes) // 2 :]  # the operands come before the results
         elif x.opcode == "collective-permute-start":
             sizes = sizes[:1]

@@ -93,6 +93,22 @@ def test_forms_that_gpus_and_tpus_use():
     ]
 
 
+def test_a_reduce_scatter_of_a_gpu_counts_its_array_once():
+    """Its start returns the operands, too: two arrays of 4,000 and 80 bytes among 8 devices."""
+    text = """\
+HloModule jit_step, is_scheduled=true
+
+ENTRY %main (x: bf16[2000], y: bf16[40]) -> bf16[250] {
+  %x = bf16[2000]{0} parameter(0)
+  %y = bf16[40]{0} parameter(1)
+  %start = ((bf16[2000]{0}, bf16[40]{0}), (bf16[250]{0}, bf16[5]{0})) reduce-scatter-start(%x, %y), replica_groups=[1,8]<=[8], dimensions={0}, to_apply=%add
+  %done = (bf16[250]{0}, bf16[5]{0}) reduce-scatter-done(%start)
+  ROOT %part = bf16[250]{0} get-tuple-element(%done), index=0
+}
+"""  # noqa: E501
+    assert hlo_text.collectives(text, 8) == [Collective("reduce-scatter", 4080, 8, 1)]
+
+
 def test_traffic_of_the_text():
     # all-reduce: x twice and the results; all-gather: x and the tuple; fusion: y alone, as its
     # result is on the chip; negate: one array in, one out.
