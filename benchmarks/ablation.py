@@ -21,7 +21,7 @@ import sys
 import time
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from benchmarks import measure
 from benchmarks.seeds import paired
@@ -38,6 +38,7 @@ FLAGS = {
 }
 RESULTS = "ablation.csv"
 SCORES = ("mIoU", "mAcc", "aAcc")
+Variant = TypeVar("Variant")
 
 
 def main(argv: Sequence[str]) -> int:
@@ -53,8 +54,7 @@ def main(argv: Sequence[str]) -> int:
     for seed in seeds:  # seed by seed: what is there can be compared at any time
         for name, settings in variants.items():
             flags = [*given, *(f"--config.{x}" for x in settings), f"--config.seed={seed}"]
-            folder = workdir / f"{name}_{seed}".replace(" ", "_")
-            result = train(values.config_flag, flags, folder)
+            result = train(values.config_flag, flags, folder_of(workdir, name, seed))
             if before := known.get((name, seed)):  # this call only looked at what is there
                 result["seconds"] = before["seconds"]
             rows.append({"variant": name, "seed": seed} | result)
@@ -88,7 +88,12 @@ def read_variants(path: str) -> dict[str, list[str]]:
     return variants
 
 
-def choose(variants: Mapping[str, list[str]], only: str) -> dict[str, list[str]]:
+def folder_of(workdir: Path, name: str, seed: int) -> Path:
+    """Where the run of a variant is."""
+    return workdir / f"{name}_{seed}".replace(" ", "_")
+
+
+def choose(variants: Mapping[str, Variant], only: str | None) -> dict[str, Variant]:
     """Returns the variants of --only in the order given there; all of them without it.
 
     Raises:

@@ -82,6 +82,39 @@ def test_what_a_run_took_is_kept(ablation, tmp_path, monkeypatch):
     assert calls == 2 * ["a_0", "b_0", "a_1", "b_1"]
 
 
+def test_a_picture_of_results(ablation, tmp_path, capsys):
+    from PIL import Image
+
+    from benchmarks import ablation_plots
+
+    with pytest.raises(UserError, match=r"ablation\.csv is not there"):
+        ablation_plots.main(["plots", f"--workdir={tmp_path}"])
+    facts = {"mAcc": 0.5, "aAcc": 0.5, "seconds": 1.0}
+    rows = [
+        {"variant": name, "seed": seed, "mIoU": score + 0.01 * seed, **facts}
+        for name, score in (("plain", 0.5), ("with rows", 0.4))
+        for seed in range(3)
+    ]
+    ablation.write(tmp_path / ablation.RESULTS, rows)
+    assert ablation_plots.main(["plots", f"--workdir={tmp_path}", "--title=x"]) == 0
+    alone = Image.open(tmp_path / "ablation.png").size
+    for seed in range(2):  # the third run is not there any more
+        run = ablation.folder_of(tmp_path, "with rows", seed)
+        run.mkdir()
+        lines = [f"{step},{2 / step + seed}," for step in (1, 2, 3)]
+        text = "step,loss_stage2,eval_mIoU\n" + "\n".join(lines) + "\n3,,0.4\n"
+        (run / "metrics.csv").write_text(text)
+    curves = ablation_plots.read_curves(tmp_path, "with rows", {0: 0.4, 1: 0.4, 2: 0.4})
+    assert curves == {1: [2, 3], 2: [1, 2], 3: [2 / 3, 2 / 3 + 1]}
+    output = tmp_path / "b.png"
+    arguments = [f"--workdir={tmp_path}", "--only=with rows,plain", f"--output={output}"]
+    assert ablation_plots.main(["plots", *arguments]) == 0
+    assert str(output) in capsys.readouterr().out
+    with_curves = Image.open(output)
+    assert with_curves.size[0] > alone[0]
+    assert len(with_curves.convert("RGB").getcolors(2**24)) > 10
+
+
 @pytest.mark.parametrize("name", ["methods", "memory_variants"])
 def test_the_variants_are_what_the_rules_allow(name):
     """The files that come with it, with the quickstart."""
