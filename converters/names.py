@@ -2,8 +2,8 @@
 
 Our variables are nested dicts; a path is their keys joined by "/", for example
 "params/backbone/layer1_0/conv1/conv/kernel". The reference calls the same tensor
-"backbone_net.layer1.0.conv1.weight". MCIBI and MCIBI++ share most names; `method` is
-config.model.method.
+"backbone_net.layer1.0.conv1.weight". MCIBI and MCIBI++ share most names; `method` is that of
+`method_of`. The plain baselines, which the reference has not, go by MCIBI's names where they can.
 """
 
 import math
@@ -93,6 +93,11 @@ _MODULES = [
     ),
 ]
 
+_PYRAMID = [
+    (r"fpn/lateral_(\d)", r"lateral_convs.\1.", ("0", "1")),
+    (r"fpn/output_(\d)", r"fpn_convs.\1.", ("0", "1")),
+]
+
 # The same for what only one of the methods has, or calls by another name.
 _MODULES_OF = {
     "mcibi": [
@@ -109,9 +114,9 @@ _MODULES_OF = {
         (r"memory_module/downsampling", "memory_module.downsample_before_sa.", ("0", "1")),
         (r"self_attention/(query|key)_project_(\d)", r"self_attention.\1_project.\2.", ("0", "1")),
         (r"self_attention/(value|out)_project", r"self_attention.\1_project.", ("0", "1")),
-        (r"fpn/lateral_(\d)", r"lateral_convs.\1.", ("0", "1")),
-        (r"fpn/output_(\d)", r"fpn_convs.\1.", ("0", "1")),
+        *_PYRAMID,
     ],
+    "plain": [(r"classifier", "", ("classifier", None)), *_PYRAMID],
 }
 
 # The same for a module that owns its tensors itself: prefix and name of the tensor make the key.
@@ -162,6 +167,11 @@ _LEAVES = {
 }
 
 
+def method_of(config: Any) -> str:
+    """Whose names the tensors of a model have: config.model.method, or "plain" without a memory."""
+    return config.model.method if config.model.memory.enabled else "plain"
+
+
 def check_counterpart(config: Any) -> None:
     """Refuses models that the PyTorch reference does not have.
 
@@ -189,7 +199,7 @@ def torch_key(path: str, method: str = "mcibi") -> str:
 
     Args:
         path: "params/...", "batch_stats/..." or "memory".
-        method: config.model.method.
+        method: of `method_of`.
 
     Returns:
         The state-dict key.
@@ -257,7 +267,7 @@ def torch_keys(variables: dict, method: str = "mcibi") -> dict[str, str]:
 
     Args:
         variables: params, batch_stats and memory; the leaves do not matter.
-        method: config.model.method.
+        method: of `method_of`.
 
     Raises:
         KeyError: the reference has no such tensor.

@@ -18,6 +18,7 @@ from typing import Any
 import ml_collections
 import numpy as np
 
+from converters import names
 from converters.orbax_to_torch import state_dict
 from converters.torch_files import import_torch
 from memseg_jax import checkpoint, command_line, trained_model
@@ -71,7 +72,7 @@ def picture_network(config: ml_collections.ConfigDict, variables: dict[str, Any]
     model = build_torch_model(config)
     model.load_state_dict(state_dict(variables, config))
     model.eval()
-    if config.model.method == "mcibi_plus_plus":
+    if names.method_of(config) == "mcibi_plus_plus":
         # Drawn now: what is traced must not hold a random generator, whose numbers would be others.
         memory = model.memory_module
         rows = memory.rows(config.model.feature_dim)

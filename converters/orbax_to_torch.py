@@ -56,7 +56,7 @@ def state_dict(
     with torch.device("meta"):  # names, shapes and order; no memory
         wanted = build_torch_model(config).state_dict()
     flat = names.flatten(dict(variables))
-    keys = names.torch_keys(dict(variables), config.model.method)
+    keys = names.torch_keys(dict(variables), names.method_of(config))
     paths = {key: path for path, key in keys.items()}
     buffers = names.index_buffers({key: tensor.shape for key, tensor in wanted.items()})
     tensors = OrderedDict()

@@ -7,13 +7,11 @@ import torch
 from torch import nn
 
 from converters.taps import PREDICTIONS
-from converters.torch_model.context import build_context
+from converters.torch_model.body import Body
 from converters.torch_model.head import MemoryModule, decoder, upsampling_decoder
 from converters.torch_model.layers import conv_norm
 from converters.torch_model.memory_update import update_memory
 
-# The reference lists a backbone's single map four times and downsamples every entry.
-DOWNSAMPLE_CALLS = 4
 # Module -> name of its result, see `taps`.
 TAPS = {
     "backbone_net": "backbone",
@@ -35,7 +33,7 @@ TAPS = {
 }
 
 
-class MCIBI(nn.Module):
+class MCIBI(Body):
     """Context within the image and a memory of features; the reference's state dict."""
 
     taps = TAPS
@@ -51,18 +49,9 @@ class MCIBI(nn.Module):
             num_classes: number of classes.
             config: config.model.
         """
-        super().__init__()
+        super().__init__(backbone, config)
         memory, features, activate = config.memory, config.feature_dim, config.activation
         channels = backbone.channels[-1]
-        self.backbone_net = backbone
-        if backbone.normalise_maps:
-            self.norm_layers = nn.ModuleList(nn.LayerNorm(c, eps=1e-6) for c in backbone.channels)
-        self.downsample_backbone = None
-        if config.downsample > 1:
-            self.downsample_backbone = conv_norm(
-                channels, channels, 3, config.downsample, activate=activate
-            )
-        self.context_within_image_module = build_context(config, channels)
         self.bottleneck = conv_norm(channels, features, 3, activate=activate)
         self.memory_module = MemoryModule(
             num_classes,
@@ -89,7 +78,7 @@ class MCIBI(nn.Module):
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:
         """Normalised images [batch, 3, H, W] -> stage-2 logits [batch, classes, h, w]."""
-        return self._predict(self._maps(images)[-1])["stage2"]
+        return self._predict(self.maps(images)[-1])["stage2"]
 
     def forward_train(self, images: torch.Tensor) -> dict[str, torch.Tensor | list[torch.Tensor]]:
         """Runs everything that training uses (in evaluation mode too, if that is the mode).
@@ -102,26 +91,13 @@ class MCIBI(nn.Module):
             logits, at sizes of their own; "memory_input": what the memory stores
             [batch, channels, h, w].
         """
-        maps = self._maps(images)
+        maps = self.maps(images)
         heads, auxiliary = self.auxiliary_decoder, []
         if heads is not None:
             heads = heads if isinstance(heads, nn.ModuleList) else [heads]
             levels = self.backbone_net.auxiliary_levels
             auxiliary = [head(maps[level]) for head, level in zip(heads, levels)]
         return self._predict(maps[-1]) | {"auxiliary": auxiliary}
-
-    def _maps(self, images: torch.Tensor) -> list[torch.Tensor]:
-        """The backbone's maps [batch, channels, h, w], normalised or downsampled if they are."""
-        maps = self.backbone_net(images)
-        if self.backbone_net.normalise_maps:
-            tokens = [x.flatten(2).transpose(1, 2) for x in maps]
-            tokens = [norm(x) for norm, x in zip(self.norm_layers, tokens)]
-            maps = [x.transpose(1, 2).unflatten(2, old.shape[2:]) for x, old in zip(tokens, maps)]
-        if self.downsample_backbone is not None:
-            # The same result each time, but in training the statistics move every time.
-            calls = DOWNSAMPLE_CALLS if self.training else 1
-            maps = [self.downsample_backbone(maps[-1]) for _ in range(calls)]
-        return maps
 
     def _predict(self, x: torch.Tensor) -> dict[str, torch.Tensor]:
         """Everything after the last map [batch, channels, h, w]."""

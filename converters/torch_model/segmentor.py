@@ -4,10 +4,19 @@ import ml_collections
 from torch import nn
 
 from converters import names
-from converters.torch_model import hrnet, mcibi, mcibi_plus_plus, resnest, resnet, swin, vit
+from converters.torch_model import (
+    hrnet,
+    mcibi,
+    mcibi_plus_plus,
+    plain,
+    resnest,
+    resnet,
+    swin,
+    vit,
+)
 from memseg_jax.models import segmentor as ours
 
-METHODS = {"mcibi": mcibi, "mcibi_plus_plus": mcibi_plus_plus}
+METHODS = {"mcibi": mcibi, "mcibi_plus_plus": mcibi_plus_plus, "plain": plain}
 
 
 def build_backbone(config: ml_collections.ConfigDict) -> nn.Module:
@@ -20,7 +29,7 @@ def build_backbone(config: ml_collections.ConfigDict) -> nn.Module:
 
 def build_torch_model(
     config: ml_collections.ConfigDict,
-) -> mcibi.MCIBI | mcibi_plus_plus.MCIBIPlusPlus:
+) -> mcibi.MCIBI | mcibi_plus_plus.MCIBIPlusPlus | plain.Plain:
     """Returns the model that `config` describes, with PyTorch's random initial weights.
 
     Args:
@@ -28,8 +37,9 @@ def build_torch_model(
             part, parameters are float32.
 
     Raises:
-        UserError: the reference has no such model.
+        UserError: it has a form of the memory that is not in PyTorch.
     """
     ours.build_segmentor(config)  # refuses what does not fit together
-    names.check_counterpart(config)
-    return METHODS[config.model.method].build(build_backbone(config.model), config)
+    if config.model.memory.enabled:
+        names.check_counterpart(config)
+    return METHODS[names.method_of(config)].build(build_backbone(config.model), config)

@@ -15,6 +15,7 @@ from tests.small_models import random_variables, shallow_swin, small_config
 
 PARTS = {
     "mcibi": ("resnet18", {"method": "mcibi"}),
+    "plain": ("resnet18", {"memory": {"enabled": False}}),
     # 16 features: the draws of a class are one block of PyTorch's generator.
     "mcibi_plus_plus": ("resnet18", {"method": "mcibi_plus_plus"}),
     "swin, pyramids": (
@@ -33,7 +34,8 @@ def test_onnxruntime_computes_the_same(case, monkeypatch, tmp_path):
     config.model.backbone, fields = PARTS[case]
     config.model.update(fields)
     variables = random_variables(build_segmentor(config), 1)
-    classifier = variables["params"]["decoder_stage2"]["classifier"]["conv"]
+    decoder = variables["params"].get("decoder_stage2", variables["params"])
+    classifier = decoder["classifier"]["conv"]
     # Otherwise one class wins everywhere.
     classifier["kernel"], classifier["bias"] = 0.1 * classifier["kernel"], 0 * classifier["bias"]
     image = np.random.default_rng(0).integers(0, 256, (49, 67, 3), dtype=np.uint8)

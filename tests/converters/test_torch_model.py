@@ -13,7 +13,7 @@ from converters import names
 from converters.orbax_to_torch import state_dict
 from converters.taps import taps_of as our_taps_of
 from converters.torch_model import build_torch_model, taps_of
-from converters.torch_model.mcibi import DOWNSAMPLE_CALLS
+from converters.torch_model.body import DOWNSAMPLE_CALLS
 from memseg_jax.errors import UserError
 from memseg_jax.models import hrnet, resnest, resnet, vit
 from memseg_jax.models.segmentor import build_segmentor
@@ -176,9 +176,36 @@ def test_the_memory_is_a_parameter_without_gradient():
     assert not memory.any()
 
 
-def test_the_reference_has_no_model_without_memory():
-    with pytest.raises(UserError, match=r"model\.memory\.enabled is False"):
-        build_torch_model(changed(memory_enabled=False))
+PLAIN = {
+    "deeplabv3": changed(memory_enabled=False),
+    "pspnet": changed(memory_enabled=False, context="pyramid_pooling", auxiliary=False),
+    "fcn": changed(memory_enabled=False, context="none", downsample=2, auxiliary=False),
+    "upernet": changed(
+        memory_enabled=False, context="pyramid_pooling", fpn=True, fpn_dim=8, backbone="swintiny"
+    ),
+    "vit": changed(memory_enabled=False, backbone="vitbase"),
+}
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["deeplabv3", *(pytest.param(x, marks=pytest.mark.slow) for x in PLAIN if x != "deeplabv3")],
+)
+def test_the_baselines_compute_the_same(name, double_precision):
+    config = PLAIN[name]
+    ours = build_segmentor(config)
+    variables = jax.tree.map(np.float64, random_variables(ours, 0))
+    ours = ours.clone(dtype=np.float64, backbone=ours.backbone.clone(dtype=np.float64))
+    images = np.random.default_rng(1).standard_normal((2, 3, 41, 57))
+    expected = our_taps_of(ours, variables, images)["stage2_logits"]
+    model = build_torch_model(config).double().eval()
+    model.load_state_dict(state_dict(variables, config))
+    with torch.no_grad():
+        found = model(torch.from_numpy(images))
+    np.testing.assert_allclose(found, expected, rtol=0, atol=1e-6 * expected.std())
+
+
+def test_the_reference_has_no_residual_memory():
     with pytest.raises(UserError, match=r"model\.memory\.fusion is 'residual'"):
         build_torch_model(changed(memory_fusion="residual"))
 
