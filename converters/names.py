@@ -3,7 +3,8 @@
 Our variables are nested dicts; a path is their keys joined by "/", for example
 "params/backbone/layer1_0/conv1/conv/kernel". The reference calls the same tensor
 "backbone_net.layer1.0.conv1.weight". MCIBI and MCIBI++ share most names; `method` is that of
-`method_of`. The plain baselines, which the reference has not, go by MCIBI's names where they can.
+`segmentor.method_of`. The plain baselines, which the reference has not, go by MCIBI's names where
+they can.
 """
 
 import math
@@ -167,11 +168,6 @@ _LEAVES = {
 }
 
 
-def method_of(config: Any) -> str:
-    """Whose names the tensors of a model have: config.model.method, or "plain" without a memory."""
-    return config.model.method if config.model.memory.enabled else "plain"
-
-
 def check_counterpart(config: Any) -> None:
     """Refuses models that the PyTorch reference does not have.
 
@@ -199,7 +195,7 @@ def torch_key(path: str, method: str = "mcibi") -> str:
 
     Args:
         path: "params/...", "batch_stats/..." or "memory".
-        method: of `method_of`.
+        method: of `segmentor.method_of`.
 
     Returns:
         The state-dict key.
@@ -267,7 +263,7 @@ def torch_keys(variables: dict, method: str = "mcibi") -> dict[str, str]:
 
     Args:
         variables: params, batch_stats and memory; the leaves do not matter.
-        method: of `method_of`.
+        method: of `segmentor.method_of`.
 
     Raises:
         KeyError: the reference has no such tensor.

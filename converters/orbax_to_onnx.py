@@ -18,14 +18,13 @@ from typing import Any
 import ml_collections
 import numpy as np
 
-from converters import names
 from converters.orbax_to_torch import state_dict
 from converters.torch_files import import_torch
 from memseg_jax import checkpoint, command_line, trained_model
 from memseg_jax.data.transforms import MEAN, STD, evaluation_resize, resize_image
 from memseg_jax.errors import UserError
 from memseg_jax.exporting.agreement import TOLERANCE, Reference, compare
-from memseg_jax.models.segmentor import build_segmentor
+from memseg_jax.models.segmentor import build_segmentor, method_of
 from memseg_jax.runtime import files
 from memseg_jax.training.state import abstract_variables
 
@@ -72,7 +71,7 @@ def picture_network(config: ml_collections.ConfigDict, variables: dict[str, Any]
     model = build_torch_model(config)
     model.load_state_dict(state_dict(variables, config))
     model.eval()
-    if names.method_of(config) == "mcibi_plus_plus":
+    if method_of(config) == "mcibi_plus_plus":
         # Drawn now: what is traced must not hold a random generator, whose numbers would be others.
         memory = model.memory_module
         rows = memory.rows(config.model.feature_dim)

@@ -20,7 +20,7 @@ from converters import names
 from converters.torch_files import import_safetensors, import_torch
 from memseg_jax import checkpoint, command_line, trained_model
 from memseg_jax.errors import UserError
-from memseg_jax.models.segmentor import build_segmentor
+from memseg_jax.models.segmentor import build_segmentor, method_of
 from memseg_jax.runtime import files
 from memseg_jax.training.state import abstract_variables
 
@@ -56,7 +56,7 @@ def state_dict(
     with torch.device("meta"):  # names, shapes and order; no memory
         wanted = build_torch_model(config).state_dict()
     flat = names.flatten(dict(variables))
-    keys = names.torch_keys(dict(variables), names.method_of(config))
+    keys = names.torch_keys(dict(variables), method_of(config))
     paths = {key: path for path, key in keys.items()}
     buffers = names.index_buffers({key: tensor.shape for key, tensor in wanted.items()})
     tensors = OrderedDict()

@@ -42,4 +42,4 @@ def build_torch_model(
     ours.build_segmentor(config)  # refuses what does not fit together
     if config.model.memory.enabled:
         names.check_counterpart(config)
-    return METHODS[names.method_of(config)].build(build_backbone(config.model), config)
+    return METHODS[ours.method_of(config)].build(build_backbone(config.model), config)

@@ -292,6 +292,11 @@ def build_backbone(name: str, width: float, dtype: Any) -> Backbone:
     return module.build(name, width, dtype)
 
 
+def method_of(config: ml_collections.ConfigDict) -> str:
+    """The module that builds the model: config.model.method, or "plain" without a memory."""
+    return config.model.method if config.model.memory.enabled else "plain"
+
+
 def build_segmentor(config: ml_collections.ConfigDict) -> Segmentor:
     """Returns the model that `config` describes; the number of classes is that of class_names.
 
@@ -324,9 +329,7 @@ def build_segmentor(config: ml_collections.ConfigDict) -> Segmentor:
     options = {"remat": model.remat == "blocks"}
     if model.drop_path:  # of Swin alone, as the rules of the config say
         options["drop_path"] = model.drop_path
-    method = importlib.import_module(
-        f"memseg_jax.models.{model.method if model.memory.enabled else 'plain'}"
-    )
+    method = importlib.import_module(f"memseg_jax.models.{method_of(config)}")
     shared = {
         "backbone": backbone.clone(**options),
         "num_classes": len(config.data.class_names),

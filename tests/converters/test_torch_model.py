@@ -111,6 +111,14 @@ def test_every_tensor_of_ours_has_its_counterpart(name):
     assert {key: theirs[key] for key in theirs.keys() - counters} == shapes
 
 
+def ours_in_double(config):
+    """Our model of a config in double precision, its variables, and images for it."""
+    ours = build_segmentor(config)
+    variables = jax.tree.map(np.float64, random_variables(ours, 0))
+    ours = ours.clone(dtype=np.float64, backbone=ours.backbone.clone(dtype=np.float64))
+    return ours, variables, np.random.default_rng(1).standard_normal((2, 3, 41, 57))
+
+
 @pytest.mark.parametrize(
     "name",
     [
@@ -123,10 +131,7 @@ def test_every_tensor_of_ours_has_its_counterpart(name):
 )
 def test_outputs_equal_those_of_our_model(name, double_precision):
     config = SMALL[name]
-    ours = build_segmentor(config)
-    variables = jax.tree.map(np.float64, random_variables(ours, 0))
-    ours = ours.clone(dtype=np.float64, backbone=ours.backbone.clone(dtype=np.float64))
-    images = np.random.default_rng(1).standard_normal((2, 3, 41, 57))
+    ours, variables, images = ours_in_double(config)
     expected = our_taps_of(ours, variables, images)
 
     model = build_torch_model(config).double()
@@ -193,10 +198,7 @@ PLAIN = {
 )
 def test_the_baselines_compute_the_same(name, double_precision):
     config = PLAIN[name]
-    ours = build_segmentor(config)
-    variables = jax.tree.map(np.float64, random_variables(ours, 0))
-    ours = ours.clone(dtype=np.float64, backbone=ours.backbone.clone(dtype=np.float64))
-    images = np.random.default_rng(1).standard_normal((2, 3, 41, 57))
+    ours, variables, images = ours_in_double(config)
     expected = our_taps_of(ours, variables, images)["stage2_logits"]
     model = build_torch_model(config).double().eval()
     model.load_state_dict(state_dict(variables, config))
